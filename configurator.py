@@ -1,0 +1,120 @@
+"""
+Knobs of a script: a dataclass, overridden by Python files and --knob=value arguments.
+
+    python SCRIPT.py [config/FILE.py ...] [--knob=value ...]        later wins; --help lists every knob
+
+A config file is Python: plain assignments, run in a namespace of their own. The comment behind a field of the
+dataclass is its help; its annotation (int, float, bool or str) is its type.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import runpy
+import sys
+import traceback
+import types
+from pathlib import Path
+
+
+def parse(Config, argv):
+    """Return a `Config` with its defaults overridden by the files and arguments in `argv`, in their order.
+
+    Raises ValueError for an unknown knob or a value of the wrong type, FileNotFoundError for a missing file.
+    """
+    values = {}
+    for arg in argv:
+        if arg.startswith("--"):
+            name, equals, text = arg[2:].partition("=")
+            field = _field(Config, name, arg)
+            if not equals:
+                raise ValueError(f"{arg} needs a value: --{name}={field.default}")
+            values[name] = _from_text(field, text)
+        elif arg.startswith("-"):
+            raise ValueError(f"{arg} is not an argument: write --knob=value; --help lists the knobs")
+        else:
+            for name, value in _run_file(arg).items():
+                values[name] = _checked(_field(Config, name, arg), value, arg)
+    return Config(**values)
+
+
+def run(main, Config):
+    """Call `main(Config)` for a script: --help prints and exits 0; what a person can mend ends in one or two lines
+    on stderr and exit status 2. `python -X dev SCRIPT.py` shows the traceback instead."""
+    script = Path(sys.argv[0]).name
+    # lines appear at once in a pipe too; a terminal that lacks a character shows another
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(usage(Config, sys.argv[0], inspect.getmodule(main).__doc__))
+        return
+    try:
+        main(parse(Config, sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)  # the shell's status for Ctrl-C
+    except BrokenPipeError:  # the reader of our output, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        full = re.search("out of memory|can't allocate memory", str(error))
+        if sys.flags.dev_mode or (isinstance(error, RuntimeError) and not full):
+            raise
+        if full or isinstance(error, MemoryError):
+            error = "not enough memory: take a smaller model, or a smaller batch_size or block_size to train it"
+        elif isinstance(error, OSError) and error.strerror:
+            error = f"{error.filename or ''}: {error.strerror}".lstrip(": ")
+        print("\n".join(f"{script}: {error}".splitlines()[:2]), file=sys.stderr)
+        sys.exit(2)
+
+
+def usage(Config, script, doc):
+    """Return the text of --help: the script's docstring and a line for each knob with its default."""
+    lines = [(doc or "").strip(), "", f"usage: python {script} [config/FILE.py ...] [--knob=value ...]", ""]
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    for field in dataclasses.fields(Config):
+        lines.append(f"  --{f'{field.name}={field.default}':<38} {comments.get(field.name, '')}".rstrip())
+    return "\n".join(lines)
+
+
+def _field(Config, name, source):
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    if name not in fields:
+        nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0)[0]
+        raise ValueError(f"{source}: unknown knob '{name}', did you mean '{nearest}'? --help lists them all")
+    return fields[name]
+
+
+def _from_text(field, text):
+    if field.type is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"--{field.name}={text}: {field.name} is true or false")
+        return text.lower() == "true"
+    try:
+        return field.type(text)
+    except ValueError:
+        raise ValueError(f"--{field.name}={text}: {field.name} is of type {field.type.__name__}") from None
+
+
+def _checked(field, value, path):
+    if field.type is float and type(value) is int:
+        with contextlib.suppress(OverflowError):  # then it is refused as the int that it is
+            value = float(value)
+    if type(value) is not field.type:
+        raise ValueError(f"{path}: {field.name} = {value!r}: {field.name} is of type {field.type.__name__}")
+    return value
+
+
+def _run_file(path):
+    """Run a config file; return what it assigned, less modules, functions, classes and _names."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"config file {path} does not exist; arguments are config files or --knob=value")
+    try:
+        names = runpy.run_path(path)
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = lines[-1] if lines else getattr(error, "lineno", None)  # a SyntaxError has no frame of its own
+        where = f"{path}, line {line}" if line else path
+        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+    ignored = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
+    return {name: value for name, value in names.items() if name[0] != "_" and not isinstance(value, ignored)}

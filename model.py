@@ -1,0 +1,195 @@
+"""
+GPT-2 in one file, with the names, layouts and arithmetic of Hugging Face's GPT2LMHeadModel: state dicts pass both ways.
+
+Shapes: B rows, T tokens of a row, C = n_embd, nh heads of hs = C / nh, V = vocab_size.
+References: openai/gpt-2 (src/model.py), transformers (models/gpt2/modeling_gpt2.py), karpathy/nanoGPT (model.py).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+PRESETS = {
+    "distilgpt2": {"n_layer": 6, "n_head": 12, "n_embd": 768},  # 82M parameters
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124M
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 355M
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1558M
+}
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # the context: how many positions have an embedding
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+
+
+class Conv1D(nn.Module):
+    """A linear layer with its weight stored [in, out], as OpenAI wrote it."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.empty(n_out))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, preallocated; rows stand at positions of their own.
+
+    keys, values: (n_layer, B, nh, size, hs). What lies beyond a row's position is stale and masked.
+    """
+
+    def __init__(self, config, rows, size, device, dtype):
+        shape = (config.n_layer, rows, config.n_head, size, config.n_embd // config.n_head)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+    def update(self, layer, positions, k, v):
+        """Store k, v (B, nh, T, hs) of one layer at `positions` (B, T); return all of it, (B, nh, size, hs)."""
+        rows = torch.arange(k.size(0), device=k.device)[:, None]  # (B, 1)
+        self.keys[layer][rows, :, positions] = k.transpose(1, 2)
+        self.values[layer][rows, :, positions] = v.transpose(1, 2)
+        return self.keys[layer], self.values[layer]
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None, positions=None):
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C) each
+        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
+        mask = None
+        if cache is not None:
+            k, v = cache.update(self.layer, positions, k, v)  # (B, nh, size, hs)
+            mask = positions[:, None, :, None] >= torch.arange(k.size(2), device=k.device)  # (B, 1, T, size)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        y = y.transpose(1, 2).flatten(-2)  # (B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = Conv1D(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Conv1D(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None, positions=None):
+        x = x + self.attn(self.ln_1(x), cache, positions)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        """Raises ValueError where the width is no multiple of the number of heads."""
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, eps=1e-5),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie_weights()
+        self.init_weights()
+
+    def tie_weights(self):
+        """Make the head share the token embedding's weight."""
+        self.lm_head.weight = self.transformer.wte.weight
+
+    @torch.no_grad()
+    def init_weights(self):
+        """GPT-2's initialisation: N(0, 0.02), biases 0; the two projections of each layer into the residual stream are
+        scaled by 1 / sqrt(2 n_layer), since that many are added up (GPT-2 paper, section 2.3)."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.dim() == 2:
+                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 0.02)
+
+    def forward(self, idx, targets=None, cache=None, positions=None):
+        """Return (logits, loss).
+
+        idx: (B, T) int64. Without `targets`: logits (B, T, V) of every position, loss None.
+        targets: (B, T) int64, -100 where there is no loss. loss: the mean cross-entropy in nats over the supervised
+        positions, 0 where there are none; logits (supervised, V), of these positions alone.
+        cache, positions: as in `hidden`, which also says what is raised.
+        """
+        x = self.hidden(idx, cache, positions)
+        if targets is None:
+            return self.lm_head(x), None
+        # the 50,257-wide head and its softmax cost as much as several layers: spare them where there is no loss
+        supervised = targets != -100  # (B, T)
+        logits = self.lm_head(x[supervised])  # (supervised, V)
+        loss = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+        return logits, loss / supervised.sum().clamp(min=1)
+
+    def hidden(self, idx, cache=None, positions=None):
+        """Return the final hidden states (B, T, C) of idx (B, T); the head makes logits of them.
+
+        cache: a KVCache; `positions` (B, T) says where in it, and at which position embedding, the tokens stand.
+        Raises ValueError for more tokens than there are positions.
+        """
+        if idx.size(1) > self.config.block_size:
+            raise ValueError(f"{idx.size(1)} tokens in a row, but the model has {self.config.block_size} positions")
+        where = torch.arange(idx.size(1), device=idx.device) if positions is None else positions
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(where))  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x, cache, positions)
+        return self.transformer.ln_f(x)
+
+    @torch.no_grad()
+    def grow_vocab(self, vocab_size):
+        """Append token embeddings up to `vocab_size`, each the mean of those there are: no new token stands out."""
+        old = self.transformer.wte.weight
+        mean = old.mean(0, keepdim=True).expand(vocab_size - old.size(0), -1)
+        self.transformer.wte = nn.Embedding.from_pretrained(torch.cat([old, mean]), freeze=False)
+        self.lm_head.out_features = self.config.vocab_size = vocab_size
+        self.tie_weights()
+
+    def num_parameters(self):
+        """Return how many parameters there are; the head shares the embedding's and is not counted again."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T):
+        """Return the floating-point operations of training on one token in a row of T, forward and backward.
+
+        6 for each weight of a matrix product (the head's included, the position embedding's not), and 12 n_layer C T
+        for attention (PaLM, arXiv 2204.02311, appendix B).
+        """
+        weights = self.num_parameters() - self.transformer.wpe.weight.numel()
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * T

@@ -1,0 +1,122 @@
+"""What the tests share: no network, scripts run as a user runs them, small corpora and models made on the spot."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from shards import ShardWriter
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Only this machine's own addresses can be reached."""
+    connect = socket.socket.connect
+
+    def loopback_only(self, address):
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "localhost", "::1"):
+            raise AssertionError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", loopback_only)
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Run a script in an empty folder: script("chat.py", "--seed=1", input="hi") -> CompletedProcess with text."""
+
+    def run(name, *args, input=None, env=None, timeout=120):
+        command = [sys.executable, str(ROOT / name), *map(str, args)]
+        env = os.environ | {"HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""} | (env or {})
+        return subprocess.run(
+            command, input=input or "", capture_output=True, text=True, cwd=tmp_path, env=env, timeout=timeout
+        )
+
+    return run
+
+
+def assert_refused(done, *words):
+    """The script ended as a person's mistake should: status 2, at most two lines on stderr, which name the thing."""
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert 1 <= len(done.stderr.strip().splitlines()) <= 2, done.stderr
+    for word in words:
+        assert str(word) in done.stderr, done.stderr
+
+
+def small_talk(n, seed=0):
+    """Return n conversations of 1 to 4 exchanges, some with a persona, in a vocabulary that a small model can learn."""
+    choose = random.Random(seed)
+    words = [
+        "hello",
+        "how",
+        "are",
+        "you",
+        "i",
+        "am",
+        "fine",
+        "like",
+        "tea",
+        "the",
+        "dog",
+        "runs",
+        "home",
+        "what",
+        "now",
+    ]
+
+    def say():
+        return " ".join(choose.choices(words, k=choose.randint(1, 12)))
+
+    conversations = []
+    for _ in range(n):
+        messages = [{"role": "system", "content": say()}] if choose.random() < 0.5 else []
+        for _ in range(choose.randint(1, 4)):
+            messages += [{"role": "user", "content": say()}, {"role": "assistant", "content": say()}]
+        conversations.append(messages)
+    return conversations
+
+
+def write_shards(folder, train, val, template="human_bot"):
+    """Write train.bin and val.bin of these conversations to `folder`; return it."""
+    tokenizer = Tokenizer(template)
+    for split, conversations in (("train", train), ("val", val)):
+        with ShardWriter(Path(folder) / f"{split}.bin", tokenizer.n_vocab, template) as writer:
+            writer.write(tokenizer.render_batch(conversations))
+    return Path(folder)
+
+
+def write_jsonl(path, conversations):
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """A data/ folder with one dataset, `talk`, of 60 conversations to train on and 10 held out."""
+    write_shards(tmp_path / "data" / "talk", small_talk(60, seed=1), small_talk(10, seed=2))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def hf_gpt2():
+    """Make a transformers GPT2LMHeadModel with random weights: hf_gpt2(n_layer=2, ...) -> model in eval mode."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def make(seed=0, **shape):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(
+            GPT2Config(**({"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 128} | shape))
+        ).eval()
+
+    return make

@@ -1,0 +1,250 @@
+"""The model is Hugging Face's GPT-2: names, logits, losses, gradients and dropout are compared with transformers."""
+
+import math
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from checkpoint import load_model, save_model
+from model import GPT, PRESETS, GPTConfig, KVCache
+from tokenizer import Tokenizer
+
+ODD = {"n_layer": 3, "n_head": 5, "n_embd": 80, "vocab_size": 50262, "n_positions": 96}
+SMALL = ODD | {"vocab_size": 300}
+
+
+@pytest.fixture
+def hf_model(hf_gpt2):
+    """A transformers model in which every weight matters: biases and LayerNorms too are away from 0 and 1."""
+
+    def make(**shape):
+        model = hf_gpt2(**shape)
+        model.set_attn_implementation("eager")  # their own matrix products, not the kernel that we call
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p), alpha=0.05)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder that is emptied after the test: pytest would keep gigabytes."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+def ours(hf, dropout=0.0):
+    c = hf.config
+    model = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout))
+    model.load_state_dict(hf.state_dict())
+    return model.eval()
+
+
+def batch(vocab_size, rows=2, T=20, seed=1):
+    return torch.randint(vocab_size, (rows, T), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(PRESETS["gpt2"] | {"n_positions": 1024}, id="gpt2"),
+        pytest.param(PRESETS["distilgpt2"] | {"n_positions": 1024}, id="distilgpt2"),
+        pytest.param(ODD, id="odd"),
+    ],
+)
+def test_logits_equal_transformers_from_their_directory_and_in_their_hands(hf_model, disk, shape):
+    hf = hf_model(**shape)
+    idx = batch(hf.config.vocab_size)
+    idx[0, 0] = hf.config.vocab_size - 1
+    with torch.no_grad():
+        expected = hf(idx).logits
+        hf.save_pretrained(disk / "theirs")
+        del hf
+        model, _ = load_model(str(disk / "theirs"))
+        logits, loss = model.eval()(idx)
+        assert loss is None
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+        save_model(model, Tokenizer(), disk / "ours")
+        del model
+        hf = AutoModelForCausalLM.from_pretrained(disk / "ours")
+        torch.testing.assert_close(hf(idx).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_logits_equal_transformers_over_the_whole_context(hf_model):
+    hf = hf_model(**SMALL)
+    idx = batch(300, T=96)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(hf)(idx)[0], hf(idx).logits, atol=1e-4, rtol=0)
+
+
+def test_a_state_dict_passes_both_ways_without_renaming(hf_model):
+    hf, model = hf_model(**SMALL), GPT(GPTConfig(96, 300, 3, 5, 80))
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert shapes == {name: p.shape for name, p in hf.named_parameters()}
+    hf.load_state_dict(model.state_dict())
+    idx = batch(300)
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx)[0], hf(idx).logits, atol=1e-4, rtol=0)
+
+
+def test_loss_and_every_gradient_equal_transformers(hf_model):
+    hf = hf_model(**ODD)
+    model = ours(hf)
+    idx = batch(50262)
+    labels = idx.masked_fill(torch.rand(idx.shape) < 0.4, -100)
+    theirs = hf(idx, labels=labels).loss  # they compare position t with label t + 1
+    theirs.backward()
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    loss = model(idx, targets)[1]
+    loss.backward()
+    assert loss.item() == pytest.approx(theirs.item(), abs=1e-5)
+    gradients = dict(hf.named_parameters())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name].grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_the_loss_is_the_mean_cross_entropy_over_supervised_positions(hf_model):
+    model = ours(hf_model(**SMALL))
+    idx, targets = batch(300), batch(300, seed=2)
+    targets[0] = -100
+    targets[1, ::3] = -100
+    targets[1, 1] = 0
+    every = model(idx)[0]
+    logits, loss = model(idx, targets)
+    expected = F.cross_entropy(every.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    torch.testing.assert_close(logits, every[targets != -100])
+
+
+def test_a_batch_without_supervised_positions_has_loss_zero_and_zero_gradients(hf_model):
+    model = ours(hf_model(**SMALL))
+    loss = model(batch(300), torch.full((2, 20), -100))[1]
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_dropout_falls_where_it_falls_in_transformers(hf_gpt2):
+    hf = hf_gpt2(**SMALL, embd_pdrop=0.3, attn_pdrop=0.3, resid_pdrop=0.3, initializer_range=0.1)
+    model, idx = ours(hf, dropout=0.3), batch(300)
+    results = []
+    for m in (hf, model):
+        m.train()
+        torch.manual_seed(7)
+        out = m(idx)
+        results.append(out.logits if m is hf else out[0])
+    torch.testing.assert_close(*results, atol=1e-4, rtol=0)
+    assert not torch.allclose(results[1], model.eval()(idx)[0], atol=1e-2)
+
+
+def test_dropout_is_active_in_training_only(hf_model):
+    hf, idx = hf_model(**SMALL), batch(300)
+    model = ours(hf, dropout=0.5)
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    assert torch.equal(model(idx)[0], ours(hf)(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+def test_initial_weights_have_gpt2s_statistics():
+    torch.manual_seed(0)
+    n_layer = 4
+    for name, p in GPT(GPTConfig(256, 2000, n_layer, 4, 128)).named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif ".ln_" in name:
+            assert (p == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.03), name
+            assert abs(p.mean().item()) < std / 20, name
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("distilgpt2", 81_912_576),
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_the_presets_have_as_many_parameters_as_the_published_models(preset, parameters):
+    with torch.device("meta"):
+        assert GPT(GPTConfig(**PRESETS[preset])).num_parameters() == parameters
+
+
+def test_training_gpt2_takes_855_megaflop_a_token():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**PRESETS["gpt2"]))
+    # by hand: per layer 12 C^2 weights and 13 C biases and LayerNorms, then ln_f and the head; attention 12 L C T
+    weights = 12 * (12 * 768**2 + 13 * 768) + 2 * 768 + 50257 * 768
+    assert model.flops_per_token(1024) == 6 * weights + 12 * 12 * 768 * 1024
+    assert round(model.flops_per_token(1024) / 1e6) == 855
+
+
+def test_the_cache_gives_what_the_full_forward_gives_with_rows_at_different_positions(hf_model):
+    model = ours(hf_model(**SMALL))
+    idx = batch(300, rows=3, T=40)
+    with torch.no_grad():
+        full = model(idx)[0]
+        cache = KVCache(model.config, rows=3, size=40, device="cpu", dtype=torch.float32)
+        start = torch.tensor([0, 0, 0])
+        for lengths in ([9, 9, 9], [1, 1, 1], [5, 5, 5]):
+            # the rows go on at positions 1, 5 and 9, so that two of them have later tokens in the cache already
+            positions = start[:, None] + torch.arange(lengths[0])
+            logits = model(idx.gather(1, positions), cache=cache, positions=positions)[0]
+            torch.testing.assert_close(logits, full[torch.arange(3)[:, None], positions], atol=1e-4, rtol=0)
+            start = start + torch.tensor([1, 5, 9]).clamp(max=lengths[0])
+
+
+def test_growing_the_vocabulary_keeps_the_old_logits_and_the_tie(hf_model):
+    model = ours(hf_model(**SMALL))
+    idx = batch(300)
+    before = model(idx)[0]
+    mean = model.transformer.wte.weight.mean(0)
+    model.grow_vocab(305)
+    after = model(torch.cat([idx, torch.full((2, 1), 304)], dim=1))[0]
+    assert after.shape == (2, 21, 305)
+    torch.testing.assert_close(after[:, :20, :300], before)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.lm_head.weight.requires_grad
+    assert model.config.vocab_size == 305
+    for new in model.transformer.wte.weight[300:]:
+        torch.testing.assert_close(new, mean)
+
+
+def test_more_tokens_than_positions_are_refused(hf_model):
+    model = ours(hf_model(**SMALL))
+    assert model(batch(300, T=96))[0].shape == (2, 96, 300)
+    with pytest.raises(ValueError, match=r"97.*96"):
+        model(batch(300, T=97))
+
+
+def test_a_width_that_the_heads_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"n_embd=80.*n_head=3"):
+        GPT(GPTConfig(n_embd=80, n_head=3))
+
+
+def test_the_loss_is_float32_whatever_the_weights_are(hf_model):
+    assert ours(hf_model(**SMALL)).bfloat16()(batch(300), batch(300))[1].dtype == torch.float32
+
+
+def test_bfloat16_autocast_stays_close_to_float32(hf_gpt2):
+    model = ours(hf_gpt2(**SMALL, initializer_range=0.1))
+    idx, targets = batch(300), batch(300, seed=2)
+    exact = model(idx, targets)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(idx, targets)[1]
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=0.01)
+    for gradients in zip(*(torch.autograd.grad(x, list(model.parameters())) for x in (exact, loss)), strict=True):
+        assert gradients[1].dtype == torch.float32
+        assert F.cosine_similarity(*(g.flatten() for g in gradients), dim=0) > 0.99
