@@ -1,0 +1,447 @@
+"""Generation gives the ids of transformers and of a loop without a cache, the distribution of transformers' warpers,
+and text that never shows a stop string or half a character."""
+
+import time
+
+import pytest
+import torch
+from conftest import small_talk
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from generate import TextStream, fit_context, generate, sample, stream
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer
+
+PROMPTS = [[5, 17, 17, 199], [42], list(range(100, 130)), [7, 8, 9, 7, 8, 9, 7]]
+LARGEST = 1 - 2**-24  # the largest float32 below 1, and the largest number that torch.rand returns
+
+
+@pytest.fixture
+def hf(hf_gpt2):
+    """A transformers model of 200 tokens and 64 positions, with weights that are large enough for varied output."""
+    hf = hf_gpt2(vocab_size=200, n_positions=64, initializer_range=0.5)
+    with torch.no_grad():
+        hf.transformer.wte.weight[:, 0] = 0.3  # so that ln_f.bias[0] moves all logits
+    return hf
+
+
+@pytest.fixture
+def model(hf):
+    model = GPT(GPTConfig(64, 200, 2, 2, 32))
+    model.load_state_dict(hf.state_dict())
+    return model
+
+
+def hf_generate(hf, prompt, **options):
+    idx = torch.tensor([prompt])
+    options = {"do_sample": False, "pad_token_id": 0} | options
+    return hf.generate(idx, attention_mask=torch.ones_like(idx), **options)[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("repetition_penalty", [1.0, 1.3, 0.8])
+@pytest.mark.parametrize("bias", [0.0, -30.0, -60.0], ids=["logits>0", "of both signs", "logits<0"])
+def test_greedy_ids_equal_transformers_in_a_batch_of_different_lengths(hf, model, bias, repetition_penalty):
+    for m in (hf, model):
+        m.transformer.ln_f.bias.data[0] = bias
+    options = {"max_new_tokens": 30, "repetition_penalty": repetition_penalty}
+    ids = generate(model, PROMPTS, temperature=0, **options)
+    assert ids == [hf_generate(hf, prompt, **options) for prompt in PROMPTS]
+    assert len({token for row in ids for token in row}) > 10  # not one token over and over
+
+
+def test_stop_ids_end_a_row_as_in_transformers_and_are_not_yielded(hf, model):
+    stop_ids = [generate(model, [prompt], temperature=0, max_new_tokens=9)[0][i] for i, prompt in enumerate(PROMPTS)]
+    ids = generate(model, PROMPTS, temperature=0, max_new_tokens=30, stop_ids=stop_ids)
+    for prompt, row in zip(PROMPTS, ids, strict=True):
+        theirs = hf_generate(hf, prompt, max_new_tokens=30, eos_token_id=stop_ids)
+        assert row + theirs[len(row) :][:1] == theirs
+        assert not set(row) & set(stop_ids)
+    assert ids[0] == []
+    assert len({len(row) for row in ids}) > 2
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_the_cache_gives_the_ids_of_a_loop_without_one_up_to_the_end_of_the_context(model, temperature):
+    options = {"temperature": temperature, "top_k": 40, "top_p": 0.95}
+    expected = []
+    for row, prompt in enumerate(PROMPTS):
+        ids, random = list(prompt), torch.Generator().manual_seed(3 + row)
+        while len(ids) < 64:
+            with torch.no_grad():
+                logits = model.eval()(torch.tensor([ids]))[0][:, -1]
+            ids.append(sample(logits, torch.rand(1, generator=random), **options).item())
+        expected.append(ids[len(prompt) :])
+    assert generate(model, PROMPTS, seed=3, max_new_tokens=1000, **options) == expected
+
+
+def test_a_row_depends_on_its_seed_and_on_no_neighbour(model):
+    options = {"max_new_tokens": 20, "repetition_penalty": 1.2}
+    ids = generate(model, PROMPTS, seed=11, **options)
+    for row, prompt in enumerate(PROMPTS):
+        assert generate(model, [prompt], seed=11 + row, **options) == [ids[row]]
+    # not when the neighbours end early, either
+    stop_ids = [ids[0][2], ids[2][4]]
+    stopped = generate(model, PROMPTS, seed=11, stop_ids=stop_ids, **options)
+    for row, prompt in enumerate(PROMPTS):
+        assert generate(model, [prompt], seed=11 + row, stop_ids=stop_ids, **options) == [stopped[row]]
+
+
+def test_a_seed_gives_the_same_ids_again_and_no_seed_gives_others(model):
+    def ids(seed):
+        return generate(model, PROMPTS, seed=seed, max_new_tokens=20)
+
+    assert ids(1) == ids(1)
+    assert ids(1) != ids(5)
+    assert ids(None) != ids(None)
+
+
+def test_generating_leaves_the_global_random_state_alone_and_ignores_dropout(model):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    expected = generate(model, PROMPTS, seed=1, max_new_tokens=10)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.5
+    model.train()
+    assert generate(model, PROMPTS, seed=1, max_new_tokens=10) == expected
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_context_ends_a_row(model):
+    prompts = [[1] * 63, [1] * 60, [1, 2]]
+    assert [len(row) for row in generate(model, prompts, max_new_tokens=10)] == [1, 4, 10]
+
+
+def test_no_new_tokens_or_no_prompts_give_nothing(model, tokenizer):
+    assert generate(model, PROMPTS, max_new_tokens=0) == [[], [], [], []]
+    assert list(stream(model, tokenizer, [1, 2], max_new_tokens=0)) == []
+    assert generate(model, []) == []
+
+
+@pytest.mark.parametrize("length", [0, 64, 65])
+def test_a_prompt_that_is_empty_or_fills_the_context_is_refused(model, length):
+    with pytest.raises(ValueError, match=f"prompt of {length} tokens.*1 to 63"):
+        generate(model, [[1, 2], [1] * length])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("top_p", float("nan")),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", -1.0),
+        ("max_new_tokens", -1),
+    ],
+)
+def test_an_option_out_of_range_is_refused_with_its_value(model, option, value):
+    with pytest.raises(ValueError, match=f"{option}={value}"):
+        generate(model, PROMPTS, **{option: value})
+
+
+def test_half_precision_weights_generate(model):
+    model.to(torch.bfloat16)
+    ids = generate(model, PROMPTS, seed=1, max_new_tokens=12)
+    assert [len(row) for row in ids] == [12] * 4
+    assert generate(model, PROMPTS[1:2], temperature=0, max_new_tokens=1)[0] == [
+        model(torch.tensor(PROMPTS[1:2]))[0][0, -1].argmax().item()
+    ]
+
+
+# the distribution
+
+
+def warped(logits, temperature, top_k, top_p):
+    """Return the float64 probabilities of transformers for logits (V,); assume that none is at top_p's edge."""
+    scores = logits[None].double()
+    if temperature != 1:
+        scores = TemperatureLogitsWarper(temperature)(None, scores)
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        rising = scores.softmax(-1).sort(-1).values.cumsum(-1)
+        assume((rising - (1 - top_p)).abs().min() > 1e-5)
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    return scores.softmax(-1)[0]
+
+
+logits_lists = st.lists(st.integers(-200, 200), min_size=1, max_size=12, unique=True)
+temperatures = st.sampled_from([0.05, 0.5, 1.0, 1.7, 20.0])
+
+
+@settings(max_examples=150, deadline=None)
+@given(logits=logits_lists, temperature=temperatures, top_k=st.integers(0, 14), top_p=st.floats(0.01, 1))
+@example(logits=[0, 20, -20, 50], temperature=1.0, top_k=0, top_p=1.0)
+def test_samples_have_the_distribution_of_transformers(logits, temperature, top_k, top_p):
+    logits = torch.tensor(logits) / 20
+    expected = warped(logits, temperature, min(top_k, len(logits)), top_p)
+    n = 4096  # uniforms at equal distances: the samples invert the cumulative distribution, so each count is exact to 1
+    uniform = (torch.arange(n) + 0.5) / n
+    ids = sample(logits.expand(n, -1), uniform, temperature, top_k, top_p)
+    counts = ids.bincount(minlength=len(logits))
+    assert (counts - n * expected).abs().max() <= 1.01
+    assert not counts[expected == 0].any()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    logits=st.lists(st.integers(-10_000, 10_000) | st.just(float("-inf")), min_size=1, max_size=30, unique=True),
+    temperature=temperatures | st.floats(1e-6, 1e6),
+    top_k=st.integers(0, 31),
+    top_p=st.floats(1e-6, 1),
+    uniform=st.sampled_from([0.0, 2**-24, 0.5, LARGEST]) | st.integers(0, 2**24 - 1).map(lambda n: n / 2**24),
+)
+def test_no_uniform_draws_a_filtered_token(logits, temperature, top_k, top_p, uniform):
+    assume(max(logits) > float("-inf"))
+    logits = torch.tensor(logits).float()
+    expected = warped(logits, temperature, min(top_k, len(logits)), top_p)
+    assert expected[sample(logits[None], torch.tensor([uniform]), temperature, top_k, top_p)].item() > 0
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (50, 1.0), (0, 0.9), (50, 0.9)])
+def test_edge_uniforms_draw_the_likeliest_and_the_unlikeliest_token_of_the_whole_vocabulary(scale, top_k, top_p):
+    logits = torch.randn(50257, generator=torch.Generator().manual_seed(1)) * scale
+    first, last = sample(logits.expand(2, -1), torch.tensor([0.0, LARGEST]), 1.0, top_k, top_p)
+    assert first == logits.argmax()
+    falling, ids = logits.double().sort(descending=True)
+    p = falling[: top_k or None].softmax(-1)
+    at = (ids == last).nonzero().item()
+    assert p[:at].sum() < top_p + 1e-6  # those before it have less than top_p, so it is kept
+    assert p[: at + 1].sum() > top_p - 1e-6  # and none behind it is
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-5, 1e-38, 1e-45])
+def test_a_temperature_of_0_or_next_to_it_draws_the_likeliest(temperature):
+    logits = torch.tensor([[-3.0, 50.0, 49.0]]).expand(3, -1)
+    assert sample(logits, torch.tensor([0.0, 0.5, LARGEST]), temperature).tolist() == [1, 1, 1]
+
+
+def test_equal_logits_are_drawn_equally_often():
+    counts = sample(torch.zeros(1024, 4), torch.arange(1024) / 1024).bincount()
+    assert counts.tolist() == [256] * 4
+
+
+def test_rows_are_drawn_by_their_own_uniform():
+    logits = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]])
+    assert sample(logits, torch.tensor([0.0, 0.0])).tolist() == [2, 0]
+    assert sample(logits, torch.tensor([0.0, LARGEST])).tolist() == [2, 2]
+
+
+def test_the_first_tokens_of_many_rows_have_the_models_distribution(hf, model):
+    n = 3000
+    ids = torch.tensor(generate(model, PROMPTS[:1] * n, max_new_tokens=2, seed=0, top_k=5, temperature=2.0))
+    with torch.no_grad():
+        expected = warped(hf(torch.tensor(PROMPTS[:1])).logits[0, -1], 2.0, 5, 1.0)
+    observed = ids[:, 0].bincount(minlength=200) / n
+    assert (observed - expected).abs().max() < 4 * (0.25 / n) ** 0.5
+    # and the second token does not follow from the first one's uniform, nor a row from the one before
+    same = (ids[1:, 0] == ids[:-1, 0]).float().mean()
+    assert abs(same - expected.square().sum()) < 4 * (0.25 / n) ** 0.5
+
+
+# text
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer()
+
+
+def reciter(ids):
+    """A real model that says `ids` whatever it is asked: each position embeds the token that comes next."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=len(ids) + 1, vocab_size=50257, n_layer=0, n_head=1, n_embd=128))
+    wte, wpe = model.transformer.wte.weight, model.transformer.wpe.weight
+    with torch.no_grad():
+        wpe[: len(ids)] = 100 * wte[ids]
+    return model
+
+
+def ids_of(tokenizer, pieces):
+    return [token for piece in pieces for token in tokenizer.encode(piece)]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop_strings", "expected"),
+    [
+        (["hello world, how are you"], (), "hello world, how are you"),
+        ([" fine.", "\n", "[", "Human", "]:", " hi"], ("[Human]:",), " fine.\n"),
+        ([" fine", ".\n\n[", "Hum", "an", "]: hi"], ("[Human]:", "[Bot]:"), " fine.\n\n"),
+        (["so far [Hum", "mer] and on"], ("[Human]:",), "so far [Hummer] and on"),
+        (["[[[", "Human", "]: x"], ("[Human]:",), "[["),
+        (["ab", "ab", "ac!"], ("abac",), "ab"),
+        (["one ", "two ", "three"], ("wo t", "hree"), "one t"),
+        (["hello"], ("hello",), ""),
+        (["say hello"], ("lo", "he"), "say "),
+        (["so 😀 happy 🤷🏽‍♀️ naïve 日本"], (), "so 😀 happy 🤷🏽‍♀️ naïve 日本"),
+        (["I say 😀 now"], ("😀",), "I say "),
+        (["I say 😁 now"], ("😀",), "I say 😁 now"),
+    ],
+)
+def test_text_streams_up_to_a_stop_string_and_generate_has_the_same(tokenizer, pieces, stop_strings, expected):
+    ids = ids_of(tokenizer, pieces)
+    model, options = reciter(ids), {"temperature": 0, "stop_strings": stop_strings, "max_new_tokens": len(ids)}
+    assert "".join(stream(model, tokenizer, [0], **options)) == expected
+    (new,) = generate(model, [[0]], tokenizer=tokenizer, **options)
+    assert ids[: len(new)] == new
+    text = tokenizer.decode(new)
+    assert expected.startswith(text)
+    # generate gives whole ids: all that end before the stop
+    assert len(text) == len(expected) or not expected.startswith(tokenizer.decode(ids[: len(new) + 1]))
+
+
+def test_a_stop_string_ends_its_own_row_only(tokenizer):
+    ids = ids_of(tokenizer, ["one ", "two ", "three ", "four"])
+    options = {"temperature": 0, "tokenizer": tokenizer, "stop_strings": ["two"], "max_new_tokens": len(ids)}
+    late = [0, *ids_of(tokenizer, ["one ", "two "])]  # has the stop string in its prompt, which does not count
+    rows = generate(reciter(ids), [[0], late, [0]], **options)
+    assert [tokenizer.decode(row) for row in rows] == ["one ", "three four", "one "]
+
+
+def test_what_may_begin_a_stop_string_is_not_shown_when_the_row_ends_for_want_of_room(tokenizer):
+    ids = ids_of(tokenizer, ["the [Human]"])
+    options = {"temperature": 0, "stop_strings": ["[Human]:"], "max_new_tokens": len(ids)}
+    assert "".join(stream(reciter(ids), tokenizer, [0], **options)) == "the "
+
+
+def test_a_stop_id_releases_what_was_held_back(tokenizer):
+    ids = ids_of(tokenizer, ["the [Human]"])
+    model = reciter([*ids, 50256])
+    options = {"temperature": 0, "stop_strings": ["[Human]:"], "stop_ids": [50256], "max_new_tokens": 50}
+    assert "".join(stream(model, tokenizer, [0], **options)) == "the [Human]"
+
+
+def test_half_a_character_at_the_end_is_not_shown(tokenizer):
+    ids = tokenizer.encode("so 😀")
+    assert tokenizer.decode(ids[:-1]).endswith("\ufffd")
+    assert "".join(stream(reciter(ids), tokenizer, [0], temperature=0, max_new_tokens=len(ids) - 1)) == "so "
+
+
+def test_text_comes_as_soon_as_it_is_certain(tokenizer):
+    text = TextStream(tokenizer, ["[Human]:"])
+    pieces = ["fine", ".\n", "[", "Human", "]", "!", " 😀"]
+    shown = ["".join(map(text.push, tokenizer.encode(piece))) for piece in pieces]
+    assert shown == ["fine", ".\n", "", "", "", "[Human]!", " 😀"]
+
+
+alphabet = st.text(st.sampled_from("ab[]: \n😀é日"), max_size=20)
+
+
+@settings(max_examples=300, deadline=None)
+@given(texts=st.lists(alphabet | st.text(max_size=5), max_size=6), stops=st.lists(alphabet.filter(bool), max_size=3))
+@example(texts=["a[a", "[b]"], stops=["[a[b"])
+@example(texts=["hello"], stops=["lo", "el"])
+def test_streamed_text_is_the_text_up_to_the_first_stop_and_no_more_is_held_back_than_must_be(texts, stops):
+    tokenizer = Tokenizer()
+    ids = ids_of(tokenizer, texts)
+    stream_, shown, whole = TextStream(tokenizer, stops), "", b""
+    for token in ids:
+        shown += stream_.push(token)
+        whole += tokenizer.token_bytes(token)
+        so_far = whole.decode("utf-8", "ignore")  # without half a character at the end
+        found = [so_far.find(stop) for stop in stops if stop in so_far]
+        if found:
+            assert stream_.stopped_at == min(found)
+            assert shown == so_far[: min(found)]
+            assert stream_.rest() == ""
+            return
+        starts = [n for n in range(len(so_far)) if any(stop.startswith(so_far[n:]) for stop in stops)]
+        assert shown == so_far[: min(starts, default=len(so_far))]
+        assert stream_.stopped_at is None
+    assert shown + stream_.rest() == "".join(texts).encode("utf-8", "replace").decode()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 50256), max_size=20) | st.lists(st.integers(94, 255), max_size=20))  # the latter: bytes
+def test_streamed_text_is_the_decoded_text_whatever_the_ids_are(ids):
+    tokenizer = Tokenizer()
+    text = TextStream(tokenizer)
+    streamed = "".join(map(text.push, ids)) + text.rest()
+    assert tokenizer.decode(ids) in (streamed, streamed + "\ufffd")  # the latter: half a character at the end
+
+
+# the prompt that fits
+
+
+def say(role, content):
+    return {"role": role, "content": content}
+
+
+def length(tokenizer, messages):
+    return len(tokenizer.render(messages, add_generation_prompt=True)[0])
+
+
+@pytest.mark.parametrize("template", ["human_bot", "user_assistant"])
+@pytest.mark.parametrize("persona", [[], [say("system", "i am a zookeeper.")]])
+def test_as_many_whole_exchanges_as_fit_are_kept_and_the_persona(template, persona):
+    tokenizer = Tokenizer(template)
+    turns = [m for conversation in small_talk(3) for m in conversation if m["role"] != "system"]
+    turns.append(say("user", "and now?"))
+    candidates = [persona + turns[start:] for start in range(0, len(turns), 2)]  # the longest first
+    prompts = [tokenizer.render(candidate, add_generation_prompt=True)[0] for candidate in candidates]
+    assert len(prompts) > 5
+    for room in range(len(prompts[-1]), len(prompts[0]) + 2):
+        assert fit_context(tokenizer, persona + turns, room) == next(ids for ids in prompts if len(ids) <= room)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    persona=st.none() | st.text(max_size=20),
+    contents=st.lists(st.text(max_size=30) | st.sampled_from(["hello", "\n[Bot]: no", ""]), min_size=1, max_size=9),
+    room=st.integers(30, 120),
+)
+def test_the_prompt_fits_and_is_the_end_of_the_conversation_for_any_text(persona, contents, room):
+    tokenizer = Tokenizer()
+    turns = [say(("user", "assistant")[n % 2], content) for n, content in enumerate(contents)]
+    turns = turns[: len(turns) - 1 + len(turns) % 2]  # the last is the user's
+    system = [] if persona is None else [say("system", persona)]
+    assume(length(tokenizer, [*system, say("user", "")]) + 5 <= room)
+    ids = fit_context(tokenizer, system + turns, room)
+    assert len(ids) <= room
+    if length(tokenizer, system + turns[-1:]) <= room:
+        candidates = [system + turns[start:] for start in range(0, len(turns), 2)]
+        assert ids in [tokenizer.render(c, add_generation_prompt=True)[0] for c in candidates]
+
+
+def test_a_conversation_that_fits_is_left_as_it_is(tokenizer):
+    turns = [say("user", "hi"), say("assistant", "hello"), say("user", "bye")]
+    assert fit_context(tokenizer, turns, 1000) == tokenizer.render(turns, add_generation_prompt=True)[0]
+    assert fit_context(tokenizer, [], 10) == tokenizer.render([], add_generation_prompt=True)[0]
+
+
+@pytest.mark.parametrize("text", ["the number 12345 is " * 300, "😀" * 300, "日本語" * 300, "\n[Bot]: " * 300])
+@pytest.mark.parametrize("persona", [[], [say("system", "i am a zookeeper.")]])
+def test_of_a_message_that_is_too_long_the_end_is_kept(tokenizer, text, persona):
+    turns = [say("user", "hi"), say("assistant", "hello"), say("user", text + "what now?")]
+    for room in (40, 64, 101):
+        ids = fit_context(tokenizer, persona + turns, room)
+        assert room - 10 <= len(ids) <= room
+        prompt = tokenizer.decode(ids)
+        before = "[Persona]: i am a zookeeper.\n[Human]: " if persona else "[Human]: "
+        assert prompt.startswith(before)
+        assert prompt.endswith("what now?\n[Bot]:")
+        assert text.endswith(prompt.removeprefix(before).removesuffix("what now?\n[Bot]:"))
+
+
+@pytest.mark.parametrize("turns", [[], [say("user", "hello")]])
+def test_a_persona_that_leaves_no_room_is_refused(tokenizer, turns):
+    persona = [say("system", "i like tea. " * 50)]
+    with pytest.raises(ValueError, match=r"persona is too long.* 64 tokens"):
+        fit_context(tokenizer, persona + turns, 64)
+
+
+def test_a_history_of_a_thousand_turns_takes_no_time(tokenizer):
+    turns = [say(role, "i like tea and the dog runs home") for _ in range(500) for role in ("user", "assistant")]
+    start = time.perf_counter()
+    ids = fit_context(tokenizer, [*turns, say("user", "hi")], 1000)
+    assert time.perf_counter() - start < 2
+    assert 900 < len(ids) <= 1000
