@@ -1,0 +1,48 @@
+"""The 7,168 conversations of the PyPI package chitchat-dataset, people talking to people: python prepare/chitchat.py
+
+Each conversation appears twice, with the one and with the other speaker as the bot, both times in the same split.
+"""
+
+import json
+from importlib import metadata
+from itertools import groupby
+
+from corpus import Config, divide, existing, prepare
+
+from configurator import run
+
+
+def turns(conversation):
+    """Return the texts of one conversation's turns: consecutive messages of one speaker are one."""
+    messages = [message for group in conversation["messages"] for message in group if message["text"].strip()]
+    grouped = groupby(messages, key=lambda message: message["sender"])
+    return [" ".join(message["text"].strip() for message in group) for _, group in grouped]
+
+
+def read(path):
+    """Yield (conversation's id, messages) from dataset.json, {id: {"messages": [[{"text", "sender"}]]}}."""
+    try:
+        conversations = json.loads(path.read_text(encoding="utf-8"))
+        for key, conversation in conversations.items():
+            texts = turns(conversation)
+            if len(texts) < 2:
+                continue
+            for roles in (("user", "assistant"), ("assistant", "user")):
+                yield key, [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not chitchat-dataset's dataset.json: {error!r}") from error
+
+
+def main(config):
+    if config.source:
+        path = existing(config.source)
+    else:
+        try:
+            path = metadata.distribution("chitchat-dataset").locate_file("chitchat_dataset/dataset.json")
+        except metadata.PackageNotFoundError:
+            raise FileNotFoundError("the corpus comes in a package: pip install chitchat-dataset==0.9.0") from None
+    prepare(config, "chitchat", divide(read(path)))
+
+
+if __name__ == "__main__":
+    run(main, Config)
