@@ -1,0 +1,178 @@
+"""Talk to a model: python chat.py --init_from=out/chat [--persona="i am a zookeeper."]
+
+When the input is not a terminal, each line of it is a message and gets one line "Bot: ..." in answer.
+"""
+
+import contextlib
+import json
+import sys
+from dataclasses import dataclass
+
+from checkpoint import load_model, pick_device, pick_dtype
+from configurator import run
+from generate import fit_context, stream
+
+COMMANDS = """\
+/help            this list
+/reset           forget the conversation, keep the persona
+/persona [TEXT]  give the bot a persona, or show it; /persona - takes it away
+/retry           another answer to your last message
+/save FILE       append the conversation to FILE, one JSON line, as prepare/jsonl.py reads it
+/quit            or Ctrl-D; Ctrl-C cuts an answer short"""
+
+SHORT = {"role": "user", "content": "a"}  # the least that must fit into the context
+
+
+@dataclass
+class Config:
+    init_from: str = "out/chat"  # a directory, gpt2[-medium|-large|-xl], distilgpt2 or org/name on the hub
+    persona: str = ""  # who the bot is, in sentences: "i am a zookeeper. i like tea."
+    max_new_tokens: int = 128  # tokens in a reply, at most
+    temperature: float = 0.7  # below 1 is more predictable, above 1 more random; 0 takes the likeliest token
+    top_k: int = 50  # draw from the so many likeliest tokens; 0: from all
+    top_p: float = 0.9  # draw from the likeliest tokens that have this much probability together
+    repetition_penalty: float = 1.1  # above 1 makes tokens that were there before less likely
+    seed: int = 1337  # the same seed and messages give the same replies
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+
+
+class Chat:
+    """A conversation with a model: `messages` in the order they were said, the persona first if there is one."""
+
+    def __init__(self, config):
+        device = pick_device(config.device)
+        self.model, self.tokenizer = load_model(config.init_from, device, pick_dtype(config.dtype, device))
+        self.config, self.messages, self.replies = config, [], 0
+        self.room = self.model.config.block_size - config.max_new_tokens
+        if self.room < len(self.tokenizer.render([SHORT], add_generation_prompt=True)[0]) or config.max_new_tokens < 1:
+            context = self.model.config.block_size
+            raise ValueError(
+                f"max_new_tokens={config.max_new_tokens}: the context is {context} tokens, for both sides; "
+                f"try --max_new_tokens={context // 2}"
+            )
+        self.set_persona(config.persona)
+
+    def set_persona(self, persona):
+        """Put `persona` before the conversation in place of the one there is; "" takes it away."""
+        system = [{"role": "system", "content": persona}] if persona else []
+        fit_context(self.tokenizer, [*system, SHORT], self.room)  # refuses one that is too long
+        self.messages = system + [m for m in self.messages if m["role"] != "system"]
+
+    def reply(self, message):
+        """Yield the reply to `message` in pieces, without white space around it, and remember both.
+
+        A reply that is cut short (by closing the generator) is remembered as far as it went.
+        """
+        c = self.config
+        self.messages.append({"role": "user", "content": message})
+        self.replies += 1
+        reply, held = "", ""  # held: white space that is shown only if something follows
+        try:
+            for piece in stream(
+                self.model,
+                self.tokenizer,
+                fit_context(self.tokenizer, self.messages, self.room),
+                max_new_tokens=c.max_new_tokens,
+                temperature=c.temperature,
+                top_k=c.top_k,
+                top_p=c.top_p,
+                repetition_penalty=c.repetition_penalty,
+                stop_ids=self.tokenizer.stop_ids,
+                stop_strings=self.tokenizer.stop_strings,
+                seed=c.seed + self.replies,
+            ):
+                held += piece if reply else piece.lstrip()
+                shown = held.rstrip()
+                reply, held = reply + shown, held[len(shown) :]
+                if shown:
+                    yield shown
+        finally:
+            self.messages.append({"role": "assistant", "content": reply})
+
+    def take_back(self):
+        """Forget the last message and its reply; return the message, "" if there is none."""
+        if self.messages[-1:] and self.messages[-1]["role"] == "assistant":
+            self.messages.pop()
+            return self.messages.pop()["content"]
+        return ""
+
+    def save(self, path):
+        """Append the conversation to `path` as one JSON line."""
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+
+
+def command(chat, line):
+    """Carry out a /command. Return the message to answer now, if there is one."""
+    name, _, argument = (part.strip() for part in line.partition(" "))
+    if name == "/reset":
+        chat.messages = [m for m in chat.messages if m["role"] == "system"]
+        print("forgotten")
+    elif name == "/persona":
+        if argument:
+            chat.set_persona("" if argument == "-" else argument)
+        print(next((m["content"] for m in chat.messages if m["role"] == "system"), "no persona"))
+    elif name == "/retry":
+        if message := chat.take_back():
+            return message
+        print("there is no message to answer again")
+    elif name == "/save" and argument:
+        if all(message["role"] != "assistant" for message in chat.messages):
+            print("there is nothing to save yet")
+        else:
+            chat.save(argument)
+            print(f"saved to {argument}")
+    elif name == "/quit":
+        raise EOFError
+    else:
+        print(COMMANDS)
+    return ""
+
+
+def talk(chat):
+    """Hold a conversation at a terminal until its end of input."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (gives input() line editing and history; not there on Windows)
+    size, context = chat.model.num_parameters() / 1e6, chat.model.config.block_size
+    print(f"{chat.config.init_from}: {size:.0f}M parameters, context {context}. /help lists commands")
+    while True:
+        try:
+            message = input("You: ").strip()
+            if message.startswith("/"):
+                message = command(chat, message)
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n/quit or Ctrl-D ends the chat")
+            continue
+        except (ValueError, OSError) as error:
+            print(error)
+            continue
+        if not message:
+            continue
+        print("Bot: ", end="", flush=True)
+        try:
+            with contextlib.closing(chat.reply(message)) as reply:
+                for piece in reply:
+                    print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            if not chat.messages[-1]["content"]:
+                chat.take_back()  # nothing was said
+        print()
+
+
+def main(config):
+    chat = Chat(config)
+    if sys.stdin and sys.stdin.isatty():
+        return talk(chat)
+    if sys.stdin:
+        sys.stdin.reconfigure(errors="replace")
+    for line in sys.stdin or ():
+        if message := line.strip():
+            print("Bot:", " ".join("".join(chat.reply(message)).split()), flush=True)
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,598 @@
+"""Training: beside a plain transformers loop, interrupted and resumed, killed, on two processes, and asked wrongly."""
+
+import functools
+import io
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, assert_refused, small_talk, write_shards
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+import chat
+import configurator
+import train
+from shards import Loader, find_shards
+from tokenizer import Tokenizer
+
+# a step takes hundredths of a second; what is not said here is as in train.py
+TINY = {"init_from": "scratch", "out_dir": "out", "data_dir": "data", "dataset": "talk", "device": "cpu"}
+TINY |= {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 2, "gradient_accumulation_steps": 2}
+TINY |= {"max_iters": 12, "warmup_iters": 3, "learning_rate": 0.01, "eval_interval": 5, "eval_iters": 4}
+TINY |= {"log_interval": 1, "dtype": "float32", "dropout": 0.0}
+LONG = {"max_iters": 20, "eval_interval": 3, "dropout": 0.1}  # saves all the time
+
+# a process that is forked from one with torch in it starts in a tenth of the time
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["torch", "torch._dynamo"])
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch, tmp_path, data_dir):
+    """In a folder with data/talk; on one thread, here and in other processes, so that sums have the same order."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    threads = torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Train from scratch to the end: uninterrupted(dropout=0.1) -> out_dir. The same knobs are trained once."""
+
+    @functools.cache
+    def run(**knobs):
+        out = tmp_path_factory.mktemp("uninterrupted") / "out"
+        return fit(out_dir=str(out), **knobs)
+
+    return run
+
+
+def tiny(**knobs):
+    return train.Config(**TINY | knobs)
+
+
+def fit(**knobs):
+    """Train in this process; return out_dir."""
+    config = tiny(**knobs)
+    if config.init_from != "resume":
+        shutil.rmtree(config.out_dir, ignore_errors=True)
+    train.main(config)
+    return Path(config.out_dir)
+
+
+def arguments(**knobs):
+    return [f"--{name}={value}" for name, value in (TINY | knobs).items()]
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def assert_close_weights(ours, theirs, atol):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        a, b = ours[name], theirs[name]
+        if name.endswith(
+            "c_attn.bias"
+        ):  # the gradient of the keys' biases is 0 but for rounding: Adam makes noise of it
+            a, b = (torch.cat([bias[:32], bias[64:]]) for bias in (a, b))
+        torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speeds(records):
+    return [{k: v for k, v in record.items() if k not in ("tokens_per_s", "mfu")} for record in records]
+
+
+def assert_same_run(out, whole):
+    assert_same_weights(out, whole)
+    assert_same_weights(out / "last", whole / "last")
+    assert without_speeds(metrics(out)) == without_speeds(metrics(whole))
+
+
+def losses(out, name="loss"):
+    return [record[name] for record in metrics(out) if name in record]
+
+
+def at_step(monkeypatch, step, act):
+    """Call act(), once, in the middle of a step of the training to come."""
+    acts, original = [act], train.learning_rate
+
+    def learning_rate(config, it):
+        if it == step and acts:
+            acts.pop()()
+        return original(config, it)
+
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+
+
+def power_cut():
+    raise InterruptedError("power cut")
+
+
+def quiet_talk():
+    """Conversations among which many have no reply, so that whole micro-batches have nothing supervised."""
+    return [messages[:1] if i % 4 else messages for i, messages in enumerate(small_talk(200, seed=3))]
+
+
+def supervised_counts(config):
+    """Return the number of supervised tokens of each micro-batch, (steps, micro-batches of a step)."""
+    loader = Loader(find_shards(config.data_dir, config.dataset, "train"), config.batch_size, 32, config.seed, 50257)
+    steps = config.gradient_accumulation_steps
+    counts = [(loader.batch(i)[1] != -100).sum().item() for i in range(config.max_iters * steps)]
+    return torch.tensor(counts).view(-1, steps)
+
+
+# --- the arithmetic of a step -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("talk", "batch_size"), [(None, 2), (quiet_talk, 1)], ids=["talk", "little supervised"])
+def test_twenty_steps_give_the_losses_and_weights_of_a_plain_transformers_loop(hf_gpt2, talk, batch_size):
+    if talk:
+        write_shards("data/talk", talk(), small_talk(10))
+    hf_gpt2(n_positions=32).save_pretrained("start")
+    config = tiny(
+        init_from="start", max_iters=20, warmup_iters=5, min_lr=0.001, weight_decay=0.5, batch_size=batch_size
+    )
+    counts = supervised_counts(config)
+    assert (counts[:, 0] != counts[:, 1]).any()
+    if talk:
+        assert (counts == 0).any() and (counts.sum(1) == 0).any()  # a micro-batch without, and a whole step without
+    train.main(config)
+
+    model = GPT2LMHeadModel.from_pretrained("start").eval()  # eval: its config has dropout
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+    loader = Loader([Path("data/talk/train.bin")], batch_size, 32, config.seed, 50257)
+    expected = []
+    for it in range(20):
+        batches = [loader.batch(2 * it), loader.batch(2 * it + 1)]
+        supervised = sum((y != -100).sum() for _, y in batches)
+        total = sum(F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten(), reduction="sum") for x, y in batches)
+        loss = total / max(supervised, 1)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        lr = 0.01 * (it + 1) / 6 if it < 5 else 0.001 + 0.009 * (1 + math.cos(math.pi * (it - 5) / 15)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+
+    assert losses(Path("out")) == pytest.approx(expected, abs=1e-4)
+    theirs = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    assert_close_weights(weights("out/last"), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("cosine", [0.2, 0.4, 0.6, 0.8, 1.0, 0.8, 0.6, 0.4, 0.2]),
+        ("linear", [0.2, 0.4, 0.6, 0.8, 1.0, 1.0 - 0.8 / 3, 0.6, 0.2 + 0.8 / 3, 0.2]),
+        ("constant", [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_the_learning_rate_rises_over_the_warmup_and_falls_as_scheduled(schedule, expected):
+    config = tiny(lr_schedule=schedule, learning_rate=1.0, min_lr=0.2, warmup_iters=4, max_iters=16)
+    steps = [0, 1, 2, 3, 4, 8, 10, 12, 16]  # a third, half and two thirds of the way down at 8, 10 and 12
+    assert [train.learning_rate(config, it) for it in steps] == pytest.approx(expected)
+
+
+def test_without_a_warmup_the_first_step_has_the_full_learning_rate():
+    assert train.learning_rate(tiny(warmup_iters=0, learning_rate=0.5), 0) == 0.5
+
+
+def test_the_loss_falls(uninterrupted):
+    out = uninterrupted(dropout=0.1)
+    assert losses(out)[0] == pytest.approx(math.log(50257), abs=0.2)
+    assert losses(out)[-1] < 8 and losses(out, "val_loss")[-1] < 8
+
+
+def test_evaluation_does_not_touch_training(uninterrupted):
+    often, seldom = fit(dropout=0.1, eval_interval=2, eval_iters=2), uninterrupted(dropout=0.1)
+    assert_same_weights(often / "last", seldom / "last")
+
+
+def test_the_seed_decides_the_run(uninterrupted):
+    assert losses(fit(dropout=0.1, max_iters=1, seed=2)) != losses(uninterrupted(dropout=0.1))[:1]
+
+
+# --- interrupted ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(dtype, uninterrupted, monkeypatch):
+    knobs = {"dtype": dtype, "dropout": 0.1}
+    whole = uninterrupted(**knobs)
+    with monkeypatch.context() as patch:  # saved where it was told to stop
+        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        fit(**knobs)
+    assert metrics(Path("out"))[-1]["iter"] == 3
+    with monkeypatch.context() as patch:  # back to the last save, three steps ago
+        at_step(patch, 8, power_cut)
+        with pytest.raises(InterruptedError, match="power cut"):
+            fit(**knobs, init_from="resume")
+    assert metrics(Path("out"))[-1]["iter"] == 8
+    assert_same_run(fit(**knobs, init_from="resume"), whole)
+
+
+def test_a_finished_run_can_be_prolonged():
+    knobs = {"lr_schedule": "constant", "dropout": 0.1, "eval_interval": 3}
+    fit(**knobs, max_iters=3)
+    longer = fit(**knobs, max_iters=6, init_from="resume")
+    assert losses(longer) == losses(fit(**knobs, max_iters=6, out_dir="at once"))
+
+
+def test_a_run_is_not_overwritten_by_another():
+    out = fit(max_iters=2)
+    before = metrics(out)
+    with pytest.raises(ValueError, match="out/last holds a run: --init_from=resume"):
+        train.main(tiny())
+    assert metrics(out) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_and_ctrl_c_save_and_exit_0(number, uninterrupted):
+    command = [sys.executable, ROOT / "train.py", *arguments(**LONG)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stdout if line.startswith("iter 4/20"))
+        process.send_signal(number)
+        shown, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    assert "stopped at iter" in shown.splitlines()[-1] and "--init_from=resume" in shown.splitlines()[-1]
+    assert_same_run(fit(**LONG, init_from="resume"), uninterrupted(**LONG))
+
+
+def renewed(path, since):
+    """Whether the file was written after `since`, in nanoseconds; it may vanish while we look."""
+    try:
+        return path.stat().st_mtime_ns > since
+    except FileNotFoundError:
+        return False
+
+
+def test_kill_9_at_any_instant_leaves_a_checkpoint_that_loads_and_resumes(uninterrupted):
+    out, choose = Path("out"), random.Random(0)
+    log, state, last, best = (
+        out / "metrics.jsonl",
+        out / "last/state.pt",
+        out / "last/model.safetensors",
+        out / "model.safetensors",
+    )
+    # each waits until this file was renewed, then that one, then so many seconds
+    instants = [
+        (state, path.with_name(path.name + ".part"), 0) for path in (state, out / "last/tokenizer.json", last, best)
+    ]
+    instants += [(log, state, 0), (log, last, 0), (state, best, 0)]  # and at the instant when a file is replaced
+    instants += [(state, log, choose.uniform(0, 0.3)) for _ in range(2)]
+    for number, (first, then, seconds) in enumerate(instants):
+        config = tiny(**LONG, init_from="resume" if number else "scratch")
+        process = processes.Process(target=train.main, args=(config,))
+        started = time.time_ns()
+        process.start()
+        for path in (first, then):
+            while process.is_alive() and not renewed(path, started):
+                time.sleep(0.0005)
+        time.sleep(seconds)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL or seconds, "it ended before it was killed"
+        for folder in (out, out / "last"):
+            GPT2LMHeadModel.from_pretrained(folder)
+            AutoTokenizer.from_pretrained(folder)
+    assert_same_run(fit(**LONG, init_from="resume"), uninterrupted(**LONG))
+    assert list(out.rglob("*.part")) == []
+
+
+def test_the_trainers_state_loads_as_tensors_and_plain_values_only(uninterrupted):
+    state = torch.load(uninterrupted(dropout=0.1) / "last" / "state.pt", weights_only=True)
+    assert state["iter"] == 12
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+def torchrun(**knobs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    return subprocess.Popen([*command, *arguments(**knobs)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def assert_close_runs(out, alone):
+    """Equal but for the order in which gradients are added up."""
+    for name in ("loss", "train_loss", "val_loss"):
+        assert losses(out, name) == pytest.approx(losses(alone, name), abs=1e-5)
+    assert_close_weights(weights(out / "last"), weights(alone / "last"), atol=1e-6)
+
+
+def test_two_processes_are_one_process_with_the_same_global_batch():
+    write_shards("data/talk", quiet_talk(), small_talk(10))
+    knobs = {"batch_size": 1, "gradient_accumulation_steps": 4, "eval_iters": 3}
+    ranks = supervised_counts(tiny(**knobs)).view(-1, 2, 2).sum(1)  # micro-batches 0 and 2 are of rank 0, 1 and 3 of 1
+    assert (ranks[:, 0] != ranks[:, 1]).all() and (ranks == 0).any()
+    with torchrun(out_dir="two", **knobs) as process:
+        shown, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert shown.count("iter 1/12: ") == 1  # one process speaks
+    assert_close_runs(Path("two"), fit(**knobs))
+
+
+def test_two_processes_stop_together_and_one_process_goes_on(uninterrupted):
+    knobs = LONG | {"dropout": 0.0}
+    with torchrun(**knobs) as process:
+        next(line for line in process.stdout if line.startswith("iter 4/20"))
+        process.terminate()
+        shown, errors = process.communicate(timeout=120)
+    assert "stopped at iter" in shown, errors
+    assert_close_runs(fit(**knobs, init_from="resume"), uninterrupted(**knobs))
+
+
+# --- what it writes ---------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_one_json_object_a_line_with_the_keys_that_others_rely_on(uninterrupted):
+    records = metrics(uninterrupted(dropout=0.1))
+    steps = [record for record in records if "loss" in record]
+    evaluations = [record for record in records if "val_loss" in record]
+    assert len(steps) + len(evaluations) == len(records)
+    assert [record["iter"] for record in steps] == list(range(1, 13))
+    assert [record["iter"] for record in evaluations] == [0, 5, 10, 12]
+    assert all(record.keys() >= {"iter", "loss", "lr", "tokens_per_s", "mfu"} for record in steps)
+    assert all(record.keys() >= {"iter", "train_loss", "val_loss"} for record in evaluations)
+    assert [r["lr"] for r in steps] == [train.learning_rate(tiny(), it) for it in range(12)]
+    assert all(record["tokens_per_s"] > 0 and record["mfu"] is None for record in steps)
+
+
+def test_the_screen_shows_each_logged_step_each_evaluation_and_a_sampled_reply(capsys):
+    fit(max_iters=4, log_interval=2)
+    shown = capsys.readouterr().out
+    assert shown.count("[Human]: Hello! How are you today? [Bot]:") == shown.count("val loss") == 2
+    lines = [line for line in shown.splitlines() if line.startswith("iter") and "/4: loss" in line]
+    assert [line.split(":")[0] for line in lines] == ["iter 2/4", "iter 4/4"]
+    assert all(f"lr {lr:.2e}" in line for line, lr in zip(lines, losses(Path("out"), "lr"), strict=True))
+    assert all("tokens/s" in line and "left" in line for line in lines)
+
+
+@pytest.fixture
+def overfitting():
+    """Knobs of a run whose validation loss falls, then rises."""
+    other_words = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "purple zebra!"}]] * 30
+    write_shards("data/other", small_talk(60, seed=1), other_words)
+    return {"dataset": "other", "eval_interval": 4, "learning_rate": 0.03}
+
+
+def test_out_dir_holds_the_weights_of_the_lowest_validation_loss(overfitting, uninterrupted):
+    out = uninterrupted(**overfitting)
+    val_losses = losses(out, "val_loss")
+    assert val_losses[0] > min(val_losses) < val_losses[-1]
+    batches = map(Loader([Path("data/other/val.bin")], 2, 32, 1337, 50257).batch, range(4))
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    for folder, expected in ((out, min(val_losses)), (out / "last", val_losses[-1])):
+        with torch.no_grad():
+            logits = GPT2LMHeadModel.from_pretrained(folder).eval()(x).logits
+        assert F.cross_entropy(logits.flatten(0, 1), y.flatten()).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_resumed_run_does_not_forget_which_weights_were_best(overfitting, uninterrupted, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 11, power_cut)
+        with pytest.raises(InterruptedError):
+            fit(**overfitting)
+    assert_same_run(fit(**overfitting, init_from="resume"), uninterrupted(**overfitting))
+
+
+def test_what_was_trained_loads_in_transformers_and_talks(uninterrupted, monkeypatch, capsys):
+    out = uninterrupted(dropout=0.1)
+    messages = [{"role": "user", "content": "hello"}]
+    prompt = AutoTokenizer.from_pretrained(out).apply_chat_template(messages, add_generation_prompt=True)
+    assert prompt["input_ids"] == Tokenizer().render(messages, add_generation_prompt=True)[0]
+    reply = GPT2LMHeadModel.from_pretrained(out).generate(
+        torch.tensor([prompt["input_ids"]]), max_new_tokens=8, do_sample=False
+    )[0, len(prompt["input_ids"]) :]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
+    capsys.readouterr()
+    chat.main(chat.Config(str(out), max_new_tokens=8, temperature=0, repetition_penalty=1, device="cpu"))
+    expected = Tokenizer().decode([token for token in reply.tolist() if token != 50256]).split()
+    assert capsys.readouterr().out == " ".join(["Bot:", *expected]) + "\n"
+
+
+def test_a_stopped_run_can_be_fine_tuned_further_from_its_directory(uninterrupted):
+    out = uninterrupted(dropout=0.1)
+    again = fit(init_from=str(out / "last"), max_iters=0)
+    assert_same_weights(again, out / "last")
+
+
+def test_weights_and_biases_gets_the_run_when_switched_on(monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("HOME", os.getcwd())  # it keeps settings there
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    fit(max_iters=2, wandb_log=True, wandb_run_name="my first run")
+    wandb.finish()
+    wandb.teardown()  # ends its service, which writes
+    (logged,) = Path("wandb").glob("offline-run-*/run-*.wandb")
+    for word in ("my first run", "learning_rate", *metrics(Path("out"))[0], *metrics(Path("out"))[1]):
+        assert word.encode() in logged.read_bytes()
+
+
+# --- what it takes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init_from", ["scratch", "start"])
+def test_another_template_trains_and_its_tokens_are_added(init_from, hf_gpt2):
+    hf_gpt2(n_positions=32).save_pretrained("start")
+    write_shards("data/talk", small_talk(60), small_talk(10), template="user_assistant")
+    out = fit(init_from=init_from, template="user_assistant", max_iters=4)
+    model, tokenizer = GPT2LMHeadModel.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.config.vocab_size == len(tokenizer) == 50262
+    assert model.config.eos_token_id == tokenizer.convert_tokens_to_ids("<|End|>")
+    assert torch.load(out / "last" / "state.pt")["template"] == "user_assistant"
+    assert losses(out)[-1] < losses(out)[0]
+
+
+def test_a_nanogpt_bin_without_a_header_trains(capsys):
+    ids = Tokenizer().encode("the dog runs home. what now? tea for you. " * 100)
+    for split in ("train", "val"):
+        np.array(ids, np.uint16).tofile(f"data/talk/{split}.bin")
+    out = fit()
+    assert f"train: {len(ids):,} tokens" in capsys.readouterr().out
+    assert losses(out, "val_loss")[-1] < losses(out, "val_loss")[0] - 2
+
+
+def test_datasets_separated_by_commas_are_trained_on_together(capsys):
+    write_shards("data/more", small_talk(20, seed=5), small_talk(5, seed=6))
+    fit(dataset="talk, more", max_iters=1)
+    sizes = [len(ids) for seed, n in ((1, 60), (5, 20)) for ids, _ in Tokenizer().render_batch(small_talk(n, seed))]
+    assert f"train: {sum(sizes):,} tokens" in capsys.readouterr().out
+
+
+def test_a_context_too_short_for_the_sampled_reply_trains():
+    assert len(losses(fit(block_size=8, max_iters=1))) == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_alike(uninterrupted):
+    assert losses(fit(compile=True)) == pytest.approx(losses(uninterrupted()), abs=1e-3)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"lr_schedule": "cos"}, "lr_schedule=cos is not one of cosine, linear, constant"),
+        ({"init_from": "resume"}, "out/last/state.pt"),
+        ({"init_from": "nowhere"}, "nowhere"),
+        ({"dataset": "nothing"}, "data/nothing"),
+        ({"dataset": "talk,nothing"}, "data/nothing"),
+        ({"data_dir": "elsewhere"}, "elsewhere/talk"),
+        ({"dtype": "float16"}, "float16"),
+        ({"dtype": "double"}, "double"),
+        ({"device": "tpu"}, "tpu"),
+        ({"n_embd": 33}, "n_embd=33 is not a multiple of n_head=2"),
+        ({"template": "user_assistant"}, "template human_bot"),
+        ({"template": "shakespeare"}, "shakespeare"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"block_size": 0}, "block_size"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+        ({"eval_interval": 0}, "eval_interval"),
+        ({"eval_iters": 0}, "eval_iters"),
+        ({"log_interval": 0}, "log_interval"),
+        ({"n_head": 0}, "n_head"),
+        ({"max_iters": -1}, "max_iters"),
+        ({"seed": -1}, "seed"),
+    ],
+    ids=str,
+)
+def test_a_knob_that_cannot_be_is_refused_by_name(knobs, words):
+    with pytest.raises((ValueError, OSError)) as refused:
+        fit(**knobs)
+    assert words in str(refused.value) and str(refused.value).count("\n") <= 1
+
+
+def test_a_block_beyond_the_models_context_is_refused(hf_gpt2):
+    hf_gpt2(n_positions=32).save_pretrained("start")
+    with pytest.raises(ValueError, match="block_size=64, but the model's context is 32"):
+        fit(init_from="start", block_size=64)
+
+
+def test_micro_batches_that_processes_cannot_share_equally_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)  # it would wait for the other process
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=3 is not a multiple of the 2 processes"):
+        fit(gradient_accumulation_steps=3)
+
+
+def test_a_loss_that_is_no_number_is_refused_and_the_last_good_weights_stay():
+    with pytest.raises(ValueError, match="learning_rate"):
+        fit(learning_rate=1e30, warmup_iters=0, grad_clip=0.0, eval_interval=1)
+    assert all(torch.isfinite(tensor).all() for tensor in weights("out/last").values())
+
+
+def test_a_run_that_went_beyond_max_iters_is_not_resumed(uninterrupted):
+    out = uninterrupted(dropout=0.1)
+    with pytest.raises(ValueError, match="is at iter 12, beyond max_iters=11"):
+        fit(init_from="resume", out_dir=str(out), max_iters=11)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_with_nothing_to_learn_is_refused_by_name(split):
+    splits = {"train": small_talk(20), "val": small_talk(20)}
+    splits[split] = [messages[:1] for messages in splits[split]]
+    write_shards("data/talk", **splits)
+    with pytest.raises(ValueError, match=f"{split}.bin"):
+        fit()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_shard_that_was_cut_short_is_refused_by_name(split):
+    path = Path(f"data/talk/{split}.bin")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{split}.bin is cut short"):
+        fit()
+
+
+def damaged(path, kind):
+    whole = path.read_bytes()
+    names = whole.index(b"best_val_loss")  # in the part that says what the tensors are
+    return {
+        "empty": b"",
+        "half": whole[: len(whole) // 2],
+        "no end": whole[:-1],
+        "text": b"these are no tensors\n",
+        "zeros": bytes(len(whole)),
+        "zeros within": whole[: names - 8] + bytes(64) + whole[names + 56 :],
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["empty", "half", "no end", "text", "zeros", "zeros within"])
+def test_a_damaged_state_is_refused_by_name(kind, uninterrupted):
+    path = Path("out/last/state.pt")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(damaged(uninterrupted(dropout=0.1) / "last" / "state.pt", kind))
+    with pytest.raises(ValueError, match=r"last/state.pt is damaged"):
+        fit(init_from="resume")
+
+
+def test_a_mistake_ends_in_a_sentence_and_status_2(script):
+    assert_refused(script("train.py", *arguments(init_from="resume")), "out/last/state.pt", "--init_from")
+
+
+def test_a_screen_that_cannot_show_every_character_does_not_end_the_training(monkeypatch):
+    monkeypatch.setattr(train, "sample_reply", lambda *_: "tea ☕")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(max_iters=0)])
+    configurator.run(train.main, train.Config)
+    assert b"\n  tea ?\n" in sys.stdout.buffer.getvalue()

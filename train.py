@@ -1,0 +1,372 @@
+"""Train a GPT-2 on shards: python train.py config/finetune_chat.py
+
+From OpenAI's weights or from scratch, on one device or, under torchrun, on many:
+torchrun --nproc_per_node=4 train.py config/finetune_chat.py
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpoint import load_model, load_tensors, pick_device, pick_dtype, replacing, save_model
+from configurator import run
+from generate import generate
+from model import GPT, GPTConfig
+from shards import Loader, find_shards
+from tokenizer import Tokenizer
+
+
+@dataclass
+class Config:
+    # where from, where to
+    init_from: str = "gpt2"  # scratch, resume, gpt2[-medium|-large|-xl], distilgpt2, org/name or a directory
+    out_dir: str = "out/chat"  # the best weights so far; the latest and the trainer's state in its last/
+    data_dir: str = "data"  # where the datasets are
+    dataset: str = "personachat"  # folders of data_dir with train*.bin and val*.bin, separated by commas
+    template: str = "human_bot"  # how conversations are written: human_bot or user_assistant, as in the shards
+    # the model, when it starts from scratch
+    n_layer: int = 12  # layers
+    n_head: int = 12  # attention heads in each
+    n_embd: int = 768  # width
+    dropout: float = 0.1  # share of activations dropped in training
+    # the batch
+    batch_size: int = 8  # rows in a micro-batch
+    block_size: int = 1024  # tokens in a row; from scratch, also the model's context
+    gradient_accumulation_steps: int = 4  # micro-batches in a step, over all processes together
+    # the optimizer: AdamW
+    max_iters: int = 1000  # steps
+    learning_rate: float = 5e-5  # at its highest
+    lr_schedule: str = "cosine"  # cosine or linear, down to min_lr at max_iters; or constant
+    min_lr: float = 0.0  # learning rate at the end
+    warmup_iters: int = 50  # steps over which the learning rate rises from 0
+    weight_decay: float = 0.01  # on matrices, not on biases and LayerNorms
+    beta1: float = 0.9  # decay of the gradient's mean
+    beta2: float = 0.99  # decay of the gradient's square's mean
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    # looking on
+    eval_interval: int = 200  # steps from one evaluation and checkpoint to the next
+    eval_iters: int = 50  # micro-batches of each split in an evaluation, at most
+    log_interval: int = 10  # steps from one line to the next
+    wandb_log: bool = False  # log to Weights & Biases too
+    wandb_project: str = "nanochatgpt"  # its project
+    wandb_run_name: str = ""  # and run
+    # the machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # what autocast computes in: float32, bfloat16, float16 (CUDA only); auto: what is fastest
+    compile: bool = False  # torch.compile the model: a minute's start, then faster steps
+    seed: int = 1337  # of the initialisation, the order of the data and dropout
+
+
+# pattern in the device's name -> dense bf16 or fp16 FLOP/s, accumulated in fp32, from the makers' datasheets
+PEAK_FLOPS = {r"H200|H100(?! PCIe)": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "L40S": 362e12, r"L4\b": 121e12}
+PEAK_FLOPS |= {"RTX 4090": 165e12, "RTX 3090": 71e12, "RTX A6000": 155e12, "V100": 125e12, r"T4\b": 65e12}
+
+
+def learning_rate(config, it):
+    """Return the learning rate of step `it`: a linear rise over the warmup, then the schedule's fall to min_lr."""
+    if it < config.warmup_iters:
+        return config.learning_rate * (it + 1) / (config.warmup_iters + 1)
+    done = (it - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)  # 0 to 1
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.lr_schedule]
+    return config.min_lr + left * (config.learning_rate - config.min_lr)
+
+
+def check(config):
+    """Raise ValueError for a knob that is out of range."""
+    if config.lr_schedule not in ("cosine", "linear", "constant"):
+        raise ValueError(f"lr_schedule={config.lr_schedule} is not one of cosine, linear, constant")
+    positive = ["n_layer", "n_head", "n_embd", "batch_size", "block_size", "gradient_accumulation_steps"]
+    positive += ["eval_interval", "eval_iters", "log_interval"]
+    for name in [*positive, "max_iters", "warmup_iters", "grad_clip", "seed"]:
+        if getattr(config, name) < (name in positive):
+            raise ValueError(f"{name}={getattr(config, name)} is too small")
+
+
+def main(config):
+    check(config)
+
+    # 1. the processes: one alone, or as many as torchrun started
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(config.device)
+    device_type = torch.device(device).type
+    if world_size > 1:
+        if device_type == "cuda":
+            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))  # the first process may fetch gigabytes
+    if config.gradient_accumulation_steps % world_size:
+        steps = config.gradient_accumulation_steps
+        raise ValueError(f"gradient_accumulation_steps={steps} is not a multiple of the {world_size} processes")
+    master = rank == 0  # prints and writes
+
+    # 2. the precision: weights stay float32, autocast computes in less; float16 needs its gradients scaled
+    dtype = pick_dtype(config.dtype, device)
+    if config.dtype == "auto" and device_type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        dtype = torch.bfloat16  # 1.7 times the tokens/s of float32 where the CPU multiplies bfloat16 (demo_cpu.py)
+    if dtype == torch.float16 and device_type != "cuda":
+        raise ValueError(f"dtype=float16 trains on CUDA only; on {device_type} take bfloat16 or float32")
+    autocast = torch.autocast(device_type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
+
+    # 3. the model and its tokenizer
+    torch.manual_seed(config.seed)
+    last = Path(config.out_dir) / "last"
+    if config.init_from != "resume" and (last / "state.pt").exists():
+        raise ValueError(f"{last} holds a run: --init_from=resume goes on with it; a new one needs another --out_dir")
+    state = {"iter": 0, "best_val_loss": math.inf}
+    if config.init_from == "resume":
+        if not (last / "state.pt").exists():
+            raise FileNotFoundError(f"no {last / 'state.pt'} to resume from: start with --init_from=gpt2 or scratch")
+        state = load_tensors(last / "state.pt")
+        tokenizer = Tokenizer(state["template"])
+        model = GPT(GPTConfig(**state["config"] | {"dropout": config.dropout}))
+        model.load_state_dict(state.pop("model"))
+        if state["iter"] > config.max_iters:
+            raise ValueError(f"{last} is at iter {state['iter']}, beyond max_iters={config.max_iters}: raise it")
+    elif config.init_from == "scratch":
+        tokenizer = Tokenizer(config.template)
+        shape = (config.n_layer, config.n_head, config.n_embd)
+        model = GPT(GPTConfig(config.block_size, tokenizer.n_vocab, *shape, config.dropout))
+    else:
+        if world_size > 1 and not master:
+            dist.barrier()  # the first process fetches the weights, the others find them
+        model, _ = load_model(config.init_from, dropout=config.dropout)
+        if world_size > 1 and master:
+            dist.barrier()
+        tokenizer = Tokenizer(config.template)
+        if tokenizer.n_vocab > model.config.vocab_size:
+            model.grow_vocab(tokenizer.n_vocab)
+    if config.block_size > model.config.block_size:
+        raise ValueError(
+            f"block_size={config.block_size}, but the model's context is {model.config.block_size}: lower it"
+        )
+    raw_model = model.to(device)
+
+    # 4. the data
+    loaders = {}
+    for split in ("train", "val"):
+        paths = find_shards(config.data_dir, config.dataset, split)
+        sizes = (config.batch_size, config.block_size)
+        loaders[split] = loader = Loader(paths, *sizes, config.seed, raw_model.config.vocab_size)
+        if loader.template not in (None, tokenizer.template):
+            which = f"template {loader.template}, the model in {tokenizer.template}"
+            raise ValueError(f"{paths[0]} is in {which}: prepare it again, or start anew with --template")
+
+    # 5. the optimizer: weight decay on matrices and embeddings only
+    params = list(raw_model.parameters())
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    if "optimizer" in state:
+        # the moments alone: the knobs are those of this call
+        saved = {"state": state.pop("optimizer")["state"], "param_groups": optimizer.state_dict()["param_groups"]}
+        optimizer.load_state_dict(saved)
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+    if config.compile:
+        model = torch.compile(model)
+    if world_size > 1:
+        model = DistributedDataParallel(model, device_ids=[device] if device_type == "cuda" else None)
+
+    @torch.no_grad()
+    def evaluate(loader):
+        """Return the mean loss over the supervised tokens of the first `eval_iters` batches, or of a whole epoch."""
+        sums = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
+        for number in range(rank, min(config.eval_iters, -(-loader.n_rows // config.batch_size)), world_size):
+            x, y = loader.batch(number)
+            n = (y != -100).sum().item()
+            with autocast:
+                loss = raw_model(x.to(device), y.to(device))[1]
+            sums += torch.tensor([loss.item() * n, n], dtype=torch.float64)
+        if world_size > 1:
+            dist.all_reduce(sums)
+        if sums[1] == 0:
+            raise ValueError(f"no supervised token in the first {config.eval_iters} batches: raise eval_iters")
+        return (sums[0] / sums[1]).item()
+
+    def save_last(it):
+        """Write last/: the weights for others, and in one file all that a resumed run needs, so that both agree."""
+        save_model(raw_model, tokenizer, last)
+        with replacing(last / "state.pt") as path:
+            torch.save(
+                {
+                    "iter": it,
+                    "best_val_loss": state["best_val_loss"],
+                    "template": tokenizer.template,
+                    "config": asdict(raw_model.config),
+                    "model": raw_model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                },
+                path,
+            )
+
+    # 6. the log: lines on the screen and in metrics.jsonl, which a resumed run continues from where it was saved
+    stop = StopSignal()
+    tokens_per_step = config.batch_size * config.block_size * config.gradient_accumulation_steps
+    if master:
+        print(f"{raw_model.num_parameters():,} parameters on {device}, {str(dtype).removeprefix('torch.')}")
+        for split, loader in loaders.items():
+            rows = f"{loader.n_rows:,} rows of {config.block_size}, {loader.fill:.0%} full"
+            print(f"{split}: {loader.n_tokens:,} tokens in {rows}")
+        steps_per_epoch = loaders["train"].n_rows / (config.batch_size * config.gradient_accumulation_steps)
+        print(f"{config.max_iters:,} steps are {config.max_iters / steps_per_epoch:.1f} epochs")
+        log = Log(config, first_iter=state["iter"])
+
+    # 7. the loop
+    clock, clock_iter = time.perf_counter(), state["iter"]
+    for it in range(state["iter"], config.max_iters + 1):
+        if it % config.eval_interval == 0 or it == config.max_iters:
+            raw_model.eval()
+            losses = {split: evaluate(loader) for split, loader in loaders.items()}
+            if not math.isfinite(losses["val"]):
+                raise ValueError(f"the validation loss is {losses['val']} at iter {it}: lower learning_rate")
+            if master:
+                log(iter=it, train_loss=losses["train"], val_loss=losses["val"])
+                print(f"iter {it}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+                print(f"  {sample_reply(raw_model, tokenizer)}")
+                if losses["val"] < state["best_val_loss"]:
+                    save_model(raw_model, tokenizer, config.out_dir)
+                state["best_val_loss"] = min(state["best_val_loss"], losses["val"])
+                save_last(it)
+            raw_model.train()
+            clock, clock_iter = time.perf_counter(), it
+        if it == config.max_iters:
+            if master:
+                best = f"the best validation loss is {state['best_val_loss']:.4f}, its weights are in {config.out_dir}"
+                print(f"{best}; talk to them: python chat.py --init_from={config.out_dir}")
+            break
+
+        # dropout's noise is a function of (seed, step, rank), as the data is: nothing of it need be saved
+        torch.manual_seed(int(np.random.SeedSequence((config.seed, it, rank)).generate_state(1)[0]))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, it)
+
+        # the loss is the sum over the supervised tokens of all micro-batches and processes, over their number
+        steps = range(rank, config.gradient_accumulation_steps, world_size)
+        batches = [loaders["train"].batch(it * config.gradient_accumulation_steps + step) for step in steps]
+        supervised = [(y != -100).sum().item() for _, y in batches]
+        total = torch.tensor([sum(supervised), int(stop.asked)])
+        if world_size > 1:
+            dist.all_reduce(total)  # on the CPU, through gloo: no wait for the GPU
+        total, stopping = total.tolist()
+        if stopping:
+            if master:
+                save_last(it)
+                print(f"stopped at iter {it}, saved to {last}; go on with the same command and --init_from=resume")
+            break
+        loss_sum = torch.zeros((), device=device)
+        for (x, y), n in zip(batches, supervised, strict=True):
+            if world_size > 1:
+                model.require_backward_grad_sync = x is batches[-1][0]  # gradients meet once a step
+            with autocast:
+                loss = model(x.to(device), y.to(device))[1] * (n / max(1, total))
+            loss_sum += loss.detach()
+            scaler.scale(loss * world_size).backward()  # DistributedDataParallel takes the mean over processes
+        scaler.unscale_(optimizer)
+        if config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        if (it + 1) % config.log_interval == 0:
+            if world_size > 1:
+                dist.all_reduce(loss_sum)
+            loss = loss_sum.item()
+            seconds = (time.perf_counter() - clock) / (it + 1 - clock_iter)
+            clock, clock_iter = time.perf_counter(), it + 1
+            if master:
+                speed = loaders["train"].fill * tokens_per_step / seconds  # padding is work, but no token
+                peak = peak_flops(device) if dtype != torch.float32 else None
+                flops = tokens_per_step * raw_model.flops_per_token(config.block_size)
+                mfu = flops / seconds / (peak * world_size) if peak else None
+                lr = learning_rate(config, it)
+                log(iter=it + 1, loss=loss, lr=lr, tokens_per_s=speed, mfu=mfu)
+                left = timedelta(seconds=round(seconds * (config.max_iters - it - 1)))
+                rate = f"{speed:,.0f} tokens/s" + (f" ({mfu:.1%} MFU)" if mfu else "")
+                print(f"iter {it + 1}/{config.max_iters}: loss {loss:.4f}, lr {lr:.2e}, {rate}, {left} left")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def sample_reply(model, tokenizer):
+    """Return a short conversation with the model, on one line, for the person who watches it learn."""
+    message = {"role": "user", "content": "Hello! How are you today?"}
+    prompt = tokenizer.render([message], add_generation_prompt=True)[0]
+    if len(prompt) >= model.config.block_size:
+        return f"(a context of {model.config.block_size} tokens is too short to talk)"
+    options = {"max_new_tokens": 30, "temperature": 0.7, "top_k": 50, "seed": 0, "stop_ids": tokenizer.stop_ids}
+    reply = generate(model, [prompt], **options)[0]
+    return " ".join(tokenizer.decode(prompt + reply).split())
+
+
+def peak_flops(device):
+    """Return the FLOP/s of a CUDA device's tensor cores, None where it is not in the table."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, name)), None)
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM ask for a checkpoint and a clean end after the step; a second one ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, _frame):
+        self.asked = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+class Log:
+    """Appends to metrics.jsonl, and to Weights & Biases where it is switched on."""
+
+    def __init__(self, config, first_iter):
+        path = Path(config.out_dir) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if first_iter:
+            for line in path.read_text().splitlines() if path.exists() else ():
+                with contextlib.suppress(ValueError):  # a line that a kill cut short
+                    record = json.loads(line)
+                    if record["iter"] + ("val_loss" in record) <= first_iter:  # the evaluation there comes again
+                        kept.append(line + "\n")
+        with replacing(path) as part:
+            part.write_text("".join(kept))
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115
+        self.wandb = None
+        if config.wandb_log:
+            import wandb
+
+            try:
+                name = config.wandb_run_name or None
+                self.wandb = wandb.init(project=config.wandb_project, name=name, config=asdict(config))
+            except wandb.Error as error:
+                raise ValueError(f"wandb: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
+
+    def __call__(self, **record):
+        self.file.write(json.dumps(record) + "\n")
+        if self.wandb:
+            self.wandb.log(record, step=record["iter"])
+
+
+if __name__ == "__main__":
+    run(main, Config)
