@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import resource
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,20 @@ def assert_refused(done, *words):
     assert 1 <= len(done.stderr.strip().splitlines()) <= 2, done.stderr
     for word in words:
         assert str(word) in done.stderr, done.stderr
+
+
+@contextmanager
+def largest_file(n_bytes):
+    """While in it, no file of this process can grow beyond this, as if the disk were full.
+
+    Not longer: what pytest itself prints may go to a file.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def small_talk(n, seed=0):

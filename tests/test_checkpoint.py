@@ -1,11 +1,9 @@
 """Weights in: whatever transformers writes, and clear refusals of the rest. Weights out: whole, or not at all."""
 
-import contextlib
 import errno
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused
+from conftest import ROOT, assert_refused, largest_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -534,17 +532,6 @@ def test_a_save_removes_what_a_killed_one_left(old_directory, old_and_new):
     save_model(old_and_new[1], Tokenizer(), old_directory)
     assert which(old_directory, old_and_new) == 1
     assert {path.name for path in old_directory.iterdir()} == FILES
-
-
-@contextlib.contextmanager
-def largest_file(n_bytes):
-    """While in it, no file can grow beyond this, as if the disk were full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import eli5
 import jsonl
 import personachat
 import pytest
-from conftest import assert_refused, small_talk, write_jsonl
+from conftest import assert_refused, largest_file, small_talk, write_jsonl
 
 import corpus
 
@@ -217,30 +217,22 @@ def test_a_failure_in_the_middle_is_told_on_a_line_of_its_own(prepare, broken, m
     assert re.search(r"^jsonl\.py: .*line 1501 is not JSON", error, re.MULTILINE)
 
 
-@pytest.fixture
-def small_disk():
-    """Let no file of this process grow beyond n bytes, as on a disk that is nearly full: small_disk(n)."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("room", [2_000, 20_000, -10])
-def test_a_full_disk_leaves_the_earlier_shards_both_of_them(prepare, talk, tmp_path, small_disk, room):
+def test_a_full_disk_leaves_the_earlier_shards_both_of_them(prepare, talk, tmp_path, room):
     other = write_jsonl(tmp_path / "other.jsonl", small_talk(1500, seed=9))
     prepare(jsonl, source=other, out_dir="elsewhere")
     whole = Path("elsewhere/train.bin").stat().st_size
     prepare(jsonl, source=talk)
     before = files_in("data/jsonl")
-    small_disk(room % whole)  # -10: val.bin fits, and all but the last of train.bin
-    assert prepare(jsonl, source=other).returncode == 2
+    with largest_file(room % whole):  # -10: val.bin fits, and all but the last of train.bin
+        assert prepare(jsonl, source=other).returncode == 2
     assert files_in("data/jsonl") == before
 
 
-def test_a_full_disk_is_named(prepare, talk, small_disk):
-    small_disk(2_000)
-    assert "data/jsonl" in prepare(jsonl, source=talk).stderr.splitlines()[-1]
+def test_a_full_disk_is_named(prepare, talk):
+    with largest_file(2_000):
+        done = prepare(jsonl, source=talk)
+    assert "data/jsonl" in done.stderr.splitlines()[-1]
 
 
 def test_one_conversation_is_refused_and_nothing_is_written(prepare, tmp_path):

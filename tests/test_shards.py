@@ -2,17 +2,15 @@
 
 import gzip
 import io
-import resource
 import struct
 import tracemalloc
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, small_talk, write_shards
+from conftest import assert_refused, largest_file, small_talk, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -152,21 +150,10 @@ def test_a_finished_shard_takes_its_place_only_at_the_end_of_the_context(talk):
     assert contents(open_shard(talk)) == TALK * 10
 
 
-@contextmanager
-def room_for(size):
-    """Files cannot grow beyond `size` bytes in this block: what a full disk does, in bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize("lengths", [[3000], [3000, 100_000], [100_000]], ids=["at the end", "between", "at once"])
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(talk, lengths):
     before = talk.read_bytes()
-    with room_for(5000), pytest.raises(OSError, match="File too large"):
+    with largest_file(5000), pytest.raises(OSError, match="File too large"):
         write(talk, *([([1] * n, [1] * n)] for n in lengths))
     assert talk.read_bytes() == before
     assert list(talk.parent.iterdir()) == [talk]
