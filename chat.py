@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from checkpoint import load_model, pick_device, pick_dtype
 from configurator import run
-from generate import fit_context, stream
+from generate import Engine, Sampling, stream
+from tokenizer import fit_context
 
 COMMANDS = """\
 /help            this list
@@ -24,17 +25,16 @@ SHORT = {"role": "user", "content": "a"}  # the least that must fit into the con
 
 
 @dataclass
-class Config:
+class Config(Sampling):
     init_from: str = "out/chat"  # a directory, gpt2[-medium|-large|-xl], distilgpt2 or org/name on the hub
     persona: str = ""  # who the bot is, in sentences: "i am a zookeeper. i like tea."
-    max_new_tokens: int = 128  # tokens in a reply, at most
-    temperature: float = 0.7  # below 1 is more predictable, above 1 more random; 0 takes the likeliest token
-    top_k: int = 50  # draw from the so many likeliest tokens; 0: from all
-    top_p: float = 0.9  # draw from the likeliest tokens that have this much probability together
-    repetition_penalty: float = 1.1  # above 1 makes tokens that were there before less likely
+    temperature: float = 0.7
+    top_k: int = 50
+    top_p: float = 0.9
+    repetition_penalty: float = 1.1
     seed: int = 1337  # the same seed and messages give the same replies
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8; auto is float16 on an x86 CPU, bfloat16 on CUDA
 
 
 class Chat:
@@ -42,8 +42,11 @@ class Chat:
 
     def __init__(self, config):
         device = pick_device(config.device)
-        self.model, self.tokenizer = load_model(config.init_from, device, pick_dtype(config.dtype, device))
+        dtype = pick_dtype(config.dtype, device, inference=True)
+        self.model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
+        self.engine = Engine(self.model, n_vocab=self.tokenizer.n_vocab)  # keeps what the turns before have computed
         self.config, self.messages, self.replies = config, [], 0
+        self.dropped = 0  # so many of the oldest turns are out of the model's sight
         self.room = self.model.config.block_size - config.max_new_tokens
         if self.room < len(self.tokenizer.render([SHORT], add_generation_prompt=True)[0]) or config.max_new_tokens < 1:
             context = self.model.config.block_size
@@ -67,17 +70,14 @@ class Chat:
         c = self.config
         self.messages.append({"role": "user", "content": message})
         self.replies += 1
+        prompt, self.dropped = fit_context(self.tokenizer, self.messages, self.room, self.dropped)
         reply, held = "", ""  # held: white space that is shown only if something follows
         try:
             for piece in stream(
-                self.model,
+                self.engine,
                 self.tokenizer,
-                fit_context(self.tokenizer, self.messages, self.room),
-                max_new_tokens=c.max_new_tokens,
-                temperature=c.temperature,
-                top_k=c.top_k,
-                top_p=c.top_p,
-                repetition_penalty=c.repetition_penalty,
+                prompt,
+                c,
                 stop_ids=self.tokenizer.stop_ids,
                 stop_strings=self.tokenizer.stop_strings,
                 seed=c.seed + self.replies,
@@ -107,7 +107,7 @@ def command(chat, line):
     """Carry out a /command. Return the message to answer now, if there is one."""
     name, _, argument = (part.strip() for part in line.partition(" "))
     if name == "/reset":
-        chat.messages = [m for m in chat.messages if m["role"] == "system"]
+        chat.messages, chat.dropped = [m for m in chat.messages if m["role"] == "system"], 0
         print("forgotten")
     elif name == "/persona":
         if argument:

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 from download import hub_file
-from model import GPT, PRESETS, GPTConfig
+from linear import FBGEMM, BFloat16Linear, Float16Linear, Int8Linear
+from model import GPT, PRESETS, Conv1D, GPTConfig
 from tokenizer import END_OF_TEXT, Tokenizer
 
 # short name -> repository, sha256 of its model.safetensors
@@ -42,6 +43,8 @@ SUPPORTED = {
     "tie_word_embeddings": True,
     "quantization_config": None,
 }
+# the layers that weights of a dtype are packed into for inference on a CPU
+PACKED = {torch.bfloat16: BFloat16Linear, torch.float16: Float16Linear, torch.int8: Int8Linear}
 
 
 def pick_device(name):
@@ -58,48 +61,61 @@ def pick_device(name):
     raise ValueError(f"device={name} is not there; this machine has {there}")
 
 
-def pick_dtype(name, device):
-    """Return the torch dtype of a `dtype` knob; 'auto' is bfloat16 (or float16) on CUDA, else float32."""
+def pick_dtype(name, device, inference=False):
+    """Return the torch dtype of a `dtype` knob. 'auto' is bfloat16 (or float16) on CUDA, else float32; for inference
+    on an x86 CPU float16, which is faster there and whose text is float32's. int8 is for inference on such a CPU."""
+    device = torch.device(device).type
     if name == "auto":
-        on_cuda = torch.device(device).type == "cuda"
-        in_hardware = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bfloat16" if in_hardware else "float16" if on_cuda else "float32"
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={name} is not one of auto, float32, bfloat16, float16")
+        in_hardware = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        half = device == "cuda" or (inference and device == "cpu" and FBGEMM)
+        name = "bfloat16" if in_hardware else "float16" if half else "float32"
+    if name == "int8" and inference:
+        if device != "cpu" or not FBGEMM:
+            raise ValueError(f"dtype=int8 needs an x86 CPU, not {device}; take dtype=auto")
+    elif name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={name} is not one of auto, float32, bfloat16, float16" + inference * ", int8")
     return getattr(torch, name)
 
 
-def load_model(init_from, device="cpu", dtype=torch.float32, dropout=0.0):
+@torch.no_grad()
+def load_model(init_from, device="cpu", dtype=torch.float32, dropout=0.0, inference=False):
     """Return (GPT, Tokenizer) of `init_from` (see above), with the weights in `dtype` on `device`.
 
-    Raises FileNotFoundError or ConnectionError where there is no such model, ValueError where it is damaged or its
-    arithmetic is not GPT-2's.
+    With `inference`, on an x86 CPU, bfloat16, float16 and int8 weights are packed into the layers of linear.py: these
+    are the fastest for one row, and can be neither trained nor saved. Raises FileNotFoundError or ConnectionError where
+    there is no such model, ValueError where it is damaged or its arithmetic is not GPT-2's.
     """
     if init_from.removeprefix("random:") in PRESETS and init_from.startswith("random:"):
-        config = GPTConfig(**PRESETS[init_from.removeprefix("random:")], dropout=dropout)
-        return GPT(config).to(device, dtype), Tokenizer()
-    if Path(init_from).is_dir():
-        weights, config, tokenizer = _find_local(Path(init_from))
-    elif init_from in HUB:
-        repo, sha256 = HUB[init_from]
-        weights = hub_file(repo, "model.safetensors", sha256=sha256)
-        config, tokenizer = GPTConfig(**PRESETS[init_from]), Tokenizer()
-    elif init_from.count("/") == 1 and not init_from.startswith("out/") and not Path(init_from).parent.is_dir():
-        weights, config, tokenizer = _find_on_hub(init_from)
-    else:  # out/NAME is where train.py writes: not to be asked of whoever owns that name on the hub
-        raise FileNotFoundError(
-            f"init_from={init_from}: there is no such directory; train a model into it first, "
-            f"or take an org/name on the hub or one of {', '.join(HUB)}"
-        )
+        config, tokenizer = GPTConfig(**PRESETS[init_from.removeprefix("random:")]), Tokenizer()
+        read = GPT(config).state_dict().pop
+    else:
+        weights, config, tokenizer = _find(init_from)
+        read = _open_weights(weights, config)
     config.dropout = dropout
     with torch.device("meta"):
         model = GPT(config)
-    tensors = _read_weights(weights, model.state_dict())
-    # copies, since a mapped file need not lie on the 64-byte boundaries on which results are the same bit for bit
-    tensors = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()}
-    model.load_state_dict(tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}, assign=True)
-    model.tie_weights()
-    return model, tokenizer
+    Linear = PACKED.get(dtype) if inference and FBGEMM and torch.device(device).type == "cpu" else None
+    tensors = {}
+    # one tensor at a time is read and converted: there is never a second copy of them all
+    if Linear:
+        embedding = read("transformer.wte.weight").float()
+        model.lm_head = Linear(embedding)
+        tensors["transformer.wte.weight"] = embedding.to(torch.float16 if dtype == torch.int8 else dtype)
+        del embedding
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Conv1D):
+                weight, bias = (read(f"{name}.{part}").float() for part in ("weight", "bias"))
+                model.set_submodule(name, Linear(weight.T.contiguous(), bias))
+        if dtype != torch.float16 and torch.cpu._is_avx512_bf16_supported():
+            model.kv_dtype = torch.bfloat16  # half the time in attention, and less of an error than the weights'
+        dtype = torch.float32  # of the rest
+    for name in model.state_dict().keys() - tensors.keys() - {"lm_head.weight"}:
+        # a copy, since a mapped file need not lie on the 64-byte boundaries on which results are the same to the bit
+        tensors[name] = read(name).to(device, dtype, copy=True)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if not Linear:
+        model.tie_weights()
+    return model.requires_grad_(not Linear), tokenizer
 
 
 def save_model(model, tokenizer, directory):
@@ -166,6 +182,23 @@ def replacing(path):
         part.unlink(missing_ok=True)
 
 
+def _find(init_from):
+    """Return (path of the weights, GPTConfig, Tokenizer)."""
+    if Path(init_from).is_dir():
+        return _find_local(Path(init_from))
+    if init_from in HUB:
+        repo, sha256 = HUB[init_from]
+        weights = hub_file(repo, "model.safetensors", sha256=sha256)
+        return weights, GPTConfig(**PRESETS[init_from]), Tokenizer()
+    if init_from.count("/") == 1 and not init_from.startswith("out/") and not Path(init_from).parent.is_dir():
+        return _find_on_hub(init_from)
+    # out/NAME is where train.py writes: not to be asked of whoever owns that name on the hub
+    raise FileNotFoundError(
+        f"init_from={init_from}: there is no such directory; train a model into it first, "
+        f"or take an org/name on the hub or one of {', '.join(HUB)}"
+    )
+
+
 def _find_local(directory):
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (directory / name).exists():
@@ -206,29 +239,43 @@ def _read_config(path):
     return GPTConfig(block_size=shape.pop("n_positions"), **shape)
 
 
-def _read_weights(path, expected):
-    """Return {name: tensor} of a weights file under model.py's names, checked against the state dict `expected`."""
+def _open_weights(path, config):
+    """Return read(name) -> tensor for a weights file, under model.py's names; each tensor can be read once.
+
+    What the file holds is checked against `config` first. A safetensors file is mapped anew for each tensor, so that
+    what was read does not stay in memory.
+    """
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+
+            def read(name):
+                with safetensors.safe_open(path, framework="pt") as file:
+                    return file.get_tensor(name)
         else:
             tensors = load_tensors(path)
+            found = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
+            read = tensors.pop
         # the base model is saved without the prefix; the causal mask and the tied head are no weights of their own
-        tensors = {
-            "transformer." + name.removeprefix("transformer."): tensor
-            for name, tensor in tensors.items()
+        stored = {
+            "transformer." + name.removeprefix("transformer."): name
+            for name in found
             if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"
         }
     except (safetensors.SafetensorError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or no state dict ({error}); fetch or save it again") from error
-    expected = {name: tensor.shape for name, tensor in expected.items() if name != "lm_head.weight"}
-    for name in sorted(expected.keys() ^ tensors.keys()):
-        verb = "has" if name in tensors else "lacks"
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
+    del expected["lm_head.weight"]
+    for name in sorted(expected.keys() ^ stored.keys()):
+        verb = "has" if name in stored else "lacks"
         raise ValueError(f"{path} {verb} the tensor {name}: it is not the model that its config describes")
     for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, its config says {tuple(shape)}")
-        if not tensors[name].is_floating_point():
-            raise ValueError(f"{path}: {name} is of {tensors[name].dtype}; quantized weights are not supported")
-    return tensors
+        there, dtype = found[stored[name]]
+        if there != shape:
+            raise ValueError(f"{path}: {name} has shape {there}, its config says {shape}")
+        if not dtype.lower().startswith(("f", "bf")):  # F32, BF16, ... in a safetensors file
+            raise ValueError(f"{path}: {name} is of {dtype}; quantized weights are not supported")
+    return lambda name: read(stored[name])

@@ -71,7 +71,9 @@ def run(main, Config):
 def usage(Config, script, doc):
     """Return the text of --help: the script's docstring and a line for each knob with its default."""
     lines = [(doc or "").strip(), "", f"usage: python {script} [config/FILE.py ...] [--knob=value ...]", ""]
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    comments = {}
+    for base in reversed(Config.__mro__[:-1]):  # a field that only has another default keeps its comment
+        comments |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE)
     for field in dataclasses.fields(Config):
         lines.append(f"  --{f'{field.name}={field.default}':<38} {comments.get(field.name, '')}".rstrip())
     return "\n".join(lines)

@@ -1,236 +1,390 @@
 """
-Tokens out: prompts of different lengths in one batch, a key-value cache, sampling, and text as it comes.
+Tokens out: one engine for a chat, a batch of prompts, many samples of one prompt, and rows that come and go.
 
-`Engine` is the one decoding loop; `generate` collects what it yields, `stream` turns it into text.
+`Engine` is the one decoding loop, `penalize` and `sample` choose the next token; `generate` collects what the engine
+gives for many prompts, `stream` turns it into text for one.
 """
 
-import codecs
 import math
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import torch
 
-from model import KVCache
+from tokenizer import TextStream
+
+BATCH_ROWS = 64  # rows that `generate` decodes at once
+PREFILL_TOKENS = 4096  # of prompts, padding included, that are computed at once
+CANDIDATES = 1024  # tokens that `sample` sorts at first: a tenth of the time for all 50,257
 
 
-def generate(model, prompts, *, stop_strings=(), tokenizer=None, **options):
+@dataclass
+class Sampling:
+    """How the next token is chosen. Names and meaning are transformers', of the two penalties after them OpenAI's."""
+
+    max_new_tokens: int = 128  # new tokens, at most
+    temperature: float = 1.0  # below 1 is more predictable, above 1 more random; 0 takes the likeliest token
+    top_k: int = 0  # draw from the so many likeliest tokens; 0: from all
+    top_p: float = 1.0  # draw from the likeliest tokens that have this much probability together
+    min_p: float = 0.0  # draw from the tokens that have this share of the likeliest one's probability
+    repetition_penalty: float = 1.0  # above 1 makes tokens less likely that were there before, in the prompt too
+    presence_penalty: float = 0.0  # subtracted from the logit of each token that is among the new ones
+    frequency_penalty: float = 0.0  # subtracted for each time that a token is among the new ones
+    no_repeat_ngram_size: int = 0  # so many tokens never come twice in the same order; 0: they may
+
+    def __post_init__(self):
+        """Raises ValueError for a value out of range."""
+        for name, allowed, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "finite"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "finite"),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 or more"),
+        ):
+            if not allowed:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be {expected}")
+
+
+def generate(model, prompts, *, seed=None, stop_ids=(), stop_strings=(), logit_bias=None, tokenizer=None, **sampling):
     """Return for each prompt, a list of ids, the list of new ids, without what stopped it.
 
-    `options` are those of Engine. With `stop_strings` (which need the `tokenizer`) a row ends where one of them
-    appears in its text, and loses the ids that reach into it. Raises ValueError as Engine does.
+    `sampling` are the fields of Sampling, the rest as in Engine.add; prompt i has the seed `seed` + i. With
+    `stop_strings` (which need the `tokenizer`) a row ends where one of them appears in its text, and loses the ids
+    that reach into it. Raises ValueError as Engine.add and Sampling do.
     """
     if stop_strings and tokenizer is None:
         raise ValueError("stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)")
-    if not prompts:
-        return []
+    options = Sampling(**sampling)
     new = [[] for _ in prompts]
     ends = [[] for _ in prompts]  # for each new id, how many characters the text then has
     texts = [TextStream(tokenizer, stop_strings) for _ in prompts] if stop_strings else []
-    engine = Engine(model, prompts, **options)
-    while tokens := engine.step():
-        for row, token in tokens:
-            new[row].append(token)
+    size = max(map(len, prompts), default=0) + max(options.max_new_tokens, 1)
+    engine = Engine(model, min(len(prompts), BATCH_ROWS), size, n_vocab=tokenizer and tokenizer.n_vocab)
+    waiting, at = list(reversed(range(len(prompts)))), {}  # at: row of the engine -> index of its prompt
+    while waiting or engine.running:
+        while waiting and len(engine.running) < len(engine.rows):
+            i = waiting.pop()
+            row_seed = None if seed is None else seed + i
+            at[engine.add(prompts[i], options, seed=row_seed, stop_ids=stop_ids, logit_bias=logit_bias)] = i
+        for row, token, *_ in engine.step():
+            i = at[row]
+            new[i].append(token)
             if texts:
-                texts[row].push(token)
-                ends[row].append(texts[row].length + texts[row].within_character)
-                if (stop := texts[row].stopped_at) is not None:
-                    new[row] = [t for t, end in zip(new[row], ends[row], strict=True) if end <= stop]
+                texts[i].push(token)
+                ends[i].append(texts[i].length + texts[i].within_character)
+                if (stop := texts[i].stopped_at) is not None:
+                    new[i] = [t for t, end in zip(new[i], ends[i], strict=True) if end <= stop]
                     engine.end(row)
     return new
 
 
-def stream(model, tokenizer, prompt, *, stop_strings=(), **options):
-    """Yield the text that follows one prompt, piece by piece, up to a stop; `options` are those of Engine.
+def stream(engine, tokenizer, prompt, options, *, stop_strings=(), **add):
+    """Yield the text that follows one prompt, piece by piece, up to a stop; `add` are further arguments of Engine.add.
 
     What may be the beginning of a stop string is held back, and dropped if the row ends there for want of room.
     """
     text = TextStream(tokenizer, stop_strings)
-    engine = Engine(model, [prompt], **options)
-    while tokens := engine.step():
-        if piece := text.push(tokens[0][1]):
+    row = engine.add(prompt, options, **add)
+    try:
+        while tokens := engine.step():
+            if piece := text.push(tokens[0].id):
+                yield piece
+            if text.stopped_at is not None:
+                return
+        cut = len(engine.rows[row].ids) == engine.rows[row].limit  # then what is held back might have become a stop
+        if not cut and (piece := text.rest()):
             yield piece
-        if text.stopped_at is not None:
-            return
-    cut = engine.lengths[0] == engine.limits[0]  # then what is held back might have become a stop
-    if not cut and (piece := text.rest()):
-        yield piece
+    finally:
+        engine.end(row)
+
+
+class Token(NamedTuple):
+    row: int
+    id: int
+    logprob: float | None  # the model's own, in nats, before penalties and temperature; None where not asked for
+    top: list  # [(id, logprob)] of the likeliest tokens, as many as asked for
+
+
+@dataclass
+class Row:
+    """One row of the engine: its text so far, and how to go on."""
+
+    ids: list = field(default_factory=list)  # the prompt and the new ids
+    n_cached: int = 0  # the cache holds keys and values of so many of them
+    n_prompt: int = 0
+    limit: int = 0  # the row ends with so many ids
+    options: Sampling = None
+    stop_ids: frozenset = frozenset()
+    logit_bias: dict = field(default_factory=dict)
+    logprobs: int | None = None
+    draws: random.Random = None  # the uniform numbers by which its tokens are drawn
+    running: bool = False
 
 
 class Engine:
-    """Decodes a batch of prompts, one token a row at each `step`; puts the model into evaluation mode.
+    """Decodes rows that come (`add`) and go (`end`, a stop, no more room) at any time, a token of each at every `step`.
 
-    prompts: lists of ids, each with room for more in the model's context, where a row ends at the latest.
-    temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens; repetition_penalty (CTRL, arXiv 1909.05858) is over
-    the prompt and the new ids. All as in transformers. stop_ids end a row and are not yielded.
-    seed: row i draws from the random stream seed + i (None: fresh streams), so that its result depends on no other row.
+    A row that has ended keeps its keys and values until another takes its place, and a new prompt takes over the
+    longest beginning of it that any row holds: the next turn of a chat computes only what is new, and of many equal
+    prompts one is computed. A row's result depends on no other row.
     """
 
-    @torch.inference_mode()
-    def __init__(
-        self,
-        model,
-        prompts,
-        max_new_tokens=128,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        stop_ids=(),
-        seed=None,
-    ):
-        """Raises ValueError for an empty prompt, one that fills the context, or an option out of range."""
-        context, device = model.config.block_size, model.lm_head.weight.device
-        for prompt in prompts:
-            if not 0 < len(prompt) < context:
-                raise ValueError(f"a prompt of {len(prompt)} tokens; it must be of 1 to {context - 1}")
-        for name, value, allowed in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 0),
-            ("temperature", temperature, 0 <= temperature < math.inf),
-            ("top_k", top_k, top_k >= 0),
-            ("top_p", top_p, 0 < top_p <= 1),
-            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf),
-        ):
-            if not allowed:
-                raise ValueError(f"{name}={value} is out of range")
-        self.model, self.stop_ids = model.eval(), frozenset(stop_ids)
-        self.sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        self.penalty = repetition_penalty
-        self.lengths = [len(prompt) for prompt in prompts]
-        self.limits = [min(length + max_new_tokens, context) for length in self.lengths]
-        self.running = {row for row in range(len(prompts)) if self.lengths[row] < self.limits[row]}
-        self.random = [torch.Generator() for _ in prompts]
-        for row, generator in enumerate(self.random):
-            generator.seed() if seed is None else generator.manual_seed(seed + row)
+    def __init__(self, model, rows=1, size=None, n_vocab=None, graphs=True, compile=False):
+        """Put the model into evaluation mode and make room for `rows` rows of `size` tokens, prompt included.
 
-        # prompts are padded on the right: causal attention never looks there, and new tokens overwrite it in the cache
-        longest = max(self.lengths)
-        idx = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)  # (B, T)
-        positions = torch.arange(longest, device=device).expand(len(prompts), -1)
-        self.cache = KVCache(model.config, len(prompts), max(self.limits), device, model.lm_head.weight.dtype)
-        hidden = model.hidden(idx, self.cache, positions)  # (B, T, C)
-        rows = torch.arange(len(prompts), device=device)
-        self.last = torch.tensor(self.lengths, device=device) - 1  # (B,) position of each row's newest token
-        self.final = torch.tensor(self.limits, device=device) - 1  # (B,) and of its last possible one
-        self.logits = model.lm_head(hidden[rows, self.last])  # (B, V)
-        self.seen = torch.zeros_like(self.logits, dtype=torch.bool)  # (B, V) ids that the penalty is for
-        for row, prompt in enumerate(prompts):
-            self.seen[row, prompt] = True
+        n_vocab: ids from here on are never chosen; a model may have more embeddings than its tokenizer has tokens.
+        graphs: on CUDA, record each shape of step once and replay it, which spares the launches of some 200 kernels;
+        False starts at once. compile: fuse the kernels by torch.compile, which takes a minute at first.
+        """
+        config = model.config
+        self.model, self.device = model.eval(), model.transformer.wpe.weight.device
+        self.size = min(size or config.block_size, config.block_size)
+        self.n_vocab = min(n_vocab or config.vocab_size, config.vocab_size)
+        with torch.inference_mode():
+            self.cache = model.kv_cache(rows, self.size)
+            self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)  # newest ids, their positions
+        self.rows = [Row() for _ in range(rows)]
+        self.graphs = {} if graphs and self.device.type == "cuda" else None  # (rows, length) -> graph, its logits
+        self.hidden = torch.compile(model.hidden, dynamic=False) if compile else model.hidden
+        # attention reads the cache up to a multiple of this; on CUDA each makes a graph of its own
+        self.chunk = 256 if self.device.type == "cuda" else 32
+
+    @property
+    def running(self):
+        """The rows that are running."""
+        return [i for i, row in enumerate(self.rows) if row.running]
+
+    def add(self, prompt, options, *, seed=None, stop_ids=(), logit_bias=None, logprobs=None):
+        """Start a row with a prompt, a list of ids; return its number. There must be a free one.
+
+        options: a Sampling. seed: the row's own random stream (None: a fresh one). stop_ids end the row and are not
+        given. logit_bias: {id: number added to its logit}, as in OpenAI's API. logprobs: give the log-probability of
+        each token and of so many of the likeliest. The row ends in any case where the room does. Raises ValueError for
+        a prompt that is empty or leaves no room, or an id that the model has not.
+        """
+        if not 0 < len(prompt) < self.size:
+            raise ValueError(f"a prompt of {len(prompt)} tokens; it must be of 1 to {self.size - 1}")
+        for token in logit_bias or ():
+            if not 0 <= token < self.n_vocab:
+                raise ValueError(f"logit_bias of token {token}: ids are 0 to {self.n_vocab - 1}")
+        free = [i for i, row in enumerate(self.rows) if not row.running]
+        if not free:
+            raise ValueError(f"all {len(self.rows)} rows are running")
+        i = max(free, key=lambda i: (self._shared(i, prompt), -i))
+        self.rows[i] = Row(
+            ids=list(prompt),
+            n_cached=self._shared(i, prompt),
+            n_prompt=len(prompt),
+            limit=min(len(prompt) + options.max_new_tokens, self.size),
+            options=options,
+            stop_ids=frozenset(stop_ids),
+            logit_bias=logit_bias or {},
+            logprobs=logprobs,
+            draws=random.Random(seed),
+            running=options.max_new_tokens > 0,
+        )
+        return i
+
+    def end(self, i):
+        """End row i: it gives no more tokens, and is free."""
+        self.rows[i].running = False
 
     @torch.inference_mode()
     def step(self):
-        """Return [(row, id)], a new token of each row that runs; [] when none does."""
-        if not self.running:
-            return []
-        if self.logits is None:
-            hidden = self.model.hidden(self.newest[:, None], self.cache, self.last[:, None])  # (B, 1, C)
-            self.logits = self.model.lm_head(hidden[:, 0])  # (B, V)
-        logits = self.logits.float()
-        if self.penalty != 1:
-            penalized = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
-            logits = torch.where(self.seen, penalized, logits)
-        uniform = torch.stack([torch.rand((), generator=generator) for generator in self.random]).to(logits.device)
-        self.newest = sample(logits, uniform, **self.sampling)  # (B,)
-        self.seen.scatter_(1, self.newest[:, None], True)
-        self.logits = None
-        # rows that have ended go on at their last position, unheard, until all have
-        self.last = torch.minimum(self.last + 1, self.final)
+        """Return a Token of each row that runs, but of those that end with a stop id; [] when none runs."""
+        logits = self._prefill() | self._decode()  # row -> (V,)
+        groups = defaultdict(list)  # rows with the same options are sampled together
+        for i in self.running:
+            groups[tuple(getattr(self.rows[i].options, f.name) for f in fields(Sampling))].append(i)
         tokens = []
-        for row, token in enumerate(self.newest.tolist()):
-            if row in self.running:
-                if token in self.stop_ids:
-                    self.end(row)
-                    continue
-                tokens.append((row, token))
-                self.lengths[row] += 1
-                if self.lengths[row] == self.limits[row]:
-                    self.end(row)
+        for group in groups.values():
+            tokens += self._choose(group, torch.stack([logits[i] for i in group])[:, : self.n_vocab].float())
+        return sorted(tokens)
+
+    def _choose(self, group, logits):
+        """Append a token to each row of a group, given their logits (B, n_vocab) float32; return the Tokens to give."""
+        rows, o = [self.rows[i] for i in group], self.rows[group[0]].options
+        scores = torch.stack(
+            [penalize(logits[n], o, r.ids[: r.n_prompt], r.ids[r.n_prompt :], r.logit_bias) for n, r in enumerate(rows)]
+        )
+        uniform = torch.tensor([row.draws.random() for row in rows], device=self.device)
+        chosen = sample(scores, uniform, o.temperature, o.top_k, o.top_p, o.min_p).tolist()
+        tokens = []
+        for n, (i, row, token) in enumerate(zip(group, rows, chosen, strict=True)):
+            if token in row.stop_ids:
+                self.end(i)
+                continue
+            row.ids.append(token)
+            row.running = len(row.ids) < row.limit
+            logprob, top = None, []
+            if row.logprobs is not None:
+                logprobs = logits[n].log_softmax(-1)
+                values, ids = logprobs.topk(row.logprobs)
+                logprob, top = logprobs[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True))
+            tokens.append(Token(i, token, logprob, top))
         return tokens
 
-    def end(self, row):
-        """Yield no more tokens of this row."""
-        self.running.discard(row)
+    def _shared(self, i, prompt):
+        """Return how many tokens of the beginning of `prompt`, short of its last, row i has in the cache."""
+        return min(_common(self.rows[i].ids, prompt), self.rows[i].n_cached, len(prompt) - 1)
+
+    def _prefill(self):
+        """Compute the prompts that are new, but for their last token where the rest was there; return {row: logits}."""
+        logits = {}
+        while waiting := [i for i in self.running if len(self.rows[i].ids) - self.rows[i].n_cached > 1]:
+            runs = []  # of neighbours, which are computed together
+            wave = []
+            for i in waiting:
+                ids = self.rows[i].ids
+                self._take_over(i)
+                # where another's of this wave gives half of what is left, take it over in the next
+                half = (self.rows[i].n_cached + len(ids)) / 2
+                if any(_common(self.rows[j].ids, ids) > half for j in wave) or self.rows[i].n_cached == len(ids) - 1:
+                    continue
+                wave.append(i)
+                longest = max(len(self.rows[j].ids) - self.rows[j].n_cached for j in [i, *(runs[-1] if runs else [])])
+                if runs and runs[-1][-1] == i - 1 and longest * (len(runs[-1]) + 1) <= PREFILL_TOKENS:
+                    runs[-1].append(i)
+                else:
+                    runs.append([i])
+            for run in runs:
+                logits |= self._compute(run)
+        return logits
+
+    def _take_over(self, i):
+        """Copy to row i the keys and values of the longest beginning of its ids that any row has in the cache."""
+        row = self.rows[i]
+        source = max(range(len(self.rows)), key=lambda j: self._shared(j, row.ids))
+        if (n := self._shared(source, row.ids)) > row.n_cached:
+            self.cache.kv[:, :, i, :, :n] = self.cache.kv[:, :, source, :, :n]
+            row.n_cached = n
+
+    def _compute(self, run):
+        """Compute what is not in the cache of some neighbouring rows; return {row: logits (V,) of its last token}."""
+        rows = [self.rows[i] for i in run]
+        new = [row.ids[row.n_cached :] for row in rows]
+        T = max(map(len, new))
+        # padded on the right: causal attention never looks there, and later tokens overwrite it in the cache
+        idx = torch.tensor([ids + [0] * (T - len(ids)) for ids in new], device=self.device)  # (B, T)
+        length = self._chunks(max(len(row.ids) for row in rows) + 1)
+        start = torch.tensor([[row.n_cached] for row in rows], device=self.device)
+        positions = (start + torch.arange(T, device=self.device)).clamp(max=length - 1)  # (B, T)
+        hidden = self.model.hidden(idx, self.cache.part(slice(run[0], run[-1] + 1), length), positions)  # (B, T, C)
+        last = torch.tensor([len(ids) - 1 for ids in new], device=self.device)
+        logits = self.model.lm_head(hidden[torch.arange(len(run), device=self.device), last])  # (B, V)
+        for row in rows:
+            row.n_cached = len(row.ids)
+        return dict(zip(run, logits, strict=True))
+
+    def _decode(self):
+        """Compute the newest token of each row that has one; return {row: its logits (V,)}."""
+        newest = [i for i in self.running if len(self.rows[i].ids) - self.rows[i].n_cached == 1]
+        if not newest:
+            return {}
+        n = newest[-1] + 1  # rows among them that do not run are computed too, unheard, behind what they have cached
+        inputs = [(row.ids[row.n_cached] if i in newest else 0, row.n_cached) for i, row in enumerate(self.rows[:n])]
+        self.inputs[:, :n] = torch.tensor(inputs).T
+        logits = self._replay(n, max(position for _, position in inputs) + 1)  # (n, V)
+        for i in newest:
+            self.rows[i].n_cached += 1
+        return {i: logits[i] for i in newest}
+
+    def _replay(self, n, length):
+        """Return the logits (n, V) of the first n rows' `inputs`, with the cache up to `length`.
+
+        On CUDA by a graph, which is recorded for each n and chunk of the cache at its first use.
+        """
+        alone = n == 1 and self.graphs is None and self.hidden == self.model.hidden
+        part = self.cache.part(slice(n), length if alone else self._chunks(length), newest=alone)
+
+        def step():
+            idx, positions = self.inputs[:, :n, None]  # (n, 1) each
+            return self.model.lm_head(self.hidden(idx, part, positions)[:, 0])
+
+        if self.graphs is None:
+            return step()
+        key = n, part.kv.size(-2)
+        if key not in self.graphs:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # once for what is set up at the first call, which cannot be recorded
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.graphs[key] = graph, step()
+        graph, logits = self.graphs[key]
+        graph.replay()
+        return logits
+
+    def _chunks(self, length):
+        """Round a length of the cache up to whole chunks."""
+        return min(-(-length // self.chunk) * self.chunk, self.size)
 
 
-def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
+def _common(a, b):
+    """Return the length of the beginning that two lists share."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def penalize(logits, options, prompt, new, logit_bias=()):
+    """Return a copy of the logits (V,) after a prompt and the `new` ids, with the bias and the penalties of `options`.
+
+    In transformers' order: bias, repetition_penalty (CTRL, arXiv 1909.05858), then OpenAI's presence and frequency
+    penalty, then no_repeat_ngram_size.
+    """
+    logits = logits.clone()
+    for token, bias in dict(logit_bias).items():
+        logits[token] += bias
+    if options.repetition_penalty != 1:
+        seen = torch.tensor(list({*prompt, *new}), device=logits.device)
+        at = logits[seen]
+        logits[seen] = torch.where(at < 0, at * options.repetition_penalty, at / options.repetition_penalty)
+    if new and (options.presence_penalty or options.frequency_penalty):
+        ids, counts = zip(*Counter(new).items(), strict=True)
+        counts = torch.tensor(counts, device=logits.device)
+        logits[list(ids)] -= options.presence_penalty + options.frequency_penalty * counts
+    if n := options.no_repeat_ngram_size:
+        ids = [*prompt, *new]
+        begun = ids[len(ids) - n + 1 :]  # the n - 1 newest
+        banned = [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == begun]
+        logits[banned] = -math.inf
+    return logits
+
+
+def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, candidates=CANDIDATES):
     """Return one id a row, (B,) int64, drawn from logits (B, V) float32 by uniform (B,) in [0, 1).
 
-    Temperature, then top_k, then top_p, in transformers' order; the draw inverts the cumulative distribution.
+    Temperature, then top_k, top_p, min_p, in transformers' order; the draw inverts the cumulative distribution. Of
+    the whole vocabulary only the likeliest `candidates` are sorted, where these decide: the result is the same.
     """
     if temperature < 1e-5:  # dividing by less could overflow
         return logits.argmax(-1)
-    k = min(top_k or logits.size(-1), logits.size(-1))
-    logits, ids = (logits / temperature).topk(k)  # (B, k), falling
-    p = logits.softmax(-1)
-    if top_p < 1:
-        p = torch.where(p.cumsum(-1) - p < top_p, p, 0.0)  # a token stays while those before it have less than top_p
+    logits = logits / temperature
+    V = logits.size(-1)
+    k = min(top_k, V) if top_k else min(candidates, V)
+    falling, ids = logits.topk(k)  # (B, k)
+    whole = falling if top_k else logits
+    p = (falling - whole.logsumexp(-1, keepdim=True)).exp()
+    before = p.cumsum(-1) - p
+    p = torch.where((before < top_p) & (p >= min_p * p[:, :1]), p, 0.0)  # the first always stays
     cumulative = p.cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)  # (B, 1)
+    # behind the last candidate others may be kept too, unless it was dropped itself
+    tail = (p[:, -1:] > 0) & (not top_k and k < V)  # (B, 1)
+    mass = torch.where(tail, 1.0, cumulative[:, -1:])
+    target = uniform[:, None] * mass
     last = (p > 0).sum(-1, keepdim=True) - 1  # where rounding up may lead beyond
-    return ids.gather(1, drawn.minimum(last))[:, 0]
-
-
-class TextStream:
-    """Turns ids into text as they come; holds back half characters, and what may be the beginning of a stop string.
-
-    length: characters of text so far; stopped_at: where in it a stop string begins, None while there is none.
-    """
-
-    def __init__(self, tokenizer, stop_strings=()):
-        self.tokenizer, self.stop_strings = tokenizer, stop_strings
-        self.length, self.stopped_at = 0, None
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
-
-    @property
-    def within_character(self):
-        """Whether the ids so far end within a character."""
-        return bool(self._decoder.getstate()[0])
-
-    def push(self, token):
-        """Take one more id; return the text that is certain now and was not returned before."""
-        text = self._decoder.decode(self.tokenizer.token_bytes(token))
-        self.length += len(text)
-        self._held += text
-        found = [at for stop in self.stop_strings if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped_at = self.length - len(self._held) + min(found)
-            certain, self._held = min(found), self._held[: min(found)]
-        else:
-            certain = len(self._held) - max((_overlap(self._held, stop) for stop in self.stop_strings), default=0)
-        text, self._held = self._held[:certain], self._held[certain:]
-        return text
-
-    def rest(self):
-        """Return what was held back and turned out to be no stop; half a character at the end is dropped."""
-        text, self._held = self._held, ""
-        return text
-
-
-def _overlap(text, stop):
-    """Return the length of the longest beginning of `stop`, short of the whole, that `text` ends in."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def fit_context(tokenizer, messages, room):
-    """Return the ids of a prompt for the next reply, at most `room`: what is too old is dropped, in whole exchanges.
-
-    The persona (a system message) stays. Of a last message that is too long by itself the end is kept.
-    Raises ValueError where the persona alone leaves no room.
-    """
-    system = [message for message in messages[:1] if message["role"] == "system"]
-    turns = messages[len(system) :]
-    ids = tokenizer.render(system + turns[-1:], add_generation_prompt=True)[0]
-    if len(ids) > room:
-        content = tokenizer.encode(turns[-1]["content"])[-room:] if turns else []
-        while content:
-            last = {**turns[-1], "content": tokenizer.decode(content).lstrip("\ufffd")}
-            ids = tokenizer.render([*system, last], add_generation_prompt=True)[0]
-            if len(ids) <= room:
-                return ids
-            content = content[len(ids) - room :]
-        raise ValueError(f"the persona is too long: it leaves no room in a prompt of {room} tokens")
-    for start in range(len(turns) - 2, -1, -1):
-        if len(longer := tokenizer.render(system + turns[start:], add_generation_prompt=True)[0]) > room:
-            break
-        if turns[start]["role"] == "user":
-            ids = longer
-    return ids
+    drawn = torch.searchsorted(cumulative, target, right=True).minimum(last)  # (B, 1)
+    chosen = ids.gather(1, drawn)[:, 0]
+    if not top_k and k < V:
+        filtered = top_p < 1 or min_p > 0  # then the mass of all that is kept is not known yet
+        beyond = (tail & (filtered | (target >= cumulative[:, -1:])))[:, 0]
+        if beyond.any():
+            chosen[beyond] = sample(logits[beyond], uniform[beyond], 1.0, 0, top_p, min_p, candidates=V)
+    return chosen

@@ -46,20 +46,34 @@ class Conv1D(nn.Module):
 class KVCache:
     """Keys and values of the tokens seen so far, preallocated; rows stand at positions of their own.
 
-    keys, values: (n_layer, B, nh, size, hs). What lies beyond a row's position is stale and masked.
+    kv: (n_layer, 2, B, nh, size, hs). What lies beyond a row's position is stale and masked.
     """
 
-    def __init__(self, config, rows, size, device, dtype):
-        shape = (config.n_layer, rows, config.n_head, size, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+    def __init__(self, kv, newest=False):
+        self.kv, self.newest = kv, newest
+        self.layers = kv.unbind(0)
+        self.rows = torch.arange(kv.size(2), device=kv.device)[:, None]  # (B, 1)
 
-    def update(self, layer, positions, k, v):
-        """Store k, v (B, nh, T, hs) of one layer at `positions` (B, T); return all of it, (B, nh, size, hs)."""
-        rows = torch.arange(k.size(0), device=k.device)[:, None]  # (B, 1)
-        self.keys[layer][rows, :, positions] = k.transpose(1, 2)
-        self.values[layer][rows, :, positions] = v.transpose(1, 2)
-        return self.keys[layer], self.values[layer]
+    def part(self, rows, size, newest=False):
+        """Return some rows (a slice) up to `size`, a view: what is not looked at is not read.
+
+        newest: all that will be asked for is the last position of a single row, which sees everything: no mask.
+        """
+        return KVCache(self.kv[:, :, rows, :, :size], newest)
+
+    def mask(self, positions):
+        """Return what is added to attention's scores, (B, 1, T, size): a token sees its position and those before."""
+        if self.newest:
+            return None
+        later = torch.arange(self.kv.size(-2), device=positions.device) > positions[:, None, :, None]
+        return torch.zeros_like(later, dtype=self.kv.dtype).masked_fill_(later, -math.inf)
+
+    def update(self, layer, positions, kv):
+        """Store kv (2, B, nh, T, hs) of one layer at `positions` (B, T); return all of it, (2, B, nh, size, hs)."""
+        if len(positions) == 1:
+            return self.layers[layer].index_copy_(3, positions[0], kv)  # half the time of the general way
+        self.layers[layer][:, self.rows, :, positions] = kv.permute(1, 3, 0, 2, 4)
+        return self.layers[layer]
 
 
 class Attention(nn.Module):
@@ -70,17 +84,16 @@ class Attention(nn.Module):
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, positions=None):
-        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C) each
-        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
-        mask = None
+    def forward(self, x, cache=None, positions=None, mask=None):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
         if cache is not None:
-            k, v = cache.update(self.layer, positions, k, v)  # (B, nh, size, hs)
-            mask = positions[:, None, :, None] >= torch.arange(k.size(2), device=k.device)  # (B, 1, T, size)
+            qkv = qkv.to(cache.kv.dtype)
+        q, (k, v) = qkv[0], qkv[1:] if cache is None else cache.update(self.layer, positions, qkv[1:])
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-        y = y.transpose(1, 2).flatten(-2)  # (B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=cache is None)
+        y = self.c_proj(y.transpose(1, 2).flatten(-2).to(x.dtype))  # (B, T, C)
+        return self.resid_dropout(y) if self.training else y
 
 
 class MLP(nn.Module):
@@ -91,7 +104,8 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        y = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.dropout(y) if self.training else y
 
 
 class Block(nn.Module):
@@ -102,8 +116,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, positions=None):
-        x = x + self.attn(self.ln_1(x), cache, positions)
+    def forward(self, x, cache=None, positions=None, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, positions, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -124,6 +138,7 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.kv_dtype = None  # of the cache; None: that of the weights
         self.tie_weights()
         self.init_weights()
 
@@ -168,9 +183,16 @@ class GPT(nn.Module):
             raise ValueError(f"{idx.size(1)} tokens in a row, but the model has {self.config.block_size} positions")
         where = torch.arange(idx.size(1), device=idx.device) if positions is None else positions
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(where))  # (B, T, C)
+        mask = None if cache is None else cache.mask(positions)
         for block in self.transformer.h:
-            x = block(x, cache, positions)
+            x = block(x, cache, positions, mask)
         return self.transformer.ln_f(x)
+
+    def kv_cache(self, rows, size):
+        """Return an empty KVCache for this model."""
+        c, like = self.config, self.transformer.wpe.weight
+        shape = (c.n_layer, 2, rows, c.n_head, size, c.n_embd // c.n_head)
+        return KVCache(torch.zeros(shape, device=like.device, dtype=self.kv_dtype or like.dtype))
 
     @torch.no_grad()
     def grow_vocab(self, vocab_size):
@@ -183,7 +205,9 @@ class GPT(nn.Module):
 
     def num_parameters(self):
         """Return how many parameters there are; the head shares the embedding's and is not counted again."""
-        return sum(p.numel() for p in self.parameters())
+        c, C = self.config, self.config.n_embd
+        layer = 12 * C * C + 13 * C  # c_attn 3, c_proj 1, the MLP 8 C^2; their biases and two LayerNorms
+        return (c.vocab_size + c.block_size) * C + c.n_layer * layer + 2 * C
 
     def flops_per_token(self, T):
         """Return the floating-point operations of training on one token in a row of T, forward and backward.

@@ -5,6 +5,7 @@ A conversation is a list of {"role": "system" | "user" | "assistant", "content":
 written; `Tokenizer.render` is the one place where that happens, for training, chat and evaluation alike.
 """
 
+import codecs
 import functools
 import hashlib
 import itertools
@@ -265,3 +266,78 @@ class Tokenizer:
             "{%- endfor -%}"
             "{%- if add_generation_prompt -%}{{- openers['assistant'] -}}{%- endif -%}"
         )
+
+
+class TextStream:
+    """Turns ids into text as they come; holds back half characters, and what may be the beginning of a stop string.
+
+    length: characters of text so far; stopped_at: where in it a stop string begins, None while there is none.
+    """
+
+    def __init__(self, tokenizer, stop_strings=()):
+        self.tokenizer, self.stop_strings = tokenizer, stop_strings
+        self.length, self.stopped_at = 0, None
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    @property
+    def within_character(self):
+        """Whether the ids so far end within a character."""
+        return bool(self._decoder.getstate()[0])
+
+    def push(self, token):
+        """Take one more id; return the text that is certain now and was not returned before."""
+        text = self._decoder.decode(self.tokenizer.token_bytes(token))
+        self.length += len(text)
+        self._held += text
+        found = [at for stop in self.stop_strings if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped_at = self.length - len(self._held) + min(found)
+            certain, self._held = min(found), self._held[: min(found)]
+        else:
+            certain = len(self._held) - max((_overlap(self._held, stop) for stop in self.stop_strings), default=0)
+        text, self._held = self._held[:certain], self._held[certain:]
+        return text
+
+    def rest(self):
+        """Return what was held back and turned out to be no stop; half a character at the end is dropped."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text, stop):
+    """Return the length of the longest beginning of `stop`, short of the whole, that `text` ends in."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def fit_context(tokenizer, messages, room, start=0):
+    """Return (ids of a prompt for the next reply, at most `room`; `start`): what is too old is dropped.
+
+    messages: the conversation; `start` of its turns are dropped already. If the rest does not fit, whole exchanges are
+    dropped until half of the room is free: so for many turns to come prompts begin alike, and only what is new has to
+    be computed. The persona (a system message) stays. Of a last message that is too long by itself the end is kept.
+    Raises ValueError where the persona alone leaves no room.
+    """
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    turns = messages[len(system) :]
+
+    def render(turns):
+        return tokenizer.render(system + turns, add_generation_prompt=True)[0]
+
+    if len(ids := render(turns[start:])) <= room:
+        return ids, start
+    start = max(len(turns) - 1, 0)
+    if len(ids := render(turns[start:])) <= room:
+        for earlier in range(start - 1, -1, -1):
+            if len(longer := render(turns[earlier:])) > room // 2:
+                break
+            if turns[earlier]["role"] == "user":
+                ids, start = longer, earlier
+        return ids, start
+    content = tokenizer.encode(turns[-1]["content"])[-room:] if turns else []
+    while content:
+        last = {**turns[-1], "content": tokenizer.decode(content).lstrip("\ufffd")}
+        if len(ids := render([last])) <= room:
+            return ids, start
+        content = content[len(ids) - room :]
+    raise ValueError(f"the persona is too long: it leaves no room in a prompt of {room} tokens")

@@ -313,7 +313,7 @@ def sample_reply(model, tokenizer):
     if len(prompt) >= model.config.block_size:
         return f"(a context of {model.config.block_size} tokens is too short to talk)"
     options = {"max_new_tokens": 30, "temperature": 0.7, "top_k": 50, "seed": 0, "stop_ids": tokenizer.stop_ids}
-    reply = generate(model, [prompt], **options)[0]
+    reply = generate(model, [prompt], tokenizer=tokenizer, **options)[0]
     return " ".join(tokenizer.decode(prompt + reply).split())
 
 

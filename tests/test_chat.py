@@ -80,9 +80,9 @@ def prompts(monkeypatch):
     """The prompts that the model is given from now on, as ids."""
     given, stream = [], chat.stream
 
-    def recording(model, tokenizer, prompt, **options):
+    def recording(engine, tokenizer, prompt, options, **add):
         given.append(prompt)
-        return stream(model, tokenizer, prompt, **options)
+        return stream(engine, tokenizer, prompt, options, **add)
 
     monkeypatch.setattr(chat, "stream", recording)
     return given
@@ -205,7 +205,7 @@ def test_mistakes_end_in_a_sentence_and_status_2(script, directory):
         ({"max_new_tokens": 126}, "max_new_tokens=126"),  # no room for a message
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
         ({"device": "tpu"}, "tpu"),
-        ({"dtype": "int8"}, "int8"),
+        ({"dtype": "int4"}, "int4"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"init_from": "out/chat"}, "out/chat"),
     ],
@@ -444,7 +444,9 @@ def continued(directory, capsys):
     """Run sample.py's main: continued(start=...) -> what it prints."""
 
     def run(block_size=128, **knobs):
-        sample.main(sample.Config(directory(block_size), **{"max_new_tokens": 12, "device": "cpu"} | knobs))
+        sample.main(
+            sample.Config(**{"init_from": directory(block_size), "max_new_tokens": 12, "device": "cpu"} | knobs)
+        )
         return capsys.readouterr().out
 
     return run

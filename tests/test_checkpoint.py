@@ -302,7 +302,7 @@ def test_missing_extra_misshapen_and_integer_tensors_are_named(directory):
         (lacking, r"lacks the tensor transformer\.h\.1\.mlp\.c_fc\.bias"),
         (extra, r"has the tensor .*score\.weight"),
         (transposed, r"transformer\.h\.0\.attn\.c_attn\.weight has shape \(96, 32\), its config says \(32, 96\)"),
-        (integer, r"transformer\.ln_f\.bias.*int32"),
+        (integer, r"transformer\.ln_f\.bias.*I32"),
     ):
         write(directory, wrong)
         with pytest.raises(ValueError, match=words):

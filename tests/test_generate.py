@@ -1,6 +1,7 @@
 """Generation gives the ids of transformers and of a loop without a cache, the distribution of transformers' warpers,
 and text that never shows a stop string or half a character."""
 
+import random
 import time
 
 import pytest
@@ -10,9 +11,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from generate import TextStream, fit_context, generate, sample, stream
+from generate import Engine, Sampling, generate, sample, stream
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from tokenizer import TextStream, Tokenizer, fit_context
 
 PROMPTS = [[5, 17, 17, 199], [42], list(range(100, 130)), [7, 8, 9, 7, 8, 9, 7]]
 LARGEST = 1 - 2**-24  # the largest float32 below 1, and the largest number that torch.rand returns
@@ -67,11 +68,11 @@ def test_the_cache_gives_the_ids_of_a_loop_without_one_up_to_the_end_of_the_cont
     options = {"temperature": temperature, "top_k": 40, "top_p": 0.95}
     expected = []
     for row, prompt in enumerate(PROMPTS):
-        ids, random = list(prompt), torch.Generator().manual_seed(3 + row)
+        ids, draws = list(prompt), random.Random(3 + row)
         while len(ids) < 64:
             with torch.no_grad():
                 logits = model.eval()(torch.tensor([ids]))[0][:, -1]
-            ids.append(sample(logits, torch.rand(1, generator=random), **options).item())
+            ids.append(sample(logits, torch.tensor([draws.random()]), **options).item())
         expected.append(ids[len(prompt) :])
     assert generate(model, PROMPTS, seed=3, max_new_tokens=1000, **options) == expected
 
@@ -118,7 +119,7 @@ def test_the_context_ends_a_row(model):
 
 def test_no_new_tokens_or_no_prompts_give_nothing(model, tokenizer):
     assert generate(model, PROMPTS, max_new_tokens=0) == [[], [], [], []]
-    assert list(stream(model, tokenizer, [1, 2], max_new_tokens=0)) == []
+    assert list(stream(Engine(model), tokenizer, [1, 2], Sampling(max_new_tokens=0))) == []
     assert generate(model, []) == []
 
 
@@ -266,6 +267,12 @@ def reciter(ids):
     return model
 
 
+def text_of(model, tokenizer, stop_strings=(), stop_ids=(), **sampling):
+    """Return what `stream` gives, as one string."""
+    pieces = stream(Engine(model), tokenizer, [0], Sampling(**sampling), stop_strings=stop_strings, stop_ids=stop_ids)
+    return "".join(pieces)
+
+
 def ids_of(tokenizer, pieces):
     return [token for piece in pieces for token in tokenizer.encode(piece)]
 
@@ -290,7 +297,7 @@ def ids_of(tokenizer, pieces):
 def test_text_streams_up_to_a_stop_string_and_generate_has_the_same(tokenizer, pieces, stop_strings, expected):
     ids = ids_of(tokenizer, pieces)
     model, options = reciter(ids), {"temperature": 0, "stop_strings": stop_strings, "max_new_tokens": len(ids)}
-    assert "".join(stream(model, tokenizer, [0], **options)) == expected
+    assert text_of(model, tokenizer, **options) == expected
     (new,) = generate(model, [[0]], tokenizer=tokenizer, **options)
     assert ids[: len(new)] == new
     text = tokenizer.decode(new)
@@ -310,20 +317,20 @@ def test_a_stop_string_ends_its_own_row_only(tokenizer):
 def test_what_may_begin_a_stop_string_is_not_shown_when_the_row_ends_for_want_of_room(tokenizer):
     ids = ids_of(tokenizer, ["the [Human]"])
     options = {"temperature": 0, "stop_strings": ["[Human]:"], "max_new_tokens": len(ids)}
-    assert "".join(stream(reciter(ids), tokenizer, [0], **options)) == "the "
+    assert text_of(reciter(ids), tokenizer, **options) == "the "
 
 
 def test_a_stop_id_releases_what_was_held_back(tokenizer):
     ids = ids_of(tokenizer, ["the [Human]"])
     model = reciter([*ids, 50256])
     options = {"temperature": 0, "stop_strings": ["[Human]:"], "stop_ids": [50256], "max_new_tokens": 50}
-    assert "".join(stream(model, tokenizer, [0], **options)) == "the [Human]"
+    assert text_of(model, tokenizer, **options) == "the [Human]"
 
 
 def test_half_a_character_at_the_end_is_not_shown(tokenizer):
     ids = tokenizer.encode("so 😀")
     assert tokenizer.decode(ids[:-1]).endswith("\ufffd")
-    assert "".join(stream(reciter(ids), tokenizer, [0], temperature=0, max_new_tokens=len(ids) - 1)) == "so "
+    assert text_of(reciter(ids), tokenizer, temperature=0, max_new_tokens=len(ids) - 1) == "so "
 
 
 def test_text_comes_as_soon_as_it_is_certain(tokenizer):
@@ -382,15 +389,40 @@ def length(tokenizer, messages):
 
 @pytest.mark.parametrize("template", ["human_bot", "user_assistant"])
 @pytest.mark.parametrize("persona", [[], [say("system", "i am a zookeeper.")]])
-def test_as_many_whole_exchanges_as_fit_are_kept_and_the_persona(template, persona):
+def test_what_does_not_fit_gives_way_in_whole_exchanges_until_half_of_the_room_is_free(template, persona):
     tokenizer = Tokenizer(template)
     turns = [m for conversation in small_talk(3) for m in conversation if m["role"] != "system"]
     turns.append(say("user", "and now?"))
-    candidates = [persona + turns[start:] for start in range(0, len(turns), 2)]  # the longest first
-    prompts = [tokenizer.render(candidate, add_generation_prompt=True)[0] for candidate in candidates]
+    starts = range(0, len(turns), 2)
+    prompts = [tokenizer.render(persona + turns[start:], add_generation_prompt=True)[0] for start in starts]
     assert len(prompts) > 5
     for room in range(len(prompts[-1]), len(prompts[0]) + 2):
-        assert fit_context(tokenizer, persona + turns, room) == next(ids for ids in prompts if len(ids) <= room)
+        if len(prompts[0]) <= room:
+            expected = 0
+        else:  # the longest of those that leave half of it, else the last message alone
+            expected = next((n for n, ids in enumerate(prompts) if len(ids) <= room // 2), len(prompts) - 1)
+        assert fit_context(tokenizer, persona + turns, room) == (prompts[expected], starts[expected])
+
+
+def test_what_was_dropped_stays_so_and_the_prompts_begin_alike_until_the_room_is_full_again(tokenizer):
+    persona, turns, start, before = [say("system", "i like tea.")], [], 0, []
+    appended = drops = 0
+    for turn in range(120):
+        turns.append(say("user", f"this is message number {turn} of many"))
+        ids, start_now = fit_context(tokenizer, persona + turns, 300, start)
+        assert len(ids) <= 300
+        assert ids == tokenizer.render(persona + turns[start_now:], add_generation_prompt=True)[0]
+        if start_now == start:
+            assert ids[: len(before)] == before
+            appended += 1
+        else:
+            assert start_now > start
+            assert len(ids) <= 150
+            drops += 1
+        start, before = start_now, ids
+        turns.append(say("assistant", "oh, is it so?"))
+    assert drops > 5
+    assert appended > 5 * drops
 
 
 @settings(max_examples=200, deadline=None)
@@ -405,7 +437,7 @@ def test_the_prompt_fits_and_is_the_end_of_the_conversation_for_any_text(persona
     turns = turns[: len(turns) - 1 + len(turns) % 2]  # the last is the user's
     system = [] if persona is None else [say("system", persona)]
     assume(length(tokenizer, [*system, say("user", "")]) + 5 <= room)
-    ids = fit_context(tokenizer, system + turns, room)
+    ids, _ = fit_context(tokenizer, system + turns, room)
     assert len(ids) <= room
     if length(tokenizer, system + turns[-1:]) <= room:
         candidates = [system + turns[start:] for start in range(0, len(turns), 2)]
@@ -414,8 +446,8 @@ def test_the_prompt_fits_and_is_the_end_of_the_conversation_for_any_text(persona
 
 def test_a_conversation_that_fits_is_left_as_it_is(tokenizer):
     turns = [say("user", "hi"), say("assistant", "hello"), say("user", "bye")]
-    assert fit_context(tokenizer, turns, 1000) == tokenizer.render(turns, add_generation_prompt=True)[0]
-    assert fit_context(tokenizer, [], 10) == tokenizer.render([], add_generation_prompt=True)[0]
+    assert fit_context(tokenizer, turns, 1000) == (tokenizer.render(turns, add_generation_prompt=True)[0], 0)
+    assert fit_context(tokenizer, [], 10) == (tokenizer.render([], add_generation_prompt=True)[0], 0)
 
 
 @pytest.mark.parametrize("text", ["the number 12345 is " * 300, "😀" * 300, "日本語" * 300, "\n[Bot]: " * 300])
@@ -423,7 +455,7 @@ def test_a_conversation_that_fits_is_left_as_it_is(tokenizer):
 def test_of_a_message_that_is_too_long_the_end_is_kept(tokenizer, text, persona):
     turns = [say("user", "hi"), say("assistant", "hello"), say("user", text + "what now?")]
     for room in (40, 64, 101):
-        ids = fit_context(tokenizer, persona + turns, room)
+        ids, _ = fit_context(tokenizer, persona + turns, room)
         assert room - 10 <= len(ids) <= room
         prompt = tokenizer.decode(ids)
         before = "[Persona]: i am a zookeeper.\n[Human]: " if persona else "[Human]: "
@@ -442,6 +474,6 @@ def test_a_persona_that_leaves_no_room_is_refused(tokenizer, turns):
 def test_a_history_of_a_thousand_turns_takes_no_time(tokenizer):
     turns = [say(role, "i like tea and the dog runs home") for _ in range(500) for role in ("user", "assistant")]
     start = time.perf_counter()
-    ids = fit_context(tokenizer, [*turns, say("user", "hi")], 1000)
+    ids, _ = fit_context(tokenizer, [*turns, say("user", "hi")], 1000)
     assert time.perf_counter() - start < 2
-    assert 900 < len(ids) <= 1000
+    assert 450 < len(ids) <= 500

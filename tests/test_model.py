@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from checkpoint import load_model, save_model
-from model import GPT, PRESETS, GPTConfig, KVCache
+from model import GPT, PRESETS, GPTConfig
 from tokenizer import Tokenizer
 
 ODD = {"n_layer": 3, "n_head": 5, "n_embd": 80, "vocab_size": 50262, "n_positions": 96}
@@ -195,7 +195,7 @@ def test_the_cache_gives_what_the_full_forward_gives_with_rows_at_different_posi
     idx = batch(300, rows=3, T=40)
     with torch.no_grad():
         full = model(idx)[0]
-        cache = KVCache(model.config, rows=3, size=40, device="cpu", dtype=torch.float32)
+        cache = model.kv_cache(3, 40)
         start = torch.tensor([0, 0, 0])
         for lengths in ([9, 9, 9], [1, 1, 1], [5, 5, 5]):
             # the rows go on at positions 1, 5 and 9, so that two of them have later tokens in the cache already

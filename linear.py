@@ -1,0 +1,83 @@
+"""
+Linear layers for inference on a CPU: the weights in 16 or 8 bits, what goes in and comes out in float32.
+
+Decoding reads all weights for each token, so its speed is that of the memory, and half the bytes are twice the speed.
+What a row gives does not depend on the rows beside it: up to rounding, in int8 to the last bit.
+"""
+
+import warnings
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # these kernels are for x86
+quantized = torch.ops.quantized
+
+
+class Float16Linear(nn.Module):
+    """Weights in float16; products and sums in float32."""
+
+    def __init__(self, weight, bias=None):
+        """weight: (n_out, n_in), bias: (n_out,), float32; they are copied."""
+        super().__init__()
+        self.packed = quantized.linear_prepack_fp16(weight, bias)
+
+    def forward(self, x):
+        return quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class BFloat16Linear(nn.Module):
+    """Weights and what they are multiplied with in bfloat16: for long prompts the fastest where the CPU has AMX."""
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        self.weight = weight.bfloat16().contiguous()
+        self.bias = None if bias is None else bias.bfloat16()
+
+    def forward(self, x):
+        rows = x.bfloat16().flatten(0, -2)  # (rows, n_in)
+        if len(rows) > 1:
+            y = F.linear(rows, self.weight, self.bias)
+        elif self.bias is None:  # a matrix-vector product: 0.7 of F.linear's time for one row
+            y = self.weight.mv(rows[0])[None]
+        else:
+            y = self.bias.addmv(self.weight, rows[0])[None]
+        return y.float().unflatten(0, x.shape[:-1])
+
+
+class Int8Linear(nn.Module):
+    """Weights in int8 with a scale for each output; each row that goes in is rounded to 8 bits between its extremes.
+
+    Sums are of integers, so they are exact, and a row gives the same alone and among others.
+    """
+
+    # FBGEMM adds pairs of products in 16 bits where the CPU lacks VNNI: then a row gets 7 bits, lest they overflow
+    REDUCED = not torch.cpu._is_vnni_supported()
+    LEVELS = 127 if REDUCED else 255
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        torch.backends.quantized.engine = "fbgemm"
+        scale = weight.abs().amax(1).clamp(min=1e-30) / 127  # (n_out,)
+        rounded = (weight / scale[:, None]).round().to(torch.int8)
+        with warnings.catch_warnings():  # deprecated, but in the pinned version nothing else is as fast for one row
+            warnings.simplefilter("ignore")
+            weight = torch._make_per_channel_quantized_tensor(
+                rounded, scale.double(), torch.zeros_like(scale).long(), 0
+            )
+        self.bias = torch.zeros_like(scale) if bias is None else bias
+        self.packed = quantized.linear_prepack(weight, self.bias)
+        self.sums = rounded.sum(1) * scale  # (n_out,)
+
+    def forward(self, x):
+        if x.numel() == x.size(-1):
+            return quantized.linear_dynamic(x, self.packed, self.REDUCED)
+        # linear_dynamic would round all rows between common extremes; this is what it does, row by row
+        low, high = torch.aminmax(x, dim=-1, keepdim=True)  # (..., 1)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = ((high - low) / self.LEVELS).clamp(min=2**-14)  # FBGEMM's smallest
+        zero = (-low / scale).round()
+        y = quantized.linear_with_input_q_dq_qweight_dq_output_fp32((x / scale).add_(zero), 1.0, 0, self.packed)
+        y = torch.addcmul(y - self.bias, zero, self.sums, value=-1)
+        return torch.addcmul(self.bias, y, scale)
