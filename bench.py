@@ -1,8 +1,9 @@
 """
-Measure: python bench.py decode|fidelity [--knob=value ...]
+Measure: python bench.py decode|fidelity|repetition [--knob=value ...]
 
     decode      how fast a model reads prompts and writes: tokens a second, bytes of weights a second, memory, start-up
     fidelity    what a dtype costs: how far its next-token distributions are from float32's, on real text
+    repetition  how much a chat repeats itself with given sampling, beside what people do
 
 Progress goes to stderr; the last line on stdout is the result as one JSON object.
 """
@@ -10,18 +11,20 @@ Progress goes to stderr; the last line on stdout is the result as one JSON objec
 import json
 import platform
 import random
+import re
 import resource
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from checkpoint import load_model, pick_device, pick_dtype
 from configurator import run
-from generate import Engine, Sampling
+from generate import ChatSampling, Engine, Sampling, generate
 from shards import find_shards, open_shard
 
 ITEMSIZE = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.int8: 1}
@@ -50,6 +53,18 @@ class Fidelity:
     device: str = "cpu"  # cpu, cuda
 
 
+@dataclass
+class Repetition(ChatSampling):
+    max_new_tokens: int = 100
+    init_from: str = "out/demo"  # a model that was trained to chat
+    data_dir: str = "data"  # where the shards are
+    dataset: str = "chitchat"  # the openings: those of this data set's val*.bin
+    replies: int = 200  # how many
+    seed: int = 0  # of the first reply; the next has the next
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
+
+
 def decode(config):
     """Return tokens a second for prompts (`prompt_tokens_per_s`), what follows (`new_tokens_per_s`) and both together
     (`tokens_per_s`: new tokens by the whole time, as the peers are measured)."""
@@ -57,11 +72,12 @@ def decode(config):
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device, inference=True)
     model, _ = load_model(config.init_from, device, dtype, inference=True)
+    at_least_1(config, "rows", "prompt_len", "new_tokens", "repeats")
     size, vocab_size = config.prompt_len + config.new_tokens, model.config.vocab_size
-    if size > model.config.block_size or min(config.rows, config.prompt_len, config.new_tokens, config.repeats) < 1:
+    if size > model.config.block_size:
         raise ValueError(
-            f"prompt_len={config.prompt_len}, new_tokens={config.new_tokens}: together 2 to {model.config.block_size}, "
-            "and nothing below 1"
+            f"prompt_len={config.prompt_len} and new_tokens={config.new_tokens} are more than the context of "
+            f"{model.config.block_size} tokens"
         )
     engine = Engine(model, config.rows, size, graphs=config.graphs, compile=config.compile)
     sampling = Sampling(max_new_tokens=config.new_tokens, top_k=50)
@@ -100,6 +116,7 @@ def decode(config):
 def fidelity(config):
     """Return the mean KL divergence of the dtype's next-token distributions from float32's, in nats, over the first
     positions of a validation set, how often both have the same likeliest token, and both perplexities."""
+    at_least_1(config, "positions")
     device = pick_device(config.device)
     paths = find_shards(config.data_dir, config.dataset, "val")
     models = [load_model(config.init_from, device)[0].eval()]
@@ -133,14 +150,51 @@ def fidelity(config):
     }
 
 
+def repetition(config):
+    """Return the share of 4-grams that came before in the same reply, and the mean length of replies, of the model's
+    replies to the openings of a validation set, and of the people's own."""
+    at_least_1(config, "replies")
+    device = pick_device(config.device)
+    shard = open_shard(find_shards(config.data_dir, config.dataset, "val")[0])
+    dtype = pick_dtype(config.dtype, device, inference=True)
+    model, tokenizer = load_model(config.init_from, device, dtype, inference=True)
+    prompts, replies = [], []
+    for start, stop in zip(shard.offsets[:-1], shard.offsets[1:], strict=True):
+        mask = shard.mask(start, stop)
+        first = int(mask.argmax())  # the first supervised token: a reply begins
+        length = int((~mask[first:]).argmax()) or len(mask) - first
+        if len(prompts) < config.replies and 0 < first < model.config.block_size - config.max_new_tokens:
+            prompts.append(shard.tokens[start : start + first].tolist())
+            replies.append(shard.tokens[start + first : start + first + length - 1].tolist())  # without its end token
+    names = [field.name for field in fields(Sampling)]
+    sampling = {name: getattr(config, name) for name in names}
+    stops = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings, "tokenizer": tokenizer}
+    new = generate(model, prompts, seed=config.seed, **stops, **sampling)
+    result = {"replies": len(prompts)}
+    for who, said in (("", new), ("_of_people", replies)):
+        grams = [list(zip(*(ids[n:] for n in range(4)), strict=False)) for ids in said]
+        result["repeated_4grams" + who] = 1 - sum(len(set(g)) for g in grams) / max(sum(map(len, grams)), 1)
+        result["tokens_in_a_reply" + who] = sum(map(len, said)) / max(len(said), 1)
+    return result
+
+
+def at_least_1(config, *names):
+    """Raise ValueError for a knob below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}: it must be 1 or more")
+
+
 def peak_memory(device):
     """Return the most memory in use so far, in MB: on CUDA what PyTorch had allocated, else the process's own."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    if Path("/proc/self/status").exists():  # getrusage would count the process that we were forked from
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
-MODES = {"decode": (decode, Decode), "fidelity": (fidelity, Fidelity)}
+MODES = {"decode": (decode, Decode), "fidelity": (fidelity, Fidelity), "repetition": (repetition, Repetition)}
 
 
 def main():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from checkpoint import load_model, pick_device, pick_dtype
 from configurator import run
-from generate import Engine, Sampling, stream
+from generate import ChatSampling, Engine, stream
 from tokenizer import fit_context
 
 COMMANDS = """\
@@ -25,13 +25,9 @@ SHORT = {"role": "user", "content": "a"}  # the least that must fit into the con
 
 
 @dataclass
-class Config(Sampling):
+class Config(ChatSampling):
     init_from: str = "out/chat"  # a directory, gpt2[-medium|-large|-xl], distilgpt2 or org/name on the hub
     persona: str = ""  # who the bot is, in sentences: "i am a zookeeper. i like tea."
-    temperature: float = 0.7
-    top_k: int = 50
-    top_p: float = 0.9
-    repetition_penalty: float = 1.1
     seed: int = 1337  # the same seed and messages give the same replies
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16, int8; auto is float16 on an x86 CPU, bfloat16 on CUDA

@@ -51,6 +51,16 @@ class Sampling:
                 raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be {expected}")
 
 
+@dataclass
+class ChatSampling(Sampling):
+    """What a chat starts from."""
+
+    temperature: float = 0.7
+    top_k: int = 50
+    top_p: float = 0.9
+    repetition_penalty: float = 1.1
+
+
 def generate(model, prompts, *, seed=None, stop_ids=(), stop_strings=(), logit_bias=None, tokenizer=None, **sampling):
     """Return for each prompt, a list of ids, the list of new ids, without what stopped it.
 
@@ -170,9 +180,12 @@ class Engine:
         """
         if not 0 < len(prompt) < self.size:
             raise ValueError(f"a prompt of {len(prompt)} tokens; it must be of 1 to {self.size - 1}")
-        for token in logit_bias or ():
-            if not 0 <= token < self.n_vocab:
-                raise ValueError(f"logit_bias of token {token}: ids are 0 to {self.n_vocab - 1}")
+        for where, ids, n in (
+            ("prompt", prompt, self.model.config.vocab_size),
+            ("logit_bias", logit_bias or (), self.n_vocab),
+        ):
+            if (token := next((token for token in ids if not 0 <= token < n), None)) is not None:
+                raise ValueError(f"{where} has the token {token}: ids are 0 to {n - 1}")
         free = [i for i, row in enumerate(self.rows) if not row.running]
         if not free:
             raise ValueError(f"all {len(self.rows)} rows are running")
@@ -225,7 +238,7 @@ class Engine:
             logprob, top = None, []
             if row.logprobs is not None:
                 logprobs = logits[n].log_softmax(-1)
-                values, ids = logprobs.topk(row.logprobs)
+                values, ids = logprobs.topk(min(row.logprobs, self.n_vocab))
                 logprob, top = logprobs[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True))
             tokens.append(Token(i, token, logprob, top))
         return tokens
@@ -336,14 +349,14 @@ def _common(a, b):
 def penalize(logits, options, prompt, new, logit_bias=()):
     """Return a copy of the logits (V,) after a prompt and the `new` ids, with the bias and the penalties of `options`.
 
-    In transformers' order: bias, repetition_penalty (CTRL, arXiv 1909.05858), then OpenAI's presence and frequency
-    penalty, then no_repeat_ngram_size.
+    Ids that the logits do not reach are passed over. In transformers' order: bias, repetition_penalty (CTRL, arXiv
+    1909.05858), then OpenAI's presence and frequency penalty, then no_repeat_ngram_size.
     """
     logits = logits.clone()
     for token, bias in dict(logit_bias).items():
         logits[token] += bias
     if options.repetition_penalty != 1:
-        seen = torch.tensor(list({*prompt, *new}), device=logits.device)
+        seen = torch.tensor([token for token in {*prompt, *new} if token < len(logits)], device=logits.device)
         at = logits[seen]
         logits[seen] = torch.where(at < 0, at * options.repetition_penalty, at / options.repetition_penalty)
     if new and (options.presence_penalty or options.frequency_penalty):
@@ -354,7 +367,7 @@ def penalize(logits, options, prompt, new, logit_bias=()):
         ids = [*prompt, *new]
         begun = ids[len(ids) - n + 1 :]  # the n - 1 newest
         banned = [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == begun]
-        logits[banned] = -math.inf
+        logits[[token for token in banned if token < len(logits)]] = -math.inf
     return logits
 
 

@@ -2,15 +2,21 @@
 beside a row, whatever was there before it, in every dtype."""
 
 import random
+from collections import Counter
+from importlib import metadata
+from itertools import islice
 
+import chitchat
 import pytest
 import torch
 from test_generate import PROMPTS, hf, model  # noqa: F401 (fixtures)
 
+import bench
 from checkpoint import load_model, save_model
 from generate import Engine, Sampling, generate
 from linear import FBGEMM
 from model import GPT, GPTConfig
+from shards import Loader, ShardWriter
 from tokenizer import Tokenizer
 
 EXACT = [torch.float32, torch.float16, torch.int8]  # bfloat16 rounds each sum to 8 bits, which tells rows apart
@@ -246,3 +252,47 @@ def test_a_replayed_graph_gives_the_ids_of_the_eager_step(dtype):
             engine.add(prompt, Sampling(400, 0.8), seed=1)
         given.append(finish(engine))
     assert given[0] == given[1]
+
+
+# what fewer bits cost
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small GPT that was trained on real conversations, as a directory with their held-out part in data/talk.
+
+    Its vocabulary is the 1,500 commonest tokens, the last of which stands for all others: it learns in seconds.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    path = metadata.distribution("chitchat-dataset").locate_file("chitchat_dataset/dataset.json")
+    rendered = list(Tokenizer().render_batch([messages for _, messages in islice(chitchat.read(path), 600)]))
+    common = Counter(token for ids, _ in rendered for token in ids).most_common(1500)
+    rank = {token: i for i, (token, _) in enumerate(common)}
+    (folder / "talk").mkdir()
+    for split, part in (("train", rendered[60:]), ("val", rendered[:60])):
+        with ShardWriter(folder / "talk" / f"{split}.bin", 1500, "human_bot") as writer:
+            writer.write([([rank.get(token, 1499) for token in ids], mask) for ids, mask in part])
+    loader = Loader([folder / "talk" / "train.bin"], 16, 64, seed=0, vocab_size=1500)
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(block_size=64, vocab_size=1500, n_layer=3, n_head=4, n_embd=64))
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=5e-3)
+    for step in range(150):
+        x, _ = loader.batch(step)
+        loss = gpt(x[:, :-1], x[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 5  # of 7.3
+    save_model(gpt, Tokenizer(), folder / "model")
+    return folder
+
+
+@pytest.mark.skipif(not FBGEMM, reason="x86 only")
+@pytest.mark.parametrize(("dtype", "kl", "same_top"), [("int8", 5e-3, 0.97), ("float16", 1e-4, 0.999)])
+def test_on_real_text_a_trained_model_in_fewer_bits_says_the_same(trained, dtype, kl, same_top):
+    config = bench.Fidelity(str(trained / "model"), str(trained), "talk", 2000, dtype)
+    result = bench.fidelity(config)
+    assert result["positions"] == 2000
+    assert 0 < result["kl"] < kl
+    assert result["same_top"] >= same_top
+    assert abs(result["perplexity"] / result["perplexity_float32"] - 1) < kl
