@@ -39,8 +39,8 @@ class Decode:
     prompt_len: int = 128  # tokens in a prompt
     new_tokens: int = 128  # tokens that follow it
     repeats: int = 5  # measurements, after one that does not count; the median is given
-    graphs: bool = True  # CUDA graphs, where the device is CUDA
-    compile: bool = False  # torch.compile
+    record: bool = True  # replay steps without Python: by CUDA graphs, on a CPU by a trace
+    compile: bool = False  # torch.compile the step
 
 
 @dataclass
@@ -79,7 +79,7 @@ def decode(config):
             f"prompt_len={config.prompt_len} and new_tokens={config.new_tokens} are more than the context of "
             f"{model.config.block_size} tokens"
         )
-    engine = Engine(model, config.rows, size, graphs=config.graphs, compile=config.compile)
+    engine = Engine(model, config.rows, size, record=config.record, compile=config.compile)
     sampling = Sampling(max_new_tokens=config.new_tokens, top_k=50)
     choose, seconds, started = random.Random(0), [], 0.0
     for repeat in range(config.repeats + 1):

@@ -174,7 +174,7 @@ def test_a_prompt_that_parts_from_the_earlier_one_is_computed_from_there(model, 
 
 
 def test_the_same_prompt_again_computes_one_token(model, computed):  # noqa: F811
-    engine, options = Engine(model), Sampling(6, 0)
+    engine, options = Engine(model, record=False), Sampling(6, 0)
     first = finish(_with(engine, list(range(10, 30)), options))[0]
     engine.add(list(range(10, 30)), options)
     computed.clear()
@@ -240,14 +240,26 @@ def test_a_compiled_step_gives_the_ids_of_the_eager_one(model):  # noqa: F811
     assert finish(_with(Engine(model, compile=True), PROMPTS[0], Sampling(40, 0))) == expected
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_recorded_step_gives_the_ids_of_the_eager_one_at_every_length(model, rows):  # noqa: F811
+    given = []
+    for record in (False, True):
+        engine = Engine(model, rows, record=record)
+        for prompt in PROMPTS[:rows]:
+            engine.add(prompt, Sampling(60, 0.8), seed=1)
+        given.append(finish(engine))
+    assert engine.recorded
+    assert given[0] == given[1]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA only")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_replayed_graph_gives_the_ids_of_the_eager_step(dtype):
     torch.manual_seed(0)
     wide = GPT(GPTConfig(512, 300, 2, 4, 64)).to("cuda", dtype)
     given = []
-    for graphs in (False, True):
-        engine = Engine(wide, rows=3, graphs=graphs)
+    for record in (False, True):
+        engine = Engine(wide, rows=3, record=record)
         for prompt in PROMPTS[:3]:
             engine.add(prompt, Sampling(400, 0.8), seed=1)
         given.append(finish(engine))

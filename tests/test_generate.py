@@ -373,7 +373,9 @@ def test_streamed_text_is_the_decoded_text_whatever_the_ids_are(ids):
     tokenizer = Tokenizer()
     text = TextStream(tokenizer)
     streamed = "".join(map(text.push, ids)) + text.rest()
-    assert tokenizer.decode(ids) in (streamed, streamed + "\ufffd")  # the latter: half a character at the end
+    whole = tokenizer.decode(ids)
+    assert whole.startswith(streamed)
+    assert set(whole[len(streamed) :]) <= {"\ufffd"}  # half a character at the end
 
 
 # the prompt that fits
