@@ -68,11 +68,11 @@ class Repetition(ChatSampling):
 def decode(config):
     """Return tokens a second for prompts (`prompt_tokens_per_s`), what follows (`new_tokens_per_s`) and both together
     (`tokens_per_s`: new tokens by the whole time, as the peers are measured)."""
+    at_least_1(config, "rows", "prompt_len", "new_tokens", "repeats")
     start = time.perf_counter()
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device, inference=True)
     model, _ = load_model(config.init_from, device, dtype, inference=True)
-    at_least_1(config, "rows", "prompt_len", "new_tokens", "repeats")
     size, vocab_size = config.prompt_len + config.new_tokens, model.config.vocab_size
     if size > model.config.block_size:
         raise ValueError(
@@ -104,7 +104,7 @@ def decode(config):
         "prompt_tokens_per_s": config.rows * config.prompt_len / prompt,
         "new_tokens_per_s": config.rows * steps / new if steps else None,
         "weights_gb_per_s": weights * steps / new / 1e9 if steps else None,
-        "first_token_s": started,  # since the start, with loading and whatever is set up at first use
+        "first_token_s": started,  # since the imports, with loading and whatever is set up at first use
         "warm_up_s": sum(seconds[0]) - prompt - new,
         "peak_memory_mb": peak_memory(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -117,6 +117,8 @@ def fidelity(config):
     """Return the mean KL divergence of the dtype's next-token distributions from float32's, in nats, over the first
     positions of a validation set, how often both have the same likeliest token, and both perplexities."""
     at_least_1(config, "positions")
+    if config.init_from.startswith("random:"):
+        raise ValueError(f"init_from={config.init_from}: two random models have nothing in common; take a trained one")
     device = pick_device(config.device)
     paths = find_shards(config.data_dir, config.dataset, "val")
     models = [load_model(config.init_from, device)[0].eval()]
@@ -166,6 +168,8 @@ def repetition(config):
         if len(prompts) < config.replies and 0 < first < model.config.block_size - config.max_new_tokens:
             prompts.append(shard.tokens[start : start + first].tolist())
             replies.append(shard.tokens[start + first : start + first + length - 1].tolist())  # without its end token
+    if len(prompts) < config.replies:
+        raise ValueError(f"replies={config.replies}, but {config.dataset} has {len(prompts)} openings that fit")
     names = [field.name for field in fields(Sampling)]
     sampling = {name: getattr(config, name) for name in names}
     stops = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings, "tokenizer": tokenizer}

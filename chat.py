@@ -64,9 +64,10 @@ class Chat:
         A reply that is cut short (by closing the generator) is remembered as far as it went.
         """
         c = self.config
-        self.messages.append({"role": "user", "content": message})
+        messages = [*self.messages, {"role": "user", "content": message}]
+        prompt, self.dropped = fit_context(self.tokenizer, messages, self.room, self.dropped)
+        self.messages = messages
         self.replies += 1
-        prompt, self.dropped = fit_context(self.tokenizer, self.messages, self.room, self.dropped)
         reply, held = "", ""  # held: white space that is shown only if something follows
         try:
             for piece in stream(

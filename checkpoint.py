@@ -87,7 +87,9 @@ def load_model(init_from, device="cpu", dtype=torch.float32, dropout=0.0, infere
     """
     if init_from.removeprefix("random:") in PRESETS and init_from.startswith("random:"):
         config, tokenizer = GPTConfig(**PRESETS[init_from.removeprefix("random:")]), Tokenizer()
-        read = GPT(config).state_dict().pop
+        tensors = GPT(config).state_dict()
+        del tensors["lm_head.weight"]  # the embedding's, which it would keep alive
+        read = tensors.pop
     else:
         weights, config, tokenizer = _find(init_from)
         read = _open_weights(weights, config)
@@ -119,7 +121,12 @@ def load_model(init_from, device="cpu", dtype=torch.float32, dropout=0.0, infere
 
 
 def save_model(model, tokenizer, directory):
-    """Write `model` and `tokenizer` as a Hugging Face GPT-2 directory. If that fails, what was there is whole."""
+    """Write `model` and `tokenizer` as a Hugging Face GPT-2 directory. If that fails, what was there is whole.
+
+    Raises ValueError for a model that was packed for inference.
+    """
+    if not isinstance(model.lm_head, torch.nn.Linear):
+        raise ValueError("a model that was loaded for inference is packed and cannot be saved: load it without")
     c = model.config
     config = {name: value for name, value in SUPPORTED.items() if value is not None} | {
         "architectures": ["GPT2LMHeadModel"],

@@ -19,7 +19,7 @@ from tokenizer import TextStream
 
 BATCH_ROWS = 64  # rows that `generate` decodes at once
 PREFILL_TOKENS = 4096  # of prompts, padding included, that are computed at once
-RECORD_AT = 8  # a step of a shape is recorded when it is taken for this time
+RECORD_AT = 32  # recording takes as long as some 50 steps gain: only after so many steps of a shape is it done
 CANDIDATES = 1024  # tokens that `sample` sorts at first: a tenth of the time for all 50,257
 
 
@@ -67,7 +67,8 @@ class ChatSampling(Sampling):
 def generate(model, prompts, *, seed=None, stop_ids=(), stop_strings=(), logit_bias=None, tokenizer=None, **sampling):
     """Return for each prompt, a list of ids, the list of new ids, without what stopped it.
 
-    `sampling` are the fields of Sampling, the rest as in Engine.add; prompt i has the seed `seed` + i. With
+    `sampling` are the fields of Sampling, the rest as in Engine.add; prompt i has the seed `seed` + i. Given the
+    `tokenizer`, no id beyond its vocabulary is chosen, if the model has embeddings for more. With
     `stop_strings` (which need the `tokenizer`) a row ends where one of them appears in its text, and loses the ids
     that reach into it. Raises ValueError as Engine.add and Sampling do.
     """
@@ -100,7 +101,8 @@ def generate(model, prompts, *, seed=None, stop_ids=(), stop_strings=(), logit_b
 def stream(engine, tokenizer, prompt, options, *, stop_strings=(), **add):
     """Yield the text that follows one prompt, piece by piece, up to a stop; `add` are further arguments of Engine.add.
 
-    What may be the beginning of a stop string is held back, and dropped if the row ends there for want of room.
+    No other row of the engine may run. What may be the beginning of a stop string is held back, and dropped if the row
+    ends there for want of room: a chat never shows part of a marker.
     """
     text = TextStream(tokenizer, stop_strings)
     row = engine.add(prompt, options, **add)
@@ -153,7 +155,7 @@ class Engine:
 
         n_vocab: ids from here on are never chosen; a model may have more embeddings than its tokenizer has tokens.
         record: replay a step without Python, once it has been taken some times (see `_record`).
-        compile: fuse the kernels of a step by torch.compile, which takes a minute at first.
+        compile: fuse the kernels of a step by torch.compile, which takes a minute for each number of rows and chunk.
         """
         config = model.config
         self.model, self.device = model.eval(), model.transformer.wpe.weight.device
@@ -166,11 +168,12 @@ class Engine:
         # a row alone on a CPU attends to what there is and needs no mask; else lengths are rounded up to chunks, which
         # a compiled or recorded step has to be made for
         self.exact = self.device.type == "cpu" and not compile
-        self.chunk = 256 if self.device.type == "cuda" else 32
+        self.chunk = 32 if self.exact else 256
         self.take = Step(model, self.exact)
         if compile:
             self.take = torch.compile(self.take, dynamic=False)
         self.uses = Counter()  # of each shape of step
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # the graphs' shared memory
         self.recorded = {} if record and (self.exact or self.device.type == "cuda") else None
 
     @property
@@ -194,10 +197,13 @@ class Engine:
         ):
             if (token := next((token for token in ids if not 0 <= token < n), None)) is not None:
                 raise ValueError(f"{where} has the token {token}: ids are 0 to {n - 1}")
+        if not all(map(math.isfinite, (logit_bias or {}).values())):
+            raise ValueError(f"logit_bias={logit_bias}: a bias must be finite; -100 bans a token")
         free = [i for i, row in enumerate(self.rows) if not row.running]
         if not free:
             raise ValueError(f"all {len(self.rows)} rows are running")
-        i = max(free, key=lambda i: (self._shared(i, prompt), -i))
+        # the row that loses the least of what it holds; among those the one that gains the most
+        i = min(free, key=lambda i: (self.rows[i].n_cached - self._shared(i, prompt), -self._shared(i, prompt), i))
         self.rows[i] = Row(
             ids=list(prompt),
             n_cached=self._shared(i, prompt),
@@ -271,8 +277,9 @@ class Engine:
                 if any(_common(self.rows[j].ids, ids) > half for j in wave) or self.rows[i].n_cached == len(ids) - 1:
                     continue
                 wave.append(i)
-                longest = max(len(self.rows[j].ids) - self.rows[j].n_cached for j in [i, *(runs[-1] if runs else [])])
-                if runs and runs[-1][-1] == i - 1 and longest * (len(runs[-1]) + 1) <= PREFILL_TOKENS:
+                lengths = [len(self.rows[j].ids) - self.rows[j].n_cached for j in [i, *(runs[-1] if runs else [])]]
+                padded = max(lengths) * len(lengths)
+                if runs and runs[-1][-1] == i - 1 and padded <= min(PREFILL_TOKENS, 2 * sum(lengths)):
                     runs[-1].append(i)
                 else:
                     runs.append([i])
@@ -322,12 +329,12 @@ class Engine:
         """Return the logits (n, V) of the first n rows' `inputs`, with the cache up to `length`."""
         size = length if self.exact and n == 1 else self._chunks(length)
         inputs, kv = self.inputs[:, :n], self.cache.kv[:, :, :n, :, :size]
-        shape = (n, size) if self.device.type == "cuda" else n
+        shape = (n, size) if self.device.type == "cuda" else min(n, 2)  # a trace for rows is one for any number of them
         self.uses[shape] += 1
         if self.recorded is None or self.uses[shape] < RECORD_AT:
             return self.take(inputs, kv)
         if shape not in self.recorded:
-            self.recorded[shape] = _record(self.take, inputs, kv)
+            self.recorded[shape] = _record(self.take, inputs, kv, self.pool)
         return self.recorded[shape](inputs, kv)
 
     def _chunks(self, length):
@@ -349,7 +356,7 @@ class Step(torch.nn.Module):
         return self.model.lm_head(self.model.hidden(idx, cache, positions)[:, 0])
 
 
-def _record(step, inputs, kv):
+def _record(step, inputs, kv, pool):
     """Return a function that does what `step` does for inputs of this shape, without Python between its kernels.
 
     On CUDA a graph, which always reads and writes these same tensors. On a CPU a trace, which takes a kv of any size:
@@ -365,7 +372,7 @@ def _record(step, inputs, kv):
         step(inputs, kv)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
         logits = step(inputs, kv)
 
     def replay(*_):
@@ -383,8 +390,8 @@ def _common(a, b):
 def penalize(logits, options, prompt, new, logit_bias=()):
     """Return the logits (V,) after a prompt and the `new` ids, with the bias and the penalties of `options`.
 
-    Ids that the logits do not reach are passed over. In transformers' order: bias, repetition_penalty (CTRL, arXiv
-    1909.05858), then OpenAI's presence and frequency penalty, then no_repeat_ngram_size.
+    In transformers' order: bias, repetition_penalty (CTRL, arXiv 1909.05858), then OpenAI's presence and frequency
+    penalty, then no_repeat_ngram_size. Ids of the prompt that the logits do not reach are passed over.
     """
     penalties = options.presence_penalty, options.frequency_penalty, options.no_repeat_ngram_size
     if options.repetition_penalty == 1 and not any(penalties) and not logit_bias:
@@ -393,7 +400,8 @@ def penalize(logits, options, prompt, new, logit_bias=()):
     for token, bias in dict(logit_bias).items():
         logits[token] += bias
     if options.repetition_penalty != 1:
-        seen = torch.tensor([token for token in {*prompt, *new} if token < len(logits)], device=logits.device)
+        seen = [token for token in {*prompt, *new} if token < len(logits)]
+        seen = torch.tensor(seen, dtype=torch.long, device=logits.device)
         at = logits[seen]
         logits[seen] = torch.where(at < 0, at * options.repetition_penalty, at / options.repetition_penalty)
     if new and (options.presence_penalty or options.frequency_penalty):
@@ -432,7 +440,7 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, cand
         tail = p[:, -1:] > 0  # the last candidate is kept
         mass = torch.where(tail, 1.0, mass)
     target = uniform[:, None] * mass
-    last = (p > 0).sum(-1, keepdim=True) - 1  # where rounding up may lead beyond
+    last = ((p > 0).sum(-1, keepdim=True) - 1).clamp(min=0)  # where rounding up may lead beyond
     drawn = torch.searchsorted(cumulative, target, right=True).minimum(last)  # (B, 1)
     chosen = ids.gather(1, drawn)[:, 0]
     if not all_there:

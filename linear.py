@@ -15,6 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # these kernels are for x86
+if FBGEMM:
+    torch.backends.quantized.engine = "fbgemm"
 quantized = torch.ops.quantized
 
 
@@ -60,7 +62,6 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight, bias=None):
         super().__init__()
-        torch.backends.quantized.engine = "fbgemm"
         scale = torch.linalg.vector_norm(weight, math.inf, 1).clamp(min=1e-30) / 127  # (n_out,)
         rounded = torch.empty(weight.shape, dtype=torch.int8)
         for part, rows, s in zip(rounded.split(4096), weight.split(4096), scale.split(4096), strict=True):

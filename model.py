@@ -47,6 +47,7 @@ class KVCache:
     """Keys and values of the tokens seen so far, preallocated; rows stand at positions of their own.
 
     kv: (n_layer, 2, B, nh, size, hs). What lies beyond a row's position is stale and masked.
+    newest: all that will be asked for is the last position of a single row, which sees everything: no mask.
     """
 
     def __init__(self, kv, newest=False):
@@ -54,12 +55,9 @@ class KVCache:
         self.layers = kv.unbind(0)
         self.rows = torch.arange(kv.size(2), device=kv.device)[:, None]  # (B, 1)
 
-    def part(self, rows, size, newest=False):
-        """Return some rows (a slice) up to `size`, a view: what is not looked at is not read.
-
-        newest: all that will be asked for is the last position of a single row, which sees everything: no mask.
-        """
-        return KVCache(self.kv[:, :, rows, :, :size], newest)
+    def part(self, rows, size):
+        """Return some rows (a slice) up to `size`, a view: what is not looked at is not read."""
+        return KVCache(self.kv[:, :, rows, :, :size])
 
     def mask(self, positions):
         """Return what is added to attention's scores, (B, 1, T, size): a token sees its position and those before."""

@@ -320,6 +320,7 @@ def fit_context(tokenizer, messages, room, start=0):
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns = messages[len(system) :]
+    start = min(start, max(len(turns) - 1, 0))  # turns may have been taken back
 
     def render(turns):
         return tokenizer.render(system + turns, add_generation_prompt=True)[0]
