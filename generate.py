@@ -56,7 +56,11 @@ class Sampling:
 
 @dataclass
 class ChatSampling(Sampling):
-    """What a chat starts from."""
+    """What a chat starts from.
+
+    Measured by `bench.py repetition`: the share of 4-grams that came before in the same reply is 0.6% without a
+    repetition penalty and 0.1% with 1.1, people's is 0.5%; at temperature 0.3 it is 4.7% and 0.5% (BENCHMARKS.md).
+    """
 
     temperature: float = 0.7
     top_k: int = 50
