@@ -421,7 +421,7 @@ def test_what_was_trained_loads_in_transformers_and_talks(uninterrupted, monkeyp
     )[0, len(prompt["input_ids"]) :]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
     capsys.readouterr()
-    chat.main(chat.Config(str(out), max_new_tokens=8, temperature=0, repetition_penalty=1, device="cpu"))
+    chat.main(chat.Config(init_from=str(out), max_new_tokens=8, temperature=0, repetition_penalty=1, device="cpu"))
     expected = Tokenizer().decode([token for token in reply.tolist() if token != 50256]).split()
     assert capsys.readouterr().out == " ".join(["Bot:", *expected]) + "\n"
 
