@@ -24,7 +24,8 @@ import torch.nn.functional as F
 
 from checkpoint import load_model, pick_device, pick_dtype
 from configurator import run
-from generate import ChatSampling, Engine, Sampling, generate
+from generate import Engine, generate
+from sampling import ChatSampling, Sampling
 from shards import find_shards, open_shard
 
 ITEMSIZE = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.int8: 1}

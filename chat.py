@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from checkpoint import load_model, pick_device, pick_dtype
 from configurator import run
-from generate import ChatSampling, Engine, stream
+from generate import Engine, stream
+from sampling import ChatSampling
 from tokenizer import fit_context
 
 COMMANDS = """\

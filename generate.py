@@ -1,7 +1,7 @@
 """
 Tokens out: one engine for a chat, a batch of prompts, many samples of one prompt, and rows that come and go.
 
-`Engine` is the one decoding loop, `penalize` and `sample` choose the next token; `generate` collects what the engine
+`Engine` is the one decoding loop, sampling.py chooses the next token; `generate` collects what the engine
 gives for many prompts, `stream` turns it into text for one.
 """
 
@@ -15,57 +15,12 @@ from typing import NamedTuple
 import torch
 
 from model import KVCache
+from sampling import Sampling, penalize, sample
 from tokenizer import TextStream
 
 BATCH_ROWS = 64  # rows that `generate` decodes at once
 PREFILL_TOKENS = 4096  # of prompts, padding included, that are computed at once
 RECORD_AT = 32  # recording takes as long as some 50 steps gain: only after so many steps of a shape is it done
-CANDIDATES = 1024  # tokens that `sample` sorts at first: a tenth of the time for all 50,257
-
-
-@dataclass
-class Sampling:
-    """How the next token is chosen. Names and meaning are transformers', of the two penalties after them OpenAI's."""
-
-    max_new_tokens: int = 128  # new tokens, at most
-    temperature: float = 1.0  # below 1 is more predictable, above 1 more random; 0 takes the likeliest token
-    top_k: int = 0  # draw from the so many likeliest tokens; 0: from all
-    top_p: float = 1.0  # draw from the likeliest tokens that have this much probability together
-    min_p: float = 0.0  # draw from the tokens that have this share of the likeliest one's probability
-    repetition_penalty: float = 1.0  # above 1 makes tokens less likely that were there before, in the prompt too
-    presence_penalty: float = 0.0  # subtracted from the logit of each token that is among the new ones
-    frequency_penalty: float = 0.0  # subtracted for each time that a token is among the new ones
-    no_repeat_ngram_size: int = 0  # so many tokens never come twice in the same order; 0: they may
-
-    def __post_init__(self):
-        """Raises ValueError for a value out of range."""
-        for name, allowed, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
-            ("presence_penalty", math.isfinite(self.presence_penalty), "finite"),
-            ("frequency_penalty", math.isfinite(self.frequency_penalty), "finite"),
-            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 or more"),
-        ):
-            if not allowed:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be {expected}")
-
-
-@dataclass
-class ChatSampling(Sampling):
-    """What a chat starts from.
-
-    Measured by `bench.py repetition`: the share of 4-grams that came before in the same reply is 0.6% without a
-    repetition penalty and 0.1% with 1.1, people's is 0.5%; at temperature 0.3 it is 4.7% and 0.5% (BENCHMARKS.md).
-    """
-
-    temperature: float = 0.7
-    top_k: int = 50
-    top_p: float = 0.9
-    repetition_penalty: float = 1.1
 
 
 def generate(model, prompts, *, seed=None, stop_ids=(), stop_strings=(), logit_bias=None, tokenizer=None, **sampling):
@@ -389,67 +344,3 @@ def _record(step, inputs, kv, pool):
 def _common(a, b):
     """Return the length of the beginning that two lists share."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def penalize(logits, options, prompt, new, logit_bias=()):
-    """Return the logits (V,) after a prompt and the `new` ids, with the bias and the penalties of `options`.
-
-    In transformers' order: bias, repetition_penalty (CTRL, arXiv 1909.05858), then OpenAI's presence and frequency
-    penalty, then no_repeat_ngram_size. Ids of the prompt that the logits do not reach are passed over.
-    """
-    penalties = options.presence_penalty, options.frequency_penalty, options.no_repeat_ngram_size
-    if options.repetition_penalty == 1 and not any(penalties) and not logit_bias:
-        return logits
-    logits = logits.clone()
-    for token, bias in dict(logit_bias).items():
-        logits[token] += bias
-    if options.repetition_penalty != 1:
-        seen = [token for token in {*prompt, *new} if token < len(logits)]
-        seen = torch.tensor(seen, dtype=torch.long, device=logits.device)
-        at = logits[seen]
-        logits[seen] = torch.where(at < 0, at * options.repetition_penalty, at / options.repetition_penalty)
-    if new and (options.presence_penalty or options.frequency_penalty):
-        ids, counts = zip(*Counter(new).items(), strict=True)
-        counts = torch.tensor(counts, device=logits.device)
-        logits[list(ids)] -= options.presence_penalty + options.frequency_penalty * counts
-    if n := options.no_repeat_ngram_size:
-        ids = [*prompt, *new]
-        begun = ids[len(ids) - n + 1 :]  # the n - 1 newest
-        banned = [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == begun]
-        logits[[token for token in banned if token < len(logits)]] = -math.inf
-    return logits
-
-
-def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, candidates=CANDIDATES):
-    """Return one id a row, (B,) int64, drawn from logits (B, V) float32 by uniform (B,) in [0, 1).
-
-    Temperature, then top_k, top_p, min_p, in transformers' order; the draw inverts the cumulative distribution. Of
-    the whole vocabulary only the likeliest `candidates` are sorted, where these decide: the result is the same.
-    """
-    if temperature < 1e-5:  # dividing by less could overflow
-        return logits.argmax(-1)
-    V = logits.size(-1)
-    k = min(top_k or candidates, V)
-    falling, ids = logits.topk(k)  # (B, k)
-    falling = falling / temperature
-    all_there = bool(top_k) or k == V  # else tokens behind the candidates may be kept too
-    p = falling.softmax(-1) if all_there else (falling - (logits / temperature).logsumexp(-1, keepdim=True)).exp()
-    filtered = top_p < 1 or min_p > 0
-    if filtered:
-        kept = (p.cumsum(-1) - p < top_p) & (p >= min_p * p[:, :1])  # the first always is
-        p = torch.where(kept, p, 0.0)
-    cumulative = p.cumsum(-1)
-    mass = cumulative[:, -1:]
-    if not all_there:
-        tail = p[:, -1:] > 0  # the last candidate is kept
-        mass = torch.where(tail, 1.0, mass)
-    target = uniform[:, None] * mass
-    last = ((p > 0).sum(-1, keepdim=True) - 1).clamp(min=0)  # where rounding up may lead beyond
-    drawn = torch.searchsorted(cumulative, target, right=True).minimum(last)  # (B, 1)
-    chosen = ids.gather(1, drawn)[:, 0]
-    if not all_there:
-        # where tokens are filtered, the mass of those kept behind the candidates is not known
-        beyond = (tail & (filtered | (target >= cumulative[:, -1:])))[:, 0]
-        if beyond.any():
-            chosen[beyond] = sample(logits[beyond], uniform[beyond], temperature, 0, top_p, min_p, candidates=V)
-    return chosen

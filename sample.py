@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from checkpoint import load_model, pick_device, pick_dtype
 from configurator import run
-from generate import Engine, Sampling, stream
+from generate import Engine, stream
+from sampling import Sampling
 
 
 @dataclass

@@ -13,9 +13,10 @@ from test_generate import PROMPTS, hf, model  # noqa: F401 (fixtures)
 
 import bench
 from checkpoint import load_model, save_model
-from generate import Engine, Sampling, generate
+from generate import Engine, generate
 from linear import FBGEMM
 from model import GPT, GPTConfig
+from sampling import Sampling
 from shards import Loader, ShardWriter
 from tokenizer import Tokenizer
 
@@ -249,6 +250,26 @@ def test_a_recorded_step_gives_the_ids_of_the_eager_one_at_every_length(model, r
             engine.add(prompt, Sampling(60, 0.8), seed=1)
         given.append(finish(engine))
     assert engine.recorded
+    assert given[0] == given[1]
+
+
+@pytest.mark.skipif(not FBGEMM, reason="x86 only")
+@pytest.mark.parametrize("dtype", EXACT)
+def test_one_trace_serves_any_number_of_rows(packed, dtype, monkeypatch):
+    fast, prompts = packed(dtype), [*PROMPTS, [3], [9, 9]]
+    options = [Sampling(4 * i + 3, 0) for i in range(len(prompts))]  # rows join one by one, and end so
+    given = []
+    for record_at in (10**9, 3):
+        monkeypatch.setattr("generate.RECORD_AT", record_at)
+        engine, ids = Engine(fast, rows=6), {}
+        for prompt, option in zip(prompts, options, strict=True):
+            engine.add(prompt, option)
+            for token in [token for _ in range(2) for token in engine.step()]:
+                ids.setdefault(token.row, []).append(token.id)
+        for row, rest in finish(engine).items():
+            ids.setdefault(row, []).extend(rest)
+        given.append(ids)
+    assert list(engine.recorded) == [2]
     assert given[0] == given[1]
 
 
