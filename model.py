@@ -83,8 +83,8 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, positions=None, mask=None):
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
+        B, T = x.shape[:2]
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
         if cache is not None:
             qkv = qkv.to(cache.kv.dtype)
         q, (k, v) = qkv[0], qkv[1:] if cache is None else cache.update(self.layer, positions, qkv[1:])

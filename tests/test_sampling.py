@@ -17,10 +17,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from generate import Engine, Sampling, generate, penalize, sample
+from generate import Engine, generate
 from model import GPT, GPTConfig
+from sampling import Sampling, penalize, sample
 
-LARGEST = 1 - 2**-24  # the largest float32 below 1
+LARGEST = 1 - 2**-24  # the largest float32 below 1, and the largest number that torch.rand returns
 PROMPTS = [[5, 17, 17, 199], [42], list(range(100, 130)), [7, 8, 9, 7, 8, 9, 7]]
 
 
@@ -198,11 +199,11 @@ def warped(logits, temperature, top_k, top_p, min_p):
     return scores.softmax(-1)[0]
 
 
-temperatures = st.sampled_from([0.05, 0.5, 1.7, 20.0])
+temperatures = st.sampled_from([0.05, 0.5, 1.0, 1.7, 20.0])
 min_ps = st.floats(0, 1) | st.sampled_from([0.0, 0.01, 0.1, 1.0])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     logits=st.lists(st.integers(-200, 200), min_size=1, max_size=12, unique=True),
     temperature=temperatures,
@@ -212,7 +213,7 @@ min_ps = st.floats(0, 1) | st.sampled_from([0.0, 0.01, 0.1, 1.0])
 )
 @example(logits=[0, 20, -20, 50], temperature=1.7, top_k=0, top_p=1.0, min_p=0.2)
 @example(logits=[0, 20, -20, 50], temperature=1.7, top_k=3, top_p=0.9, min_p=0.2)
-def test_samples_with_min_p_have_the_distribution_of_transformers(logits, temperature, top_k, top_p, min_p):
+def test_samples_have_the_distribution_of_transformers(logits, temperature, top_k, top_p, min_p):
     logits = torch.tensor(logits) / 20
     expected = warped(logits, temperature, min(top_k, len(logits)), top_p, min_p)
     n = 1024  # uniforms at equal distances: the samples invert the cumulative distribution, so each count is exact to 1
@@ -220,6 +221,64 @@ def test_samples_with_min_p_have_the_distribution_of_transformers(logits, temper
     counts = sample(logits.expand(n, -1), uniform, temperature, top_k, top_p, min_p).bincount(minlength=len(logits))
     assert (counts - n * expected).abs().max() <= 1.01
     assert not counts[expected == 0].any()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    logits=st.lists(st.integers(-10_000, 10_000) | st.just(float("-inf")), min_size=1, max_size=30, unique=True),
+    temperature=temperatures | st.floats(1e-6, 1e6),
+    top_k=st.integers(0, 31),
+    top_p=st.floats(1e-6, 1),
+    min_p=min_ps,
+    uniform=st.sampled_from([0.0, 2**-24, 0.5, LARGEST]) | st.integers(0, 2**24 - 1).map(lambda n: n / 2**24),
+)
+def test_no_uniform_draws_a_filtered_token(logits, temperature, top_k, top_p, min_p, uniform):
+    assume(max(logits) > float("-inf"))
+    logits = torch.tensor(logits).float()
+    expected = warped(logits, temperature, min(top_k, len(logits)), top_p, min_p)
+    assert expected[sample(logits[None], torch.tensor([uniform]), temperature, top_k, top_p, min_p)].item() > 0
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (50, 1.0), (0, 0.9), (50, 0.9)])
+def test_edge_uniforms_draw_the_likeliest_and_the_unlikeliest_token_of_the_whole_vocabulary(scale, top_k, top_p):
+    logits = torch.randn(50257, generator=torch.Generator().manual_seed(1)) * scale
+    first, last = sample(logits.expand(2, -1), torch.tensor([0.0, LARGEST]), 1.0, top_k, top_p)
+    assert first == logits.argmax()
+    falling, ids = logits.double().sort(descending=True)
+    p = falling[: top_k or None].softmax(-1)
+    at = (ids == last).nonzero().item()
+    assert p[:at].sum() < top_p + 1e-6  # those before it have less than top_p, so it is kept
+    assert p[: at + 1].sum() > top_p - 1e-6  # and none behind it is
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-5, 1e-38, 1e-45])
+def test_a_temperature_of_0_or_next_to_it_draws_the_likeliest(temperature):
+    logits = torch.tensor([[-3.0, 50.0, 49.0]]).expand(3, -1)
+    assert sample(logits, torch.tensor([0.0, 0.5, LARGEST]), temperature).tolist() == [1, 1, 1]
+
+
+def test_equal_logits_are_drawn_equally_often():
+    counts = sample(torch.zeros(1024, 4), torch.arange(1024) / 1024).bincount()
+    assert counts.tolist() == [256] * 4
+
+
+def test_rows_are_drawn_by_their_own_uniform():
+    logits = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]])
+    assert sample(logits, torch.tensor([0.0, 0.0])).tolist() == [2, 0]
+    assert sample(logits, torch.tensor([0.0, LARGEST])).tolist() == [2, 2]
+
+
+def test_the_first_tokens_of_many_rows_have_the_models_distribution(hf, model):
+    n = 3000
+    ids = torch.tensor(generate(model, PROMPTS[:1] * n, max_new_tokens=2, seed=0, top_k=5, temperature=2.0))
+    with torch.no_grad():
+        expected = warped(hf(torch.tensor(PROMPTS[:1])).logits[0, -1], 2.0, 5, 1.0, 0.0)
+    observed = ids[:, 0].bincount(minlength=200) / n
+    assert (observed - expected).abs().max() < 4 * (0.25 / n) ** 0.5
+    # and the second token does not follow from the first one's uniform, nor a row from the one before
+    same = (ids[1:, 0] == ids[:-1, 0]).float().mean()
+    assert abs(same - expected.square().sum()) < 4 * (0.25 / n) ** 0.5
 
 
 def test_min_p_keeps_the_tokens_with_that_share_of_the_likeliest_ones_probability():
