@@ -10,7 +10,10 @@ All little-endian, each part padded to 8 bytes; a file of another length than it
 without our header is read as nanoGPT's: plain text as uint16 tokens, all of them supervised.
 """
 
+import bisect
 import contextlib
+import functools
+import math
 import os
 import struct
 import tempfile
@@ -165,85 +168,156 @@ def _open_headerless(path, size, head):
 
 
 def find_shards(data_dir, dataset, split):
-    """Return the paths of data_dir/NAME/{split}*.bin for each NAME in `dataset`, which is a comma-separated list."""
-    paths = []
-    for name in dataset.split(","):
-        folder = Path(data_dir) / name.strip()
-        found = sorted(folder.glob(f"{split}*.bin"))
-        if not found:
+    """Return [(path, share)] of data_dir/NAME/{split}*.bin for each NAME or NAME:SHARE in `dataset`, comma-separated.
+
+    share: how much of it comes in an epoch, 1.0 is once. Raises FileNotFoundError where there is none, ValueError for
+    a share that is no positive number.
+    """
+    found = []
+    for part in dataset.split(","):
+        name, _, share = (text.strip() for text in part.partition(":"))
+        try:
+            share = float(share or 1)
+        except ValueError:
+            share = math.nan
+        if not 0 < share < math.inf:
+            raise ValueError(f"dataset={dataset}: the share of {name} must be a positive number, as in {name}:0.5")
+        folder = Path(data_dir) / name
+        paths = sorted(folder.glob(f"{split}*.bin"))
+        if not paths:
             raise FileNotFoundError(f"no {folder}/{split}*.bin: make it with a script in prepare/, or set --dataset")
-        paths += found
-    return paths
+        found += [(path, share) for path in paths]
+    return found
+
+
+@dataclass
+class Packed:
+    """A shard whose conversations are packed into rows."""
+
+    shard: Shard
+    pieces: np.ndarray  # (pieces, 4) int64: the persona's first and last + 1, the rest's first and last + 1
+    rows: np.ndarray  # (rows + 1,): the first piece of each row
+    taken: int  # rows in an epoch
+    n_lost: int  # tokens in no piece: the ends of exchanges that are too long
+
+    def __len__(self):
+        return len(self.rows) - 1
+
+    @property
+    def lengths(self):
+        """The inputs of each piece, (pieces,): the last token is only a target."""
+        return self.pieces @ [-1, 1, -1, 1] - 1
 
 
 class Loader:
-    """Batches of (x, y) from shards, a pure function of the seed and the batch's number.
+    """Batches of (x, y, documents) from shards, a pure function of the seed and the batch's number.
 
-    Conversations are cut into pieces of at most `block_size` tokens; the pieces, shuffled once, fill rows one after
-    the other, whole. Each epoch visits every row once, in an order of its own. `y` is the next token where that one
-    is supervised and in the same conversation, else -100. Conversations in one row see those before them, as in
-    nanoGPT. n_tokens: tokens in the shards; n_rows: rows of an epoch; fill: share of their positions that are tokens.
+    Rows are packed with whole conversations, longer ones cut into pieces that are conversations too (Tokenizer.cut).
+    An epoch has every row of a shard once, or as often as its share says, in an order of its own: of a shard with share
+    0.5 one half comes in an epoch and the other in the next. n_tokens: tokens in the shards; n_lost: those that are in
+    no row; n_rows: rows of an epoch; fill: share of their positions that hold tokens.
     """
 
-    def __init__(self, paths, batch_size, block_size, seed, vocab_size):
-        """Raises ValueError where shards differ in template, hold tokens beyond `vocab_size`, or nothing to learn."""
-        self.shards = [open_shard(path) for path in paths]
-        self.batch_size, self.block_size, self.seed, self.vocab_size = batch_size, block_size, seed, vocab_size
-        templates = {shard.template: shard.path for shard in self.shards if shard.template}
-        if len(templates) > 1:
-            raise ValueError(" but ".join(f"{path} is in template {name}" for name, path in templates.items()))
-        self.template = next(iter(templates), None)
-        for shard in self.shards:
-            self._check(shard, shard.vocab_size - 1)
-        if not any(shard.bits is None or shard.bits.any() for shard in self.shards):
-            raise ValueError(f"{paths[0]} has no supervised token: there is nothing to learn from it")
+    WINDOW = 4096  # pieces that are packed together
 
-        pieces = []  # (shard, start, stop, end of the conversation)
-        for number, shard in enumerate(self.shards):
-            starts, stops = shard.offsets[:-1], shard.offsets[1:]
-            count = np.maximum(0, -(-(stops - starts - 1) // block_size))  # the last token is only a target
-            first = np.repeat(np.cumsum(count) - count, count)
-            start = np.repeat(starts, count) + (np.arange(count.sum()) - first) * block_size
-            end = np.repeat(stops, count)
-            pieces.append(np.stack([np.full_like(start, number), start, np.minimum(start + block_size, end), end], 1))
-        self.pieces = np.random.default_rng(seed).permutation(np.concatenate(pieces))  # (pieces, 4)
-        if len(self.pieces) == 0:
-            raise ValueError(f"{paths[0]} has no conversation of two tokens or more: there is nothing to learn from it")
-        self.rows, filled = [], block_size  # first piece of each row
-        for i, length in enumerate((self.pieces[:, 2] - self.pieces[:, 1]).tolist()):
-            if filled + length > block_size:
-                self.rows.append(i)
-                filled = 0
-            filled += length
-        self.n_rows, self.n_tokens = len(self.rows), sum(len(shard.tokens) for shard in self.shards)
-        self.fill = (self.pieces[:, 2] - self.pieces[:, 1]).sum().item() / (self.n_rows * block_size)
-        self.rows.append(len(self.pieces))
-        self._epoch, self._order = -1, None
+    def __init__(self, shards, batch_size, block_size, seed, tokenizer):
+        """shards: [(path, share)]. Raises ValueError where one is in another template than the tokenizer's, holds
+        tokens beyond its vocabulary, or nothing to learn."""
+        self.batch_size, self.block_size, self.seed, self.tokenizer = batch_size, block_size, seed, tokenizer
+        self.parts = [self._pack(open_shard(path), share) for path, share in shards]
+        self.n_tokens = sum(len(part.shard.tokens) for part in self.parts)
+        self.n_lost = sum(part.n_lost for part in self.parts)
+        self.n_rows = sum(part.taken for part in self.parts)
+        filled = sum(part.lengths.sum() / len(part) * part.taken for part in self.parts)
+        self.fill = filled.item() / (self.n_rows * block_size)
+        # in a batch, at most: one more than the pieces of each row, for the padding behind them
+        self.max_documents = batch_size * (1 + max(np.diff(part.rows).max().item() for part in self.parts))
+        self._order = functools.lru_cache(2)(self._order)
 
     def batch(self, number):
-        """Return batch `number` (0, 1, ...): x, y, both (batch_size, block_size) int64."""
-        x = np.zeros((self.batch_size, self.block_size), np.int64)
-        y = np.full_like(x, -100)
-        for b in range(self.batch_size):
-            row = self._row(number * self.batch_size + b)
-            at = 0
-            for shard, start, stop, end in self.pieces[self.rows[row] : self.rows[row + 1]].tolist():
-                shard = self.shards[shard]
-                n = stop - start
-                x[b, at : at + n] = shard.tokens[start:stop]
-                targets = shard.tokens[start + 1 : min(stop + 1, end)].astype(np.int64)  # n, or n - 1 at the end
-                mask = shard.mask(start + 1, start + 1 + len(targets))
-                y[b, at : at + len(targets)] = np.where(mask, targets, -100)
-                self._check(shard, max(targets.max(), x[b, at]))
-                at += n
-        return torch.from_numpy(x), torch.from_numpy(y)
+        """Return batch `number` (0, 1, ...): x, y, documents.
 
-    def _row(self, i):
-        epoch, i = divmod(i, self.n_rows)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n_rows)
-        return self._order[i]
+        x: (batch_size, block_size) int64. y: alike; the next token where that one is supervised and in the same
+        conversation, else -100. documents: (max_documents + 1,) int32, where in the rows laid end to end each
+        conversation begins, as GPT.hidden takes it; batch_size * block_size behind the last.
+        """
+        B, T = self.batch_size, self.block_size
+        x, y = np.zeros(B * T, np.int64), np.full(B * T, -100, np.int64)
+        documents = []
+        for b in range(B):
+            epoch, row = divmod(number * B + b, self.n_rows)
+            part, row = self._order(epoch)[row]
+            part, at = self.parts[part], b * T
+            for first, last, start, stop in part.pieces[part.rows[row] : part.rows[row + 1]].tolist():
+                ids = np.concatenate([part.shard.tokens[first:last], part.shard.tokens[start:stop]]).astype(np.int64)
+                mask = np.concatenate([part.shard.mask(first, last), part.shard.mask(start, stop)])
+                documents.append(at)
+                end = at + len(ids) - 1
+                x[at:end] = ids[:-1]
+                y[at:end] = np.where(mask[1:], ids[1:], -100)
+                self._check(part.shard, ids.max())
+                at = end
+            documents.append(at)  # of the padding
+        documents += [B * T] * (self.max_documents + 1 - len(documents))
+        return *(torch.from_numpy(t).view(B, T) for t in (x, y)), torch.tensor(documents, dtype=torch.int32)
+
+    def _order(self, epoch):
+        """Return the rows of an epoch in their order: [(number of the part, of the row in it)]."""
+        rows = []
+        for number, part in enumerate(self.parts):
+            passes, at = np.divmod(np.arange(epoch * part.taken, (epoch + 1) * part.taken), len(part))
+            for n in range(passes[0], passes[-1] + 1):
+                order = np.random.default_rng((self.seed, number, n)).permutation(len(part))
+                rows += [(number, row) for row in order[at[passes == n]].tolist()]
+        return np.random.default_rng((self.seed, epoch)).permutation(rows).tolist()
+
+    def _pack(self, shard, share):
+        """Return the shard's conversations packed into rows: of a window of shuffled pieces the longest first, each
+        into the fullest row that has room."""
+        if shard.template not in (None, self.tokenizer.template):
+            which = f"template {shard.template}, the model in {self.tokenizer.template}"
+            raise ValueError(f"{shard.path} is in {which}: prepare it again, or start anew with --template")
+        self._check(shard, shard.vocab_size - 1)
+        pieces = np.random.default_rng(self.seed).permutation(self._pieces(shard))
+        packed = Packed(shard, pieces, None, 0, max(0, len(shard.tokens) - (pieces[:, 3] - pieces[:, 2]).sum().item()))
+        row_of, n_rows = np.empty(len(pieces), np.int64), 0
+        lengths = packed.lengths.tolist()
+        for start in range(0, len(pieces), self.WINDOW):
+            rooms = []  # (room, row), rising
+            window = range(start, min(start + self.WINDOW, len(pieces)))
+            for i in sorted(window, key=lambda i: -lengths[i]):
+                at = bisect.bisect_left(rooms, (lengths[i], 0))
+                if at < len(rooms):
+                    room, row = rooms.pop(at)
+                else:
+                    room, row, n_rows = self.block_size, n_rows, n_rows + 1
+                bisect.insort(rooms, (room - lengths[i], row))
+                row_of[i] = row
+        packed.pieces = pieces[np.argsort(row_of, kind="stable")]
+        packed.rows = np.append(0, np.bincount(row_of).cumsum())
+        packed.taken = max(1, round(share * n_rows))
+        return packed
+
+    def _pieces(self, shard):
+        """Return what the rows of a shard are packed with, as Packed.pieces, in the shard's order."""
+        room = self.block_size + 1
+        starts, stops = shard.offsets[:-1], shard.offsets[1:]
+        if shard.template is None:  # text, which is one long document
+            cuts = np.arange(0, stops[-1] - 1, self.block_size)
+            return np.stack([cuts, cuts, cuts, np.minimum(cuts + room, stops[-1])], 1)
+        fits = (stops - starts >= 2) & (stops - starts <= room)
+        pieces = [np.stack([starts, starts, starts, stops], 1)[fits]]
+        for begin, end in zip(
+            starts[stops - starts > room].tolist(), stops[stops - starts > room].tolist(), strict=True
+        ):
+            cut = self.tokenizer.cut(shard.tokens[begin:end].tolist(), room)
+            cut = [(begin, begin + n, begin + start, begin + stop) for n, start, stop in cut]
+            pieces.append(np.array([piece for piece in cut if shard.mask(*piece[2:]).any()], np.int64).reshape(-1, 4))
+        pieces = np.concatenate(pieces)
+        if not any(shard.mask(start + 1, stop).any() for _, _, start, stop in pieces.tolist()):
+            raise ValueError(f"{shard.path} has nothing to learn in {self.block_size} tokens: raise block_size")
+        return pieces
 
     def _check(self, shard, token):
-        if token >= self.vocab_size:
-            raise ValueError(f"{shard.path} has token {token}, but the model's vocabulary is {self.vocab_size} tokens")
+        if token >= (n := self.tokenizer.n_vocab):
+            raise ValueError(f"{shard.path} has token {token}, but the tokenizer's vocabulary is {n} tokens")

@@ -201,6 +201,30 @@ class Tokenizer:
         texts = [(role, self.decode(body).removeprefix(t.before).removesuffix(t.after)) for role, body in turns if body]
         return [{"role": role, "content": text} for role, text in texts]
 
+    def cut(self, ids, room):
+        """Return the pieces in which a conversation's `ids` fit into `room`: [(n, start, stop)], ids[:n] +
+        ids[start:stop] each, where n ids are the persona.
+
+        As many whole exchanges as fit, each piece a conversation of its own. Of an exchange that is too long by itself
+        the end is lost.
+        """
+        first, user = self._first["user"], self._later["user"]
+        n = 0
+        if ids[: len(self._first["system"])] == self._first["system"]:
+            openers = (user, self._later["assistant"])
+            n = next((i for i in range(len(ids)) if any(ids[i : i + len(o)] == o for o in openers)), len(ids))
+        ends = [i + 1 for i, token in enumerate(ids) if token == self.eos_id]
+        borders = [n, *(i for i in ends if ids[i : i + len(user)] == user), len(ids)]  # of the exchanges
+        pieces, k = [], 0
+        while k < len(borders) - 1:
+            # without a persona before it, an opener is that of a first turn: it lacks the newline
+            start = borders[k] + (len(user) - len(first) if k and not n else 0)
+            fitting = [j for j in range(k + 1, len(borders)) if n + borders[j] - start <= room]
+            stop, k = (borders[fitting[-1]], fitting[-1]) if fitting else (start + room - n, k + 1)
+            if start < stop:
+                pieces.append((n, start, stop))
+        return pieces
+
     @functools.cache  # noqa: B019 (a tokenizer lives as long as its process; without: 0.2 s a checkpoint)
     def files(self):
         """Return {name: text} of the files from which `transformers` makes the same tokenizer."""

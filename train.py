@@ -5,12 +5,11 @@ torchrun --nproc_per_node=4 train.py config/finetune_chat.py
 """
 
 import contextlib
-import json
+import gc
 import math
 import os
-import re
-import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,12 +17,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import load_model, load_tensors, pick_device, pick_dtype, replacing, save_model
 from configurator import run
 from generate import generate
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, move
+from monitor import Log, StopSignal, Trouble, peak_flops
 from shards import Loader, find_shards
 from tokenizer import Tokenizer
 
@@ -34,7 +41,7 @@ class Config:
     init_from: str = "gpt2"  # scratch, resume, gpt2[-medium|-large|-xl], distilgpt2, org/name or a directory
     out_dir: str = "out/chat"  # the best weights so far; the latest and the trainer's state in its last/
     data_dir: str = "data"  # where the datasets are
-    dataset: str = "personachat"  # folders of data_dir with train*.bin and val*.bin, separated by commas
+    dataset: str = "personachat"  # folders of data_dir with train*.bin and val*.bin; a,b:0.5 takes half of b an epoch
     template: str = "human_bot"  # how conversations are written: human_bot or user_assistant, as in the shards
     # the model, when it starts from scratch
     n_layer: int = 12  # layers
@@ -65,13 +72,11 @@ class Config:
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # what autocast computes in: float32, bfloat16, float16 (CUDA only); auto: what is fastest
-    compile: bool = False  # torch.compile the model: a minute's start, then faster steps
+    compile: bool = False  # torch.compile the model: a minute's start, then faster steps on a GPU
+    strategy: str = "ddp"  # under torchrun: ddp, or fsdp, which shards weights and optimizer over the devices
+    gradient_checkpointing: bool = False  # a quarter more work, and far less memory for activations
+    deterministic: bool = False  # on a GPU the same bits in every run, at some cost in speed; a CPU gives them anyway
     seed: int = 1337  # of the initialisation, the order of the data and dropout
-
-
-# pattern in the device's name -> dense bf16 or fp16 FLOP/s, accumulated in fp32, from the makers' datasheets
-PEAK_FLOPS = {r"H200|H100(?! PCIe)": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "L40S": 362e12, r"L4\b": 121e12}
-PEAK_FLOPS |= {"RTX 4090": 165e12, "RTX 3090": 71e12, "RTX A6000": 155e12, "V100": 125e12, r"T4\b": 65e12}
 
 
 def learning_rate(config, it):
@@ -92,6 +97,8 @@ def check(config):
     for name in [*positive, "max_iters", "warmup_iters", "grad_clip", "seed"]:
         if getattr(config, name) < (name in positive):
             raise ValueError(f"{name}={getattr(config, name)} is too small")
+    if config.strategy not in ("ddp", "fsdp"):
+        raise ValueError(f"strategy={config.strategy} is not one of ddp, fsdp")
 
 
 def main(config):
@@ -107,6 +114,7 @@ def main(config):
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=1))  # the first process may fetch gigabytes
+    sharded = config.strategy == "fsdp" and world_size > 1
     if config.gradient_accumulation_steps % world_size:
         steps = config.gradient_accumulation_steps
         raise ValueError(f"gradient_accumulation_steps={steps} is not a multiple of the {world_size} processes")
@@ -119,15 +127,24 @@ def main(config):
     if dtype == torch.float16 and device_type != "cuda":
         raise ValueError(f"dtype=float16 trains on CUDA only; on {device_type} take bfloat16 or float32")
     autocast = torch.autocast(device_type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    if dtype == torch.float16 and sharded:
+        raise ValueError("strategy=fsdp trains in bfloat16 or float32: set dtype")
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # where float32 is multiplied on a GPU at all
+    if config.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
 
     # 3. the model and its tokenizer
     torch.manual_seed(config.seed)
     last = Path(config.out_dir) / "last"
-    if config.init_from != "resume" and (last / "state.pt").exists():
+    resume = config.init_from == "resume"
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun --max_restarts starts a job again
+        resume = (last / "state.pt").exists()
+    if not resume and (last / "state.pt").exists():
         raise ValueError(f"{last} holds a run: --init_from=resume goes on with it; a new one needs another --out_dir")
     state = {"iter": 0, "best_val_loss": math.inf}
-    if config.init_from == "resume":
+    if resume:
         if not (last / "state.pt").exists():
             raise FileNotFoundError(f"no {last / 'state.pt'} to resume from: start with --init_from=gpt2 or scratch")
         state = load_tensors(last / "state.pt")
@@ -154,18 +171,25 @@ def main(config):
             f"block_size={config.block_size}, but the model's context is {model.config.block_size}: lower it"
         )
     raw_model = model.to(device)
+    raw_model.gradient_checkpointing = config.gradient_checkpointing
 
     # 4. the data
     loaders = {}
     for split in ("train", "val"):
-        paths = find_shards(config.data_dir, config.dataset, split)
-        sizes = (config.batch_size, config.block_size)
-        loaders[split] = loader = Loader(paths, *sizes, config.seed, raw_model.config.vocab_size)
-        if loader.template not in (None, tokenizer.template):
-            which = f"template {loader.template}, the model in {tokenizer.template}"
-            raise ValueError(f"{paths[0]} is in {which}: prepare it again, or start anew with --template")
+        shards = find_shards(config.data_dir, config.dataset, split)
+        loaders[split] = Loader(shards, config.batch_size, config.block_size, config.seed, tokenizer)
 
-    # 5. the optimizer: weight decay on matrices and embeddings only
+    # 5. many devices: whole copies of the model whose gradients are averaged, or one that is sharded
+    if config.compile:
+        model = torch.compile(model)
+    if sharded:
+        for block in raw_model.transformer.h:
+            fully_shard(block)
+        fully_shard(raw_model)
+    elif world_size > 1:
+        model = DistributedDataParallel(model, device_ids=[device] if device_type == "cuda" else None)
+
+    # 6. the optimizer: weight decay on matrices and embeddings only
     params = list(raw_model.parameters())
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -173,26 +197,24 @@ def main(config):
     ]
     betas = (config.beta1, config.beta2)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
-    if "optimizer" in state:
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # a checkpoint knows nothing of shards
+    if state.get("optimizer"):
         # the moments alone: the knobs are those of this call
-        saved = {"state": state.pop("optimizer")["state"], "param_groups": optimizer.state_dict()["param_groups"]}
-        optimizer.load_state_dict(saved)
-        if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-    if config.compile:
-        model = torch.compile(model)
-    if world_size > 1:
-        model = DistributedDataParallel(model, device_ids=[device] if device_type == "cuda" else None)
+        groups = get_optimizer_state_dict(raw_model, optimizer, options=StateDictOptions(full_state_dict=True))
+        set_optimizer_state_dict(raw_model, optimizer, groups | {"state": state.pop("optimizer")}, options=whole)
+    if state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
 
     @torch.no_grad()
     def evaluate(loader):
         """Return the mean loss over the supervised tokens of the first `eval_iters` batches, or of a whole epoch."""
         sums = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
-        for number in range(rank, min(config.eval_iters, -(-loader.n_rows // config.batch_size)), world_size):
-            x, y = loader.batch(number)
-            n = (y != -100).sum().item()
+        n_batches = min(config.eval_iters, -(-loader.n_rows // config.batch_size))
+        for first in range(0, n_batches, world_size):  # all processes the same number: a sharded model needs them all
+            x, y, documents = loader.batch(first + rank)
+            n = (y != -100).sum().item() if first + rank < n_batches else 0
             with autocast:
-                loss = raw_model(x.to(device), y.to(device))[1]
+                loss = raw_model(x.to(device), y, documents=documents.to(device))[1]
             sums += torch.tensor([loss.item() * n, n], dtype=torch.float64)
         if world_size > 1:
             dist.all_reduce(sums)
@@ -200,9 +222,25 @@ def main(config):
             raise ValueError(f"no supervised token in the first {config.eval_iters} batches: raise eval_iters")
         return (sums[0] / sums[1]).item()
 
-    def save_last(it):
+    def gathered():
+        """Return the model, a sharded one as a whole on the first process's CPU."""
+        if not sharded:
+            return raw_model
+        weights = get_model_state_dict(raw_model, options=whole)
+        with torch.device("meta"):
+            model = GPT(raw_model.config)
+        if master:
+            model.load_state_dict(weights, assign=True)
+            model.tie_weights()
+        return model
+
+    def save_last(it, model):
         """Write last/: the weights for others, and in one file all that a resumed run needs, so that both agree."""
-        save_model(raw_model, tokenizer, last)
+        # before the first step there are none, and asking for them would make a step
+        moments = get_optimizer_state_dict(raw_model, optimizer, options=whole) if optimizer.state else {"state": {}}
+        if not master:
+            return
+        save_model(model, tokenizer, last)
         with replacing(last / "state.pt") as path:
             torch.save(
                 {
@@ -210,41 +248,54 @@ def main(config):
                     "best_val_loss": state["best_val_loss"],
                     "template": tokenizer.template,
                     "config": asdict(raw_model.config),
-                    "model": raw_model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
+                    "model": model.state_dict(),
+                    "optimizer": moments["state"],
                     "scaler": scaler.state_dict(),
                 },
                 path,
             )
 
-    # 6. the log: lines on the screen and in metrics.jsonl, which a resumed run continues from where it was saved
-    stop = StopSignal()
+    # 7. the log: lines on the screen and in metrics.jsonl, which a resumed run continues from where it was saved
+    stop, trouble = StopSignal(), Trouble()
     tokens_per_step = config.batch_size * config.block_size * config.gradient_accumulation_steps
+    peak = peak_flops(device) if dtype != torch.float32 else None
     if master:
         print(f"{raw_model.num_parameters():,} parameters on {device}, {str(dtype).removeprefix('torch.')}")
+        if device_type == "cuda" and not peak:
+            print(f"no MFU: the peak rate of {torch.cuda.get_device_name(device)} in {dtype} is not in PEAK_FLOPS")
         for split, loader in loaders.items():
-            rows = f"{loader.n_rows:,} rows of {config.block_size}, {loader.fill:.0%} full"
-            print(f"{split}: {loader.n_tokens:,} tokens in {rows}")
+            rows = f"{loader.n_rows:,} rows of {config.block_size}, {loader.fill:.1%} full"
+            lost = f"; {loader.n_lost:,} left out, beyond a row" if loader.n_lost else ""
+            print(f"{split}: {loader.n_tokens:,} tokens in {rows}{lost}")
         steps_per_epoch = loaders["train"].n_rows / (config.batch_size * config.gradient_accumulation_steps)
         print(f"{config.max_iters:,} steps are {config.max_iters / steps_per_epoch:.1f} epochs")
         log = Log(config, first_iter=state["iter"])
 
-    # 7. the loop
+    def step_batches(it):
+        """Return this process's micro-batches of step `it`, each with its number of supervised tokens."""
+        steps = range(rank, config.gradient_accumulation_steps, world_size)
+        batches = [loaders["train"].batch(it * config.gradient_accumulation_steps + step) for step in steps]
+        return [(*batch, (batch[1] != -100).sum().item()) for batch in batches]
+
+    # 8. the loop
+    reader = ThreadPoolExecutor(1)  # a step's batches are read while the one before is computed
+    ahead = reader.submit(step_batches, state["iter"])
+    gc.freeze()  # what is there now lives to the end: the collector need not walk through it at every turn
     clock, clock_iter = time.perf_counter(), state["iter"]
     for it in range(state["iter"], config.max_iters + 1):
         if it % config.eval_interval == 0 or it == config.max_iters:
             raw_model.eval()
             losses = {split: evaluate(loader) for split, loader in loaders.items()}
-            if not math.isfinite(losses["val"]):
-                raise ValueError(f"the validation loss is {losses['val']} at iter {it}: lower learning_rate")
+            trouble.check("validation loss", losses["val"], it, state["best_val_loss"])
+            model_now = gathered()
             if master:
                 log(iter=it, train_loss=losses["train"], val_loss=losses["val"])
                 print(f"iter {it}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-                print(f"  {sample_reply(raw_model, tokenizer)}")
+                print(f"  {sample_reply(model_now, tokenizer)}")
                 if losses["val"] < state["best_val_loss"]:
-                    save_model(raw_model, tokenizer, config.out_dir)
-                state["best_val_loss"] = min(state["best_val_loss"], losses["val"])
-                save_last(it)
+                    save_model(model_now, tokenizer, config.out_dir)
+            state["best_val_loss"] = min(state["best_val_loss"], losses["val"])
+            save_last(it, model_now)
             raw_model.train()
             clock, clock_iter = time.perf_counter(), it
         if it == config.max_iters:
@@ -259,29 +310,31 @@ def main(config):
             group["lr"] = learning_rate(config, it)
 
         # the loss is the sum over the supervised tokens of all micro-batches and processes, over their number
-        steps = range(rank, config.gradient_accumulation_steps, world_size)
-        batches = [loaders["train"].batch(it * config.gradient_accumulation_steps + step) for step in steps]
-        supervised = [(y != -100).sum().item() for _, y in batches]
-        total = torch.tensor([sum(supervised), int(stop.asked)])
+        batches, ahead = ahead.result(), reader.submit(step_batches, it + 1)
+        total = torch.tensor([sum(n for *_, n in batches), int(stop.asked)])
         if world_size > 1:
             dist.all_reduce(total)  # on the CPU, through gloo: no wait for the GPU
         total, stopping = total.tolist()
         if stopping:
+            save_last(it, gathered())
             if master:
-                save_last(it)
                 print(f"stopped at iter {it}, saved to {last}; go on with the same command and --init_from=resume")
             break
         loss_sum = torch.zeros((), device=device)
-        for (x, y), n in zip(batches, supervised, strict=True):
-            if world_size > 1:
-                model.require_backward_grad_sync = x is batches[-1][0]  # gradients meet once a step
+        for i, (x, y, documents, n) in enumerate(batches):
+            if world_size > 1:  # gradients meet once a step
+                meet = i == len(batches) - 1
+                if sharded:
+                    raw_model.set_requires_gradient_sync(meet)
+                else:
+                    model.require_backward_grad_sync = meet
             with autocast:
-                loss = model(x.to(device), y.to(device))[1] * (n / max(1, total))
+                # the targets stay on the CPU: the model looks there for what is supervised, and waits for no GPU
+                loss = model(move(x, device), y, documents=move(documents, device))[1] * (n / max(1, total))
             loss_sum += loss.detach()
-            scaler.scale(loss * world_size).backward()  # DistributedDataParallel takes the mean over processes
+            scaler.scale(loss * world_size).backward()  # the processes' mean is taken
         scaler.unscale_(optimizer)
-        if config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -289,19 +342,22 @@ def main(config):
         if (it + 1) % config.log_interval == 0:
             if world_size > 1:
                 dist.all_reduce(loss_sum)
-            loss = loss_sum.item()
+            loss, norm = loss_sum.item(), (norm.full_tensor() if sharded else norm).item()
             seconds = (time.perf_counter() - clock) / (it + 1 - clock_iter)
             clock, clock_iter = time.perf_counter(), it + 1
             if master:
                 speed = loaders["train"].fill * tokens_per_step / seconds  # padding is work, but no token
-                peak = peak_flops(device) if dtype != torch.float32 else None
                 flops = tokens_per_step * raw_model.flops_per_token(config.block_size)
                 mfu = flops / seconds / (peak * world_size) if peak else None
                 lr = learning_rate(config, it)
-                log(iter=it + 1, loss=loss, lr=lr, tokens_per_s=speed, mfu=mfu)
+                log(iter=it + 1, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed, mfu=mfu)
                 left = timedelta(seconds=round(seconds * (config.max_iters - it - 1)))
                 rate = f"{speed:,.0f} tokens/s" + (f" ({mfu:.1%} MFU)" if mfu else "")
                 print(f"iter {it + 1}/{config.max_iters}: loss {loss:.4f}, lr {lr:.2e}, {rate}, {left} left")
+            trouble.check("loss", loss, it + 1)
+            if not scaler.is_enabled():  # which skips a step whose gradients are too large for float16
+                trouble.check("gradient norm", norm, it + 1)
+    reader.shutdown(cancel_futures=True)
     if world_size > 1:
         dist.destroy_process_group()
 
@@ -315,57 +371,6 @@ def sample_reply(model, tokenizer):
     options = {"max_new_tokens": 30, "temperature": 0.7, "top_k": 50, "seed": 0, "stop_ids": tokenizer.stop_ids}
     reply = generate(model, [prompt], tokenizer=tokenizer, **options)[0]
     return " ".join(tokenizer.decode(prompt + reply).split())
-
-
-def peak_flops(device):
-    """Return the FLOP/s of a CUDA device's tensor cores, None where it is not in the table."""
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
-    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, name)), None)
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM ask for a checkpoint and a clean end after the step; a second one ends at once."""
-
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number, _frame):
-        self.asked = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-
-class Log:
-    """Appends to metrics.jsonl, and to Weights & Biases where it is switched on."""
-
-    def __init__(self, config, first_iter):
-        path = Path(config.out_dir) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if first_iter:
-            for line in path.read_text().splitlines() if path.exists() else ():
-                with contextlib.suppress(ValueError):  # a line that a kill cut short
-                    record = json.loads(line)
-                    if record["iter"] + ("val_loss" in record) <= first_iter:  # the evaluation there comes again
-                        kept.append(line + "\n")
-        with replacing(path) as part:
-            part.write_text("".join(kept))
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115
-        self.wandb = None
-        if config.wandb_log:
-            import wandb
-
-            try:
-                name = config.wandb_run_name or None
-                self.wandb = wandb.init(project=config.wandb_project, name=name, config=asdict(config))
-            except wandb.Error as error:
-                raise ValueError(f"wandb: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
-
-    def __call__(self, **record):
-        self.file.write(json.dumps(record) + "\n")
-        if self.wandb:
-            self.wandb.log(record, step=record["iter"])
 
 
 if __name__ == "__main__":
