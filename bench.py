@@ -1,32 +1,43 @@
 """
-Measure: python bench.py decode|fidelity|repetition [--knob=value ...]
+Measure: python bench.py decode|train|prepare|fidelity|repetition [--knob=value ...]
 
     decode      how fast a model reads prompts and writes: tokens a second, bytes of weights a second, memory, start-up
+    train       how fast it learns: tokens and supervised tokens a second, beside nanoGPT's and transformers' loop
+    prepare     how fast conversations become a shard, beside tiktoken alone, and in how much memory
     fidelity    what a dtype costs: how far its next-token distributions are from float32's, on real text
     repetition  how much a chat repeats itself with given sampling, beside what people do
 
 Progress goes to stderr; the last line on stdout is the result as one JSON object.
 """
 
+import contextlib
 import json
+import os
 import platform
 import random
 import re
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
+from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from checkpoint import load_model, pick_device, pick_dtype
+from checkpoint import keep_freed_memory, load_model, pick_device, pick_dtype
 from configurator import run
 from generate import Engine, generate
+from model import PRESETS, move
+from monitor import peak_flops
 from sampling import ChatSampling, Sampling
-from shards import find_shards, open_shard
+from shards import Loader, find_shards, open_shard
+from tokenizer import Tokenizer, gpt2_encoding
 
 ITEMSIZE = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.int8: 1}
 
@@ -42,6 +53,27 @@ class Decode:
     repeats: int = 5  # measurements, after one that does not count; the median is given
     record: bool = True  # replay steps without Python: by CUDA graphs, on a CPU by a trace
     compile: bool = False  # torch.compile the step
+
+
+@dataclass
+class Train:
+    loop: str = "packed"  # packed (ours), nanogpt, or padded (transformers', to the longest in a batch)
+    init_from: str = "random:gpt2"  # random:gpt2, random:gpt2-medium, ...: of that shape
+    data_dir: str = "data"  # where the shards are
+    dataset: str = ""  # its train*.bin; without it random tokens, all of them supervised
+    batch_size: int = 4  # rows of a step; for padded, conversations
+    block_size: int = 256  # tokens in a row; for padded, at most
+    dropout: float = 0.1  # share of activations dropped
+    steps: int = 5  # measured, after two that are not; the median is given
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "bfloat16"  # of autocast: float32, bfloat16
+    compile: bool = False  # torch.compile the model
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass; not for padded
+
+
+@dataclass
+class Prepare:
+    megabytes: int = 64  # of text: chitchat's conversations, again and again
 
 
 @dataclass
@@ -113,6 +145,151 @@ def decode(config):
     }
 
 
+def train(config):
+    """Return tokens and supervised tokens a second of whole steps: batch, forward, backward, clipping, AdamW."""
+    at_least_1(config, "batch_size", "block_size", "steps")
+    if config.loop not in ("packed", "nanogpt", "padded"):
+        raise ValueError(f"loop={config.loop} is not one of packed, nanogpt, padded")
+    if not config.init_from.startswith("random:"):
+        raise ValueError(f"init_from={config.init_from}: speed does not depend on the weights; take a random: one")
+    start = time.perf_counter()
+    B, T, device = config.batch_size, config.block_size, pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    if config.loop == "packed":
+        keep_freed_memory()
+    tokenizer = Tokenizer()
+    model = raw_model = load_model(config.init_from, device, dropout=config.dropout)[0].train()
+    if config.loop == "padded":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        shape = PRESETS[config.init_from.removeprefix("random:")]
+        drop = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
+        model = GPT2LMHeadModel(GPT2Config(**shape, **drop)).to(device).train()
+    model.gradient_checkpointing = config.gradient_checkpointing
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    run_model = torch.compile(model) if config.compile else model
+
+    if config.dataset:
+        shards = find_shards(config.data_dir, config.dataset, "train")
+        loader = Loader(shards, B, T, 0, tokenizer)
+    fill = loader.fill if config.dataset else 1.0
+    random_ids = torch.randint(0, 50257, (B, T + 1), generator=torch.Generator().manual_seed(0))
+
+    def batch(number):
+        return loader.batch(number) if config.dataset else (random_ids[:, :-1], random_ids[:, 1:], None)
+
+    def packed(number):
+        """Return the loss of a batch, its tokens, its targets, its positions."""
+        x, y, documents = batch(number)
+        documents = None if documents is None else move(documents, device)
+        return run_model(move(x, device), y, documents=documents)[1], fill * x.numel(), y, x.numel()
+
+    def nanogpt(number):
+        """Alike; logits of all positions, attention to all that came before in the row."""
+        x, y, _ = batch(number)
+        logits = run_model(move(x, device))[0]
+        loss = F.cross_entropy(logits.flatten(0, 1), move(y, device).flatten())
+        return (
+            loss,
+            round(loader.fill * x.numel()) if config.dataset else x.numel(),
+            (y != -100).sum().item(),
+            x.numel(),
+        )
+
+    def padded(number):
+        """Alike; as transformers' own examples do it."""
+        if config.dataset:
+            shard = loader.parts[0].shard
+            order = np.random.default_rng(0).permutation(len(shard.offsets) - 1)
+            spans = [
+                (shard.offsets[i], min(shard.offsets[i + 1], shard.offsets[i] + T)) for i in order[number * B :][:B]
+            ]
+            rows = [torch.from_numpy(shard.tokens[a:b].astype(np.int64)) for a, b in spans]
+            labels = [
+                row.where(torch.from_numpy(shard.mask(*span)), -100) for row, span in zip(rows, spans, strict=True)
+            ]
+        else:
+            rows = labels = list(random_ids[:, :-1])
+        x, y, seen = (
+            pad_sequence(part, batch_first=True, padding_value=value)
+            for part, value in ((rows, tokenizer.pad_id), (labels, -100), ([torch.ones_like(row) for row in rows], 0))
+        )
+        loss = run_model(move(x, device), attention_mask=move(seen, device), labels=move(y, device)).loss
+        return loss, sum(map(len, rows)), y, x.numel()
+
+    loss_of = {"packed": packed, "nanogpt": nanogpt, "padded": padded}[config.loop]
+    seconds, counts, first_step = [], [], None
+    for step in range(config.steps + 2):
+        t0 = time.perf_counter()
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+            loss, tokens, targets, positions = loss_of(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()  # which waits for the device
+        t1 = time.perf_counter()
+        first_step = first_step or t1 - start
+        print(f"{step}: {t1 - t0:.3f} s, loss {loss.item():.3f}", file=sys.stderr)
+        if step > 1:
+            seconds.append(t1 - t0)
+            counts.append((tokens, (targets != -100).sum().item(), positions))
+
+    def rate(i):
+        return statistics.median(count[i] / s for count, s in zip(counts, seconds, strict=True))
+
+    peak = peak_flops(device) if dtype != torch.float32 else None
+    return {
+        "tokens_per_s": rate(0),
+        "supervised_tokens_per_s": rate(1),
+        "seconds": statistics.median(seconds),
+        "fill": sum(count[0] for count in counts) / sum(count[2] for count in counts),
+        "mfu": rate(2) * raw_model.flops_per_token(T) / peak if peak else None,
+        "first_step_s": first_step,  # since the imports, with loading and compiling
+        "peak_memory_mb": peak_memory(device),
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
+    }
+
+
+def prepare(config):
+    """Return how fast conversations become a shard, how fast tiktoken alone encodes the same text, and peak memory.
+
+    The conversations are chitchat's, again and again; of tiktoken the first 64 MB are measured, and of ours all.
+    """
+    at_least_1(config, "megabytes")
+    sys.path.append(str(Path(__file__).parent / "prepare"))
+    import chitchat
+
+    import corpus
+
+    path = metadata.distribution("chitchat-dataset").locate_file("chitchat_dataset/dataset.json")
+    talk = [messages for _, messages in chitchat.read(path)]
+    size = sum(len(message["content"].encode()) for messages in talk for message in messages) / len(talk) / 1e6
+    total = max(2, round(config.megabytes / size))
+    before = peak_memory("cpu")
+    conversations = (("train" if i else "val", talk[i % len(talk)]) for i in range(total))
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        start = time.perf_counter()
+        corpus.prepare(corpus.Config(out_dir=folder), "bench", conversations)
+        seconds = time.perf_counter() - start
+        tokens = sum(len(open_shard(path).tokens) for path in Path(folder).glob("*.bin"))
+    peak = peak_memory("cpu")
+    texts = ["\n".join(m["content"] for m in talk[i % len(talk)]) for i in range(min(total, round(64 / size)))]
+    start = time.perf_counter()
+    gpt2_encoding().encode_ordinary_batch(texts, num_threads=os.cpu_count())
+    alone = len(texts) * size / (time.perf_counter() - start)
+    return {
+        "tokens_per_s": tokens / seconds,
+        "seconds": seconds,
+        "megabytes": total * size,
+        "megabytes_per_s": total * size / seconds,
+        "tiktoken_megabytes_per_s": alone,
+        "peak_memory_mb": peak,
+        "peak_memory_before_mb": before,  # with chitchat in memory
+    }
+
+
 @torch.inference_mode()
 def fidelity(config):
     """Return the mean KL divergence of the dtype's next-token distributions from float32's, in nats, over the first
@@ -127,7 +304,7 @@ def fidelity(config):
         load_model(config.init_from, device, pick_dtype(config.dtype, device, True), inference=True)[0].eval()
     )
     block = models[0].config.block_size
-    tokens = torch.from_numpy(open_shard(paths[0]).tokens[: config.positions + 1].astype("int64")).to(device)
+    tokens = torch.from_numpy(open_shard(paths[0][0]).tokens[: config.positions + 1].astype("int64")).to(device)
     if len(tokens) < 2:
         raise ValueError(f"{paths[0]} has {len(tokens)} tokens: too few to compare")
     kl = same = n = 0
@@ -158,7 +335,7 @@ def repetition(config):
     replies to the openings of a validation set, and of the people's own."""
     at_least_1(config, "replies")
     device = pick_device(config.device)
-    shard = open_shard(find_shards(config.data_dir, config.dataset, "val")[0])
+    shard = open_shard(find_shards(config.data_dir, config.dataset, "val")[0][0])
     dtype = pick_dtype(config.dtype, device, inference=True)
     model, tokenizer = load_model(config.init_from, device, dtype, inference=True)
     prompts, replies = [], []
@@ -199,7 +376,8 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
-MODES = {"decode": (decode, Decode), "fidelity": (fidelity, Fidelity), "repetition": (repetition, Repetition)}
+MODES = {"decode": (decode, Decode), "train": (train, Train), "prepare": (prepare, Prepare)}
+MODES |= {"fidelity": (fidelity, Fidelity), "repetition": (repetition, Repetition)}
 
 
 def main():

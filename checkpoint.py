@@ -8,6 +8,7 @@ Weights in and out. A checkpoint is a Hugging Face GPT-2 directory; `init_from` 
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import pickle
@@ -59,6 +60,15 @@ def pick_device(name):
             return name
     there = ", ".join(device for device, there in available.items() if there)
     raise ValueError(f"device={name} is not there; this machine has {there}")
+
+
+def keep_freed_memory():
+    """Have glibc keep the memory that is freed, for training on a CPU: else every large tensor of a step is made of new
+    pages, which the kernel clears first. 0.6 of the time of a step (GPT-2 124M, 4 x 256 tokens), in as much memory."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing comes by mmap, which would go back at once
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def pick_dtype(name, device, inference=False):

@@ -18,7 +18,6 @@ import os
 import struct
 import tempfile
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +52,9 @@ class ShardWriter:
         self._offsets = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
 
     def write(self, conversations):
-        """Append a list of (ids, mask), a conversation each."""
-        tokens = np.fromiter(chain.from_iterable(ids for ids, _ in conversations), np.uint16)
-        bits = np.fromiter(chain.from_iterable(mask for _, mask in conversations), np.uint8)
-        bits = np.concatenate([self._bits, bits])
+        """Append a list of (ids, mask), a conversation each, lists or arrays."""
+        tokens = np.concatenate([np.empty(0, np.uint16), *(np.asarray(ids, np.uint16) for ids, _ in conversations)])
+        bits = np.concatenate([self._bits, *(np.asarray(mask, np.uint8) for _, mask in conversations)])
         whole = len(bits) // 8 * 8
         self._bits = bits[whole:]
         starts = np.cumsum([self.n_tokens] + [len(ids) for ids, _ in conversations], dtype="<u8")
@@ -279,7 +277,9 @@ class Loader:
             raise ValueError(f"{shard.path} is in {which}: prepare it again, or start anew with --template")
         self._check(shard, shard.vocab_size - 1)
         pieces = np.random.default_rng(self.seed).permutation(self._pieces(shard))
-        packed = Packed(shard, pieces, None, 0, max(0, len(shard.tokens) - (pieces[:, 3] - pieces[:, 2]).sum().item()))
+        personas = np.unique(pieces[:, :2], axis=0)  # each once, whatever the pieces
+        kept = (pieces[:, 3] - pieces[:, 2]).sum() + (personas[:, 1] - personas[:, 0]).sum()
+        packed = Packed(shard, pieces, None, 0, max(0, len(shard.tokens) - kept.item()))
         row_of, n_rows = np.empty(len(pieces), np.int64), 0
         lengths = packed.lengths.tolist()
         for start in range(0, len(pieces), self.WINDOW):

@@ -6,17 +6,20 @@ written; `Tokenizer.render` is the one place where that happens, for training, c
 """
 
 import codecs
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import os
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 END_OF_TEXT = 50256  # <|endoftext|>, GPT-2's only special token
@@ -153,12 +156,53 @@ class Tokenizer:
         return ids, mask
 
     def render_batch(self, conversations):
-        """Return [(ids, mask)] of many conversations, encoded on all cores: tiktoken lets go of the interpreter.
+        """Return [(ids (n,) uint16, mask (n,) uint8)] of many conversations, each as `render` gives it.
 
-        tiktoken's own encode_ordinary_batch hands its threads one text at a time, here one message: 2.8 times as slow.
+        On all cores: tiktoken lets go of the interpreter. Encoding message by message takes twice as long as whole
+        conversations, which give the same ids: GPT-2's words end before an opener's newline and behind its colon. The
+        openers are then found among the ids. Where text looks like one, or they are special tokens, it is `render`.
         """
+        chunks = [conversations[i : i + 64] for i in range(0, len(conversations), 64)]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            return list(threads.map(self.render, conversations))
+            return [pair for chunk in threads.map(self._render_chunk, chunks) for pair in chunk]
+
+    def _render_chunk(self, conversations):
+        """Do what render_batch does, on one core."""
+        t = self._template
+        whole, done = {}, {}  # number of the conversation -> its ids without the ends; (ids, mask)
+        for n, messages in enumerate(conversations):
+            text = "".join(f"{t.openers[m['role']]}{t.before}{m['content']}{t.after}" for m in messages)
+            roles = Counter(m["role"] for m in messages)
+            plain = not t.specials and 0 < len(text) < LONG_SPACE
+            if plain and all(text.count(opener.strip()) == roles[role] for role, opener in t.openers.items()):
+                with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate
+                    whole[n] = self._bpe.encode_to_numpy(text[1:], disallowed_special=())
+            if n not in whole:
+                done[n] = tuple(np.array(part, kind) for part, kind in zip(self.render(messages), "HB", strict=True))
+        if not whole:
+            return list(done.values())
+        ids = np.concatenate(list(whole.values())).astype(np.uint16)
+        starts = np.cumsum([0, *map(len, whole.values())])  # of the conversations, and the end
+        first = [conversations[n][0]["role"] for n in whole]
+        turns = [(starts[:-1], starts[:-1] + [len(self._first[r]) for r in first], np.array(first) == "assistant")]
+        for role, opener in self._later.items():
+            at = np.flatnonzero(ids[: len(ids) - 1] == opener[-2]) - (len(opener) - 2)
+            for k, token in enumerate(opener):
+                at = at[ids[at + k] == token]
+            inside = np.searchsorted(starts, at, "right") == np.searchsorted(starts, at + len(opener) - 1, "right")
+            at = at[inside]  # not across the border of two conversations
+            turns.append((at, at + len(opener), np.full(len(at), role == "assistant")))
+        begin, body, reply = (np.concatenate(part) for part in zip(*turns, strict=True))
+        order = np.argsort(begin)
+        ends = np.append(begin[order][1:], len(ids))[reply[order]]  # of the replies
+        step = np.zeros(len(ids) + 1, np.int8)
+        step[body[reply]] += 1
+        step[ends] -= 1
+        mask = np.insert(step[:-1].cumsum(dtype=np.uint8), ends, 1)
+        borders = starts[1:-1] + np.searchsorted(ends, starts[1:-1], "right")
+        pairs = zip(np.split(np.insert(ids, ends, self.eos_id), borders), np.split(mask, borders), strict=True)
+        done |= zip(whole, pairs, strict=True)
+        return [done[n] for n in range(len(conversations))]
 
     def _disarmed(self, body):
         """Return `body` with every opener that stands in it as text spelled in other tokens.

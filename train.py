@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import load_model, load_tensors, pick_device, pick_dtype, replacing, save_model
+from checkpoint import keep_freed_memory, load_model, load_tensors, pick_device, pick_dtype, replacing, save_model
 from configurator import run
 from generate import generate
 from model import GPT, GPTConfig, move
@@ -108,12 +108,18 @@ def main(config):
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device)
     device_type = torch.device(device).type
+    if device_type == "cpu":
+        keep_freed_memory()
     if world_size > 1:
         if device_type == "cuda":
             device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))  # the first process may fetch gigabytes
+        hour = timedelta(hours=1)  # the first process may fetch gigabytes
+        store, *_ = next(dist.rendezvous("env://", timeout=hour))
+        # torchrun keeps the store over its restarts: a new start must not find addresses of the dead (pytorch 135712)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=hour)
     sharded = config.strategy == "fsdp" and world_size > 1
     if config.gradient_accumulation_steps % world_size:
         steps = config.gradient_accumulation_steps
@@ -281,7 +287,7 @@ def main(config):
     reader = ThreadPoolExecutor(1)  # a step's batches are read while the one before is computed
     ahead = reader.submit(step_batches, state["iter"])
     gc.freeze()  # what is there now lives to the end: the collector need not walk through it at every turn
-    clock, clock_iter = time.perf_counter(), state["iter"]
+    clock, clock_iter, norm = time.perf_counter(), state["iter"], None
     for it in range(state["iter"], config.max_iters + 1):
         if it % config.eval_interval == 0 or it == config.max_iters:
             raw_model.eval()
@@ -316,6 +322,8 @@ def main(config):
             dist.all_reduce(total)  # on the CPU, through gloo: no wait for the GPU
         total, stopping = total.tolist()
         if stopping:
+            if norm is not None and not scaler.is_enabled():
+                trouble.check("gradient norm", norm.item(), it)
             save_last(it, gathered())
             if master:
                 print(f"stopped at iter {it}, saved to {last}; go on with the same command and --init_from=resume")
@@ -335,6 +343,7 @@ def main(config):
             scaler.scale(loss * world_size).backward()  # the processes' mean is taken
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+        norm = norm.full_tensor() if sharded else norm
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -342,7 +351,7 @@ def main(config):
         if (it + 1) % config.log_interval == 0:
             if world_size > 1:
                 dist.all_reduce(loss_sum)
-            loss, norm = loss_sum.item(), (norm.full_tensor() if sharded else norm).item()
+            loss = loss_sum.item()
             seconds = (time.perf_counter() - clock) / (it + 1 - clock_iter)
             clock, clock_iter = time.perf_counter(), it + 1
             if master:
@@ -350,13 +359,13 @@ def main(config):
                 flops = tokens_per_step * raw_model.flops_per_token(config.block_size)
                 mfu = flops / seconds / (peak * world_size) if peak else None
                 lr = learning_rate(config, it)
-                log(iter=it + 1, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed, mfu=mfu)
+                log(iter=it + 1, loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_s=speed, mfu=mfu)
                 left = timedelta(seconds=round(seconds * (config.max_iters - it - 1)))
                 rate = f"{speed:,.0f} tokens/s" + (f" ({mfu:.1%} MFU)" if mfu else "")
                 print(f"iter {it + 1}/{config.max_iters}: loss {loss:.4f}, lr {lr:.2e}, {rate}, {left} left")
             trouble.check("loss", loss, it + 1)
             if not scaler.is_enabled():  # which skips a step whose gradients are too large for float16
-                trouble.check("gradient norm", norm, it + 1)
+                trouble.check("gradient norm", norm.item(), it + 1)
     reader.shutdown(cancel_futures=True)
     if world_size > 1:
         dist.destroy_process_group()

@@ -79,7 +79,7 @@ class Split:
         self.writer.write(rendered)
         self.shown = self.shown or next(iter(conversations), None)
         self.turns += sum(message["role"] != "system" for messages in conversations for message in messages)
-        self.supervised += sum(sum(mask) for _, mask in rendered)
+        self.supervised += sum(int(mask.sum()) for _, mask in rendered)
         self.longest = max([self.longest, *(len(ids) for ids, _ in rendered)])
 
     def report(self):

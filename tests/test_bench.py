@@ -170,3 +170,33 @@ def test_a_model_that_is_missing_is_refused(here, data_dir, mode):
 
 def test_a_number_of_positions_below_1_is_refused_by_name(here, directory, data_dir):
     assert_refused(fidelity(here, directory, data_dir, positions=0), "positions=0")
+
+
+@pytest.mark.parametrize("loop", ["packed", pytest.param("nanogpt", marks=pytest.mark.slow), "padded"])
+def test_train_measures_what_it_says_and_its_figures_agree(here, data_dir, loop):
+    knobs = ["--init_from=random:distilgpt2", "--batch_size=2", "--block_size=64", "--steps=1", "--dtype=float32"]
+    result = result_of(here("train", *knobs, f"--loop={loop}", f"--data_dir={data_dir}", "--dataset=talk"))
+    assert 0 < result["supervised_tokens_per_s"] < result["tokens_per_s"]
+    assert 0 < result["fill"] <= 1
+    assert result["first_step_s"] > result["seconds"] > 0
+    if loop != "padded":
+        assert result["tokens_per_s"] * result["seconds"] == pytest.approx(result["fill"] * 128, rel=1e-3)
+    assert result["config"]["loop"] == loop
+
+
+def test_prepare_measures_what_it_says_and_its_figures_agree(here):
+    result = result_of(here("prepare", "--megabytes=1"))
+    assert result["megabytes"] == pytest.approx(1, abs=0.01)
+    # GPT-2's tokens have some four characters, and the chat format adds some
+    assert result["tokens_per_s"] * result["seconds"] == pytest.approx(1e6 / 4, rel=0.4)
+    assert result["megabytes_per_s"] * result["seconds"] == pytest.approx(1, abs=0.01)
+    assert result["tiktoken_megabytes_per_s"] > 0
+    assert result["peak_memory_mb"] >= result["peak_memory_before_mb"] > 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "knob"),
+    [("train", "--steps=0"), ("train", "--loop=fast"), ("train", "--init_from=gpt2"), ("prepare", "--megabytes=0")],
+)
+def test_a_measurement_that_cannot_be_is_refused_by_name(here, mode, knob):
+    assert_refused(here(mode, knob), knob.removeprefix("--"))

@@ -305,12 +305,12 @@ def trained(tmp_path_factory):
     for split, part in (("train", rendered[60:]), ("val", rendered[:60])):
         with ShardWriter(folder / "talk" / f"{split}.bin", 1500, "human_bot") as writer:
             writer.write([([rank.get(token, 1499) for token in ids], mask) for ids, mask in part])
-    loader = Loader([folder / "talk" / "train.bin"], 16, 64, seed=0, vocab_size=1500)
+    loader = Loader([(folder / "talk" / "train.bin", 1.0)], 16, 64, seed=0, tokenizer=Tokenizer())
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(block_size=64, vocab_size=1500, n_layer=3, n_head=4, n_embd=64))
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=5e-3)
     for step in range(150):
-        x, _ = loader.batch(step)
+        x, _, _ = loader.batch(step)
         loss = gpt(x[:, :-1], x[:, 1:])[1]
         optimizer.zero_grad()
         loss.backward()

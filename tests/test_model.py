@@ -1,4 +1,5 @@
-"""The model is Hugging Face's GPT-2: names, logits, losses, gradients and dropout are compared with transformers."""
+"""The model is Hugging Face's GPT-2: names, logits, losses, gradients and dropout are compared with transformers, those
+of rows that hold several conversations with each by itself."""
 
 import math
 import shutil
@@ -6,10 +7,11 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from checkpoint import load_model, save_model
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, PRESETS, GPTConfig, HeadLoss
 from tokenizer import Tokenizer
 
 ODD = {"n_layer": 3, "n_head": 5, "n_embd": 80, "vocab_size": 50262, "n_positions": 96}
@@ -121,12 +123,154 @@ def test_the_loss_is_the_mean_cross_entropy_over_supervised_positions(hf_model):
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_a_batch_without_supervised_positions_has_loss_zero_and_zero_gradients(hf_model):
+@pytest.mark.parametrize("documents", [None, torch.tensor([0, 7, 20, 40])], ids=["whole rows", "packed"])
+def test_a_batch_without_supervised_positions_has_loss_zero_and_zero_gradients(hf_model, documents):
     model = ours(hf_model(**SMALL))
-    loss = model(batch(300), torch.full((2, 20), -100))[1]
+    loss = model(batch(300), torch.full((2, 20), -100), documents=documents)[1]
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+# rows of several conversations
+
+# two rows without padding; a single token between two longer conversations; padding behind the last
+ROWS = [[13, 27], [40], [9, 1, 12], [17, 5]]
+DOCUMENTS = torch.tensor([0, 13, 40, 40, 80, 80, 89, 90, 102, 120, 137, 142, 160, 160, 160], dtype=torch.int32)
+
+
+@pytest.fixture(params=["block-wise", "under a mask"])
+def either_way(request, monkeypatch):
+    """Attention within documents is computed in one of its two ways."""
+    monkeypatch.setattr(GPT, "attends_blockwise", lambda self, device: request.param == "block-wise")
+
+
+def packed():
+    """Return idx and targets (4, 40) of conversations as long as ROWS says, and each by itself, [(idx, targets)]."""
+    idx, targets = batch(300, 4, 40), batch(300, 4, 40, seed=2)
+    targets[:, ::3] = -100
+    each = []
+    for row, lengths in enumerate(ROWS):
+        n = sum(lengths)
+        each += zip(idx[row, :n].split(lengths), targets[row, :n].split(lengths), strict=True)
+        idx[row, n:], targets[row, n:] = 0, -100
+    return idx, targets, each
+
+
+def assert_gradients_close(model, others, **tolerance):
+    for (name, p), other in zip(model.named_parameters(), others, strict=True):
+        torch.testing.assert_close(p.grad, other, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_loss_and_every_gradient_of_packed_rows_are_those_of_the_conversations_one_by_one(hf_model, either_way):
+    hf = hf_model(**SMALL)
+    model = ours(hf)
+    idx, targets, each = packed()
+    losses = [F.cross_entropy(hf(x[None]).logits[0], y, ignore_index=-100, reduction="sum") for x, y in each]
+    theirs = sum(losses) / (targets != -100).sum()
+    theirs.backward()
+    logits, loss = model(idx, targets, documents=DOCUMENTS)
+    loss.backward()
+    assert logits is None
+    assert loss.item() == pytest.approx(theirs.item(), abs=1e-5)
+    assert_gradients_close(model, [p.grad for p in hf.parameters()], atol=1e-5, rtol=1e-4)
+
+
+def test_the_logits_of_packed_rows_are_those_of_the_conversations_one_by_one(hf_model, either_way):
+    hf = hf_model(**SMALL)
+    idx, _, each = packed()
+    with torch.no_grad():
+        logits = ours(hf)(idx, documents=DOCUMENTS)[0]
+        expected = [hf(x[None]).logits[0] for x, _ in each]
+    found = [part for row, lengths in zip(logits, ROWS, strict=True) for part in row[: sum(lengths)].split(lengths)]
+    for ours_, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours_, theirs, atol=1e-4, rtol=0)
+
+
+def test_one_document_a_row_is_what_rows_are_without_documents(hf_model, either_way):
+    model = ours(hf_model(**SMALL))
+    idx = batch(300, 2, 40)
+    documents = torch.tensor([0, 40, 80], dtype=torch.int32)
+    torch.testing.assert_close(model(idx, documents=documents)[0], model(idx)[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole rows", "packed"])
+def test_gradient_checkpointing_leaves_every_bit_of_the_gradients(hf_model, either_way, documents, dropout):
+    model = ours(hf_model(**SMALL), dropout).train()
+    idx, targets, _ = packed()
+    gradients, flops = [], []
+    for checkpointing in (False, True):
+        model.gradient_checkpointing = checkpointing
+        torch.manual_seed(7)
+        with FlopCounterMode(display=False) as counter:
+            loss = model(idx, targets, documents=documents)[1]
+            gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+        flops.append(counter.get_total_flops())
+    assert flops[1] > 1.2 * flops[0]
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+# the head's loss
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    monkeypatch.setattr(HeadLoss, "ROWS", 64)
+    monkeypatch.setattr(HeadLoss, "CPU_ROWS", 24)
+
+
+def head(N, V=300, C=32):
+    """Return x, weight and targets of a head."""
+    torch.manual_seed(3)
+    weight = (torch.randn(V, C) * 0.3).requires_grad_()
+    return torch.randn(N, C, requires_grad=True), weight, torch.randint(V, (N,))
+
+
+@pytest.mark.parametrize("N", [0, 1, 64, 150])
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-6), (True, 1e-2)], ids=["float32", "bfloat16"])
+def test_the_heads_loss_and_gradients_are_those_of_linear_and_cross_entropy(in_parts, N, autocast, tolerance):
+    x, weight, targets = head(N)
+    exact = F.cross_entropy(F.linear(x, weight), targets, reduction="sum")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = HeadLoss.apply(x, weight, targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=tolerance)
+    for ours_, theirs in zip(*(torch.autograd.grad(t / 7, (x, weight)) for t in (loss, exact)), strict=True):
+        assert (ours_.dtype, ours_.shape) == (theirs.dtype, theirs.shape)
+        assert (ours_ - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_gradients_of_the_heads_loss_are_added_to_those_there_are(in_parts):
+    x, weight, targets = head(150)
+    for _ in range(2):
+        HeadLoss.apply(x, weight, targets).backward()
+    once = torch.autograd.grad(F.cross_entropy(F.linear(x, weight), targets, reduction="sum"), (x, weight))
+    for p, gradient in zip((x, weight), once, strict=True):
+        torch.testing.assert_close(p.grad, 2 * gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_the_heads_gradients_cost_two_more_products_and_none_where_none_are_asked_for(hf_model, in_parts):
+    model = ours(hf_model(**SMALL))
+    targets = batch(300, seed=2)
+    product = 2 * targets.numel() * 300 * 80
+    for training, products in ((True, 3), (False, 1)):
+        with torch.set_grad_enabled(training):
+            x = model.hidden(batch(300))
+            with FlopCounterMode(display=False) as counter:
+                model.loss(x, targets)
+        assert counter.get_total_flops() == products * product
+
+
+def test_a_second_backward_pass_through_the_heads_loss_fails(in_parts):
+    loss = HeadLoss.apply(*head(150))
+    loss.backward(retain_graph=True)
+    with pytest.raises(AttributeError, match="dx"):
+        loss.backward()
+
+
+# dropout
 
 
 def test_dropout_falls_where_it_falls_in_transformers(hf_gpt2):

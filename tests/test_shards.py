@@ -1,4 +1,4 @@
-"""Shards byte by byte: what is written, what is refused, and which pairs of tokens a loader's epoch is made of."""
+"""Shards byte by byte, what is refused, and what a loader makes of them: rows of whole conversations, each once."""
 
 import gzip
 import io
@@ -6,6 +6,7 @@ import struct
 import tracemalloc
 import zipfile
 from collections import Counter
+from itertools import chain, count, islice
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import HEADER, Loader, ShardWriter, find_shards, open_shard
-from tokenizer import Tokenizer
+from tokenizer import TEMPLATES, Tokenizer
 
+TOKENIZERS = {name: Tokenizer(name) for name in TEMPLATES}
+in_both_templates = pytest.mark.parametrize("tok", TOKENIZERS.values(), ids=TOKENIZERS)
 unhurried = settings(deadline=None)  # the machine may be busy
 TALK = [([11, 12, 13, 14, 15], [0, 0, 1, 1, 1]), ([21, 22], [0, 1]), ([31, 32, 33, 34], [0, 1, 0, 1])]
 # lowest bit first: 00111 01 0, then 101
@@ -280,13 +283,24 @@ def test_a_script_says_in_one_line_which_shard_is_damaged(script, data_dir):
 # which files
 
 
-def test_a_dataset_is_all_its_shards_and_several_can_be_given(tmp_path):
+def test_a_dataset_is_all_its_shards_and_several_can_be_given_with_their_shares(tmp_path):
     for name in ("a/train_1.bin", "a/train_0.bin", "a/val.bin", "b/train.bin", "b/train.bin.part"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = find_shards(tmp_path, "b, a", "train")
-    assert [str(path.relative_to(tmp_path)) for path in found] == ["b/train.bin", "a/train_0.bin", "a/train_1.bin"]
-    assert find_shards(tmp_path, "a", "val") == [tmp_path / "a" / "val.bin"]
+    a, b, val = (
+        [tmp_path / "a/train_0.bin", tmp_path / "a/train_1.bin"],
+        tmp_path / "b/train.bin",
+        tmp_path / "a/val.bin",
+    )
+    assert find_shards(tmp_path, "b, a", "train") == [(b, 1.0), (a[0], 1.0), (a[1], 1.0)]
+    assert find_shards(tmp_path, "a:2,b : 0.5", "train") == [(a[0], 2.0), (a[1], 2.0), (b, 0.5)]
+    assert find_shards(tmp_path, "a", "val") == [(val, 1.0)]
+
+
+@pytest.mark.parametrize("share", ["0", "-1", "x", "nan", "inf", "1:2"])
+def test_a_share_that_is_no_positive_number_is_refused_by_the_name_of_its_dataset(data_dir, share):
+    with pytest.raises(ValueError, match=r"the share of talk must be a positive number, as in talk:0\.5"):
+        find_shards(data_dir, f"talk:{share}", "train")
 
 
 # nanoGPT's files
@@ -304,21 +318,22 @@ def test_a_headerless_nanogpt_file_is_plain_text_to_learn_all_of(tmp_path, token
     assert shard.template is None
 
 
-def test_an_epoch_of_a_headerless_file_has_every_token_but_the_first_as_a_target(tmp_path):
-    np.arange(1, 1001, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    loader = Loader([tmp_path / "train.bin"], 1, 64, 0, 50257)
-    x, y = epoch(loader)
-    assert sorted(y[y >= 0].tolist()) == list(range(2, 1001))
-    assert (y[y >= 0] == x[y >= 0] + 1).all()
-
-
 # the loader
 
 
+def load(*paths, batch_size=1, block=16, seed=0, shares=None, tokenizer=TOKENIZERS["human_bot"]):
+    shards = list(zip(paths, shares or [1.0] * len(paths), strict=True))
+    return Loader(shards, batch_size, block, seed, tokenizer)
+
+
+def rows_of(loader, epoch=0):
+    """Return the batches of an epoch of a loader with one row a batch: [(x, y, documents)]."""
+    return [loader.batch(epoch * loader.n_rows + row) for row in range(loader.n_rows)]
+
+
 def epoch(loader, number=0):
-    """Return x and y of the rows of an epoch of a loader with one row a batch."""
-    batches = [loader.batch(number * loader.n_rows + row) for row in range(loader.n_rows)]
-    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    """Return x and y of the rows of an epoch, (n_rows, T) each."""
+    return tuple(torch.cat(part) for part in list(zip(*rows_of(loader, number), strict=True))[:2])
 
 
 def numbered(lengths, first=1):
@@ -340,76 +355,184 @@ def supervised_pairs(many):
     return Counter((ids[i - 1], ids[i]) for ids, mask in many for i in range(1, len(ids)) if mask[i])
 
 
-def pieces(row):
-    """Return the runs of consecutive numbers in a row, without the padding behind them."""
-    runs = []
-    for token in row:
-        if runs and token == runs[-1][-1] + 1:
-            runs[-1].append(token)
-        elif token:
-            runs.append([token])
-    return runs
+def documents_of(x, y, documents):
+    """Return [(inputs, targets)] of each document of a batch that has any tokens."""
+    lengths = documents.diff().tolist()
+    parts = zip(*(t.flatten().split(lengths) for t in (x, y)), strict=True)
+    return [(inputs.tolist(), targets.tolist()) for inputs, targets in parts if len(inputs)]
 
 
-lengths = st.lists(st.integers(0, 40), min_size=1, max_size=12)
+lengths = st.lists(st.integers(0, 17), min_size=1, max_size=12)
 
 
 @settings(unhurried, max_examples=50)
-@given(lengths, lengths, st.integers(1, 16), st.integers(0, 3))
+@given(lengths, lengths, st.integers(16, 40), st.integers(0, 3))
 def test_an_epoch_has_each_supervised_token_exactly_once_behind_the_token_before_it(fresh, ours, theirs, block, seed):
-    many = numbered([*ours, 2]), numbered([*theirs, 2], first=1000)
-    loader = Loader([write(fresh(), m) for m in many], 1, block, seed, 50257)
+    many = numbered([*ours, 3]), numbered([*theirs, 3], first=1000)
+    loader = load(*(write(fresh(), m) for m in many), block=block, seed=seed)
     for number in range(2):
         assert pairs(*epoch(loader, number)) == supervised_pairs(many[0] + many[1])
+    assert loader.n_tokens == sum(len(ids) for ids, _ in many[0] + many[1])
+    assert loader.n_lost == sum(len(ids) for ids, _ in many[0] + many[1] if len(ids) == 1)
 
 
-@unhurried
-@given(lengths, st.integers(1, 16), st.integers(0, 3))
-def test_rows_are_filled_with_whole_pieces_of_conversations(fresh, lengths, block, seed):
-    many = numbered([*lengths, 2])
-    loader = Loader([write(fresh(), many)], 1, block, seed, 50257)
-    found = [piece for row in epoch(loader)[0].tolist() for piece in pieces(row)]
-    # the last token of a conversation is a target and needs no place of its own, but is there where there is room
-    cut = [ids[i : i + block] for ids, _ in many for i in range(0, len(ids) - 1, block)]
-    assert sorted(found) == sorted(cut)
+@settings(unhurried, max_examples=50)
+@given(lengths, st.integers(16, 40), st.integers(1, 4), st.integers(0, 3))
+def test_the_documents_are_the_conversations_and_the_padding_of_each_row(fresh, lengths, block, batch_size, seed):
+    many = numbered([*lengths, 3])
+    path = write(fresh(), many)
+    whole = {(*ids[:-1],): [t if m else -100 for t, m in zip(ids[1:], mask[1:], strict=True)] for ids, mask in many}
+    loader = load(path, batch_size=batch_size, block=block, seed=seed)
+    for number in range(3):
+        x, y, documents = loader.batch(number)
+        assert (documents.dtype, documents.shape) == (torch.int32, (loader.max_documents + 1,))
+        assert documents[0] == 0
+        assert documents[-1] == batch_size * block
+        assert (documents.diff() >= 0).all()
+        assert set(range(0, batch_size * block, block)) <= set(documents.tolist())  # none goes on in the next row
+        for inputs, targets in documents_of(x, y, documents):
+            padding = ([0] * len(inputs), [-100] * len(inputs))
+            assert (inputs, targets) in (padding, (inputs, whole.get((*inputs,))))
+    found = [(*inputs,) for row in rows_of(load(path, block=block)) for inputs, _ in documents_of(*row) if inputs[0]]
+    assert sorted(found) == sorted((*ids[:-1],) for ids, _ in many if len(ids) > 1)
 
 
-def test_rows_are_as_few_as_pieces_that_follow_each_other_allow(tmp_path):
-    loader = Loader([write(tmp_path / "train.bin", numbered([4] * 64))], 1, 16, 0, 50257)
+def test_a_small_batch_written_out(tmp_path):
+    many = [([1, 2, 3], [0, 0, 1]), ([11, 12], [1, 1])]
+    loader = load(write(tmp_path / "train.bin", many), block=6)
+    x, y, documents = loader.batch(0)
+    assert (x.dtype, y.dtype) == (torch.int64, torch.int64)
+    _ = -100
+    assert (x.tolist(), y.tolist(), documents.tolist()) in (
+        ([[1, 2, 11, 0, 0, 0]], [[_, 3, 12, _, _, _]], [0, 2, 3, 6]),
+        ([[11, 1, 2, 0, 0, 0]], [[12, _, 3, _, _, _]], [0, 1, 3, 6]),
+    )
+    assert loader.fill == 3 / 6
+
+
+def test_rows_of_conversations_of_realistic_lengths_are_97_percent_full(tmp_path):
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(5, 0.8, 3000).astype(int).clip(8, 1025)
+    assert 195 < lengths.mean() < 205
+    loader = load(write(tmp_path / "train.bin", [([7] * n, [1] * n) for n in lengths]), block=1024)
+    x, y = epoch(loader)
+    assert x.count_nonzero() == (y == 7).sum() == (lengths - 1).sum()
+    assert (x != 0).double().mean().item() == pytest.approx(loader.fill)
+    assert loader.fill >= 0.97
+
+
+def test_conversations_that_fill_rows_without_rest_leave_no_padding(tmp_path):
+    loader = load(write(tmp_path / "train.bin", numbered([5, 9, 17] * 32)))
     x, _ = epoch(loader)
-    assert loader.n_rows == 16
+    assert loader.n_rows == 32 * (4 + 8 + 16) / 16
     assert (x != 0).all()
 
 
-def test_no_target_is_of_another_conversation_or_unsupervised(tmp_path):
-    many = [([1, 2, 3], [0, 0, 1]), ([11, 12], [1, 1])]
-    loader = Loader([write(tmp_path / "train.bin", many)], 1, 8, 0, 50257)
-    x, y = loader.batch(0)
-    assert (x.shape, x.dtype, y.shape, y.dtype) == ((1, 8), torch.int64, (1, 8), torch.int64)
-    assert x.tolist()[0] in ([1, 2, 3, 11, 12, 0, 0, 0], [11, 12, 1, 2, 3, 0, 0, 0])
-    assert y[x == 1].item() == -100  # 2 is not supervised
-    assert y[x == 2].item() == 3
-    assert y[x == 3].item() == -100  # 11 is supervised, but no answer to 3
-    assert y[x == 11].item() == 12
-    assert (y[x == 12].item(), set(y[x == 0].tolist())) == (-100, {-100})
+# long conversations
 
 
-def test_a_long_conversation_is_cut_at_the_block_without_losing_the_target_behind_the_cut(tmp_path):
-    loader = Loader([write(tmp_path / "train.bin", [(list(range(1, 22)), [1] * 21)])], 1, 8, 0, 50257)
+@st.composite
+def chats(draw):
+    """Conversations some of which are too long, of numbers that come but once."""
+    numbers = map(str, count(100))
+
+    def say(role, low):
+        return {"role": role, "content": " ".join(islice(numbers, draw(st.integers(low, 12))))}
+
+    return [
+        [say("system", 1)] * draw(st.integers(0, 1))
+        + [say(role, 1) for _ in range(draw(st.integers(1, 6))) for role in ("user", "assistant")]
+        for _ in range(draw(st.integers(1, 4)))
+    ]
+
+
+def split(messages):
+    """Return (the persona's messages, the exchanges) of messages in which user and assistant alternate."""
+    n = int(messages[0]["role"] == "system")
+    return messages[:n], [messages[i : i + 2] for i in range(n, len(messages), 2)]
+
+
+@in_both_templates
+@settings(unhurried, max_examples=50)
+@given(many=chats(), block=st.integers(40, 80))
+def test_long_conversations_are_cut_into_conversations_with_all_the_exchanges_that_fit(fresh, tok, many, block):
+    path = write(fresh(), tok.render_batch(many), vocab_size=tok.n_vocab, template=tok.template)
+    loader = load(path, block=block, tokenizer=tok)
+    whole, cut = [], []
+    for inputs, targets in chain(*(documents_of(*row) for row in rows_of(loader))):
+        if set(targets) == {-100}:
+            continue  # padding
+        ids = [*inputs, targets[-1]]
+        persona, exchanges = split(tok.parse(ids))
+        assert [message["role"] for message in chain(*exchanges)] == ["user", "assistant"] * len(exchanges)
+        _, mask = tok.render([*persona, *chain(*exchanges)])
+        assert targets == [token if m else -100 for token, m in zip(ids[1:], mask[1:], strict=False)]
+        if ids[-1] == tok.eos_id:
+            whole += [tok.render([*persona, *exchange])[0] for exchange in exchanges]
+        else:
+            cut.append(ids)
+    every = [tok.render([*persona, *exchange]) for persona, exchanges in map(split, many) for exchange in exchanges]
+    room = block + 1
+    assert sorted(whole) == sorted(ids for ids, _ in every if len(ids) <= room)
+    assert sorted(cut) == sorted(ids[:room] for ids, mask in every if len(ids) > room and any(mask[:room]))
+
+
+@in_both_templates
+@pytest.mark.parametrize("persona", [[], [{"role": "system", "content": "i count"}]], ids=["without persona", "with"])
+def test_of_an_exchange_that_is_too_long_the_end_is_lost(tmp_path, tok, persona):
+    messages = [*persona, {"role": "user", "content": "count"}, {"role": "assistant", "content": "1 2 3 4 " * 20}]
+    ids, mask = tok.render(messages)
+    path = write(tmp_path / "train.bin", [(ids, mask)], vocab_size=tok.n_vocab, template=tok.template)
+    loader = load(path, block=32, tokenizer=tok)
+    x, y, _ = loader.batch(0)
+    assert x.tolist() == [ids[:32]]
+    assert y.tolist() == [[t if m else -100 for t, m in zip(ids[1:33], mask[1:33], strict=True)]]
+    assert loader.n_rows == 1
+
+
+@in_both_templates
+@pytest.mark.parametrize(
+    "persona",
+    [
+        pytest.param([], id="without persona"),
+        pytest.param(
+            [{"role": "system", "content": "i count"}],
+            id="with",
+        ),
+    ],
+)
+def test_the_tokens_that_are_in_no_row_are_counted(tmp_path, tok, persona):
+    exchange = [{"role": "user", "content": "count"}, {"role": "assistant", "content": "1 2 3 4"}]
+    ids, mask = tok.render([*persona, *exchange, *exchange, exchange[0], {**exchange[1], "content": "5 " * 80}])
+    path = write(tmp_path / "train.bin", [(ids, mask), ([1], [1])], vocab_size=tok.n_vocab, template=tok.template)
+    loader = load(path, block=32, tokenizer=tok)
+    pieces = tok.cut(ids, 33)
+    in_rows = set(chain(*([*range(n), *range(start, stop)] for n, start, stop in pieces)))
+    assert len(pieces) > 1
+    assert loader.n_lost == len(ids) - len(in_rows) + 1
+
+
+def test_a_file_without_conversations_is_cut_at_each_row_and_every_token_but_the_first_is_a_target(tmp_path):
+    np.arange(1, 22, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    loader = load(tmp_path / "train.bin", block=8)
     x, y = epoch(loader)
     rows = {tuple(row): targets for row, targets in zip(x.tolist(), y.tolist(), strict=True)}
     assert rows == {
         tuple(range(1, 9)): list(range(2, 10)),
         tuple(range(9, 17)): list(range(10, 18)),
-        (17, 18, 19, 20, 21, 0, 0, 0): [18, 19, 20, 21, -100, -100, -100, -100],
+        (17, 18, 19, 20, 0, 0, 0, 0): [18, 19, 20, 21, -100, -100, -100, -100],
     }
+    assert loader.n_lost == 0
+
+
+# order
 
 
 @pytest.fixture
 def loader_of(tmp_path):
     """Make a loader of 60 conversations: loader_of(batch_size=..., seed=...)."""
-    path = write(tmp_path / "train.bin", numbered([3 + i % 20 for i in range(60)]))
-    return lambda batch_size=4, block_size=16, seed=0: Loader([path], batch_size, block_size, seed, 50257)
+    path = write(tmp_path / "train.bin", numbered([3 + i % 15 for i in range(60)]))
+    return lambda batch_size=4, seed=0: load(path, batch_size=batch_size, seed=seed)
 
 
 def test_a_batch_depends_on_the_seed_and_its_number_alone(loader_of):
@@ -438,55 +561,105 @@ def test_batches_of_any_size_are_the_same_rows_one_after_the_other(loader_of):
     one, four = loader_of(batch_size=1), loader_of(batch_size=4)
     for number in range(one.n_rows):  # four epochs
         rows = [one.batch(4 * number + row) for row in range(4)]
-        for part in range(2):
-            assert torch.equal(four.batch(number)[part], torch.cat([row[part] for row in rows]))
+        x, y, documents = four.batch(number)
+        assert torch.equal(x, torch.cat([row[0] for row in rows]))
+        assert torch.equal(y, torch.cat([row[1] for row in rows]))
+        assert documents_of(x, y, documents) == list(chain(*(documents_of(*row) for row in rows)))
 
 
-def test_what_the_loader_asks_to_be_learnt_are_the_replies(data_dir):
-    loader = Loader(find_shards(data_dir, "talk", "train"), 1, 256, 0, 50257)
-    targets = torch.cat([loader.batch(row)[1][0] for row in range(loader.n_rows)])
-    said = Tokenizer().decode(targets[targets >= 0].tolist()).split("<|endoftext|>")
-    replies = [m["content"] for messages in small_talk(60, seed=1) for m in messages if m["role"] == "assistant"]
-    assert sorted(said) == sorted(["", *(f" {reply}" for reply in replies)])
+# several shards
 
 
 def test_several_datasets_are_one_corpus(data_dir):
     write_shards(data_dir / "more", small_talk(20, seed=5), small_talk(2, seed=6))
     one, two, both = (
-        Loader(find_shards(data_dir, names, "train"), 1, 256, 0, 50257) for names in ("talk", "more", "talk,more")
+        Loader(find_shards(data_dir, names, "train"), 1, 256, 0, Tokenizer()) for names in ("talk", "more", "talk,more")
     )
     assert both.n_tokens == one.n_tokens + two.n_tokens
+    assert both.n_rows == one.n_rows + two.n_rows
     assert pairs(*epoch(both)) == pairs(*epoch(one)) + pairs(*epoch(two))
-    assert both.template == "human_bot"
 
 
-def test_datasets_in_different_templates_are_refused(data_dir):
-    write_shards(data_dir / "other", small_talk(2), small_talk(2), template="user_assistant")
-    paths = find_shards(data_dir, "talk,other", "train")
-    with pytest.raises(ValueError, match=r"in template human_bot but .* in template user_assistant") as error:
-        Loader(paths, 1, 64, 0, 50262)
-    assert all(str(path) in str(error.value) for path in paths)
+@settings(unhurried, max_examples=50)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    shares=st.lists(st.sampled_from([0.1, 0.5, 0.75, 1.0, 1.5, 2.0, 3.7]), min_size=3, max_size=3),
+    seed=st.integers(0, 3),
+)
+def test_each_epoch_has_the_share_of_each_shard_exactly_and_its_rows_take_turns(fresh, sizes, shares, seed):
+    paths = [write(fresh(), numbered([17] * n, first=1 + 1000 * i)) for i, n in enumerate(sizes)]
+    loader = load(*paths, seed=seed, shares=shares[: len(sizes)])
+    taken = [max(1, round(share * n)) for n, share in zip(sizes, shares, strict=False)]
+    assert loader.n_rows == sum(taken)
+    seen = Counter()
+    for number in range(4):
+        first = epoch(loader, number)[0][:, 0].tolist()
+        seen.update(first)
+        assert [sum(token // 1000 == i for token in first) for i in range(len(sizes))] == taken
+        for i, n in enumerate(sizes):
+            times = [seen[1 + 1000 * i + 18 * row] for row in range(n)]
+            assert sum(times) == (number + 1) * taken[i]
+            assert max(times) - min(times) <= 1
 
 
-def test_a_shard_for_a_larger_vocabulary_than_the_models_is_refused(data_dir):
-    write_shards(data_dir / "other", small_talk(2), small_talk(2), template="user_assistant")
-    (path,) = find_shards(data_dir, "other", "train")
-    with pytest.raises(ValueError, match=r"other/train\.bin .*50261.* vocabulary is 50257 tokens"):
-        Loader([path], 1, 64, 0, 50257)
-    assert Loader([path], 1, 64, 0, 50262).template == "user_assistant"
+def test_a_share_of_a_half_has_each_row_once_in_two_epochs_and_one_of_two_twice_in_each(tmp_path):
+    half = load(write(tmp_path / "train.bin", numbered([17] * 8)), shares=[0.5])
+    first, second = ({*epoch(half, number)[0][:, 0].tolist()} for number in range(2))
+    every = set(range(1, 8 * 18, 18))
+    assert (len(first), len(second), first | second) == (4, 4, every)
+    twice = load(tmp_path / "train.bin", shares=[2.0])
+    for number in range(2):
+        assert Counter(epoch(twice, number)[0][:, 0].tolist()) == Counter([*every] * 2)
+
+
+# what is learnt, and what is refused
+
+
+@in_both_templates
+def test_what_the_loader_asks_to_be_learnt_are_the_replies(tmp_path, tok):
+    spoken = small_talk(60, seed=1)
+    write_shards(tmp_path / "talk", spoken, spoken[:1], template=tok.template)
+    loader = Loader(find_shards(tmp_path, "talk", "train"), 1, 256, 0, tok)
+    _, y = epoch(loader)
+    after, end = {"human_bot": ("", "<|endoftext|>"), "user_assistant": (" ", "<|End|>")}[tok.template]
+    said = tok.decode(y[y >= 0].tolist()).split(end)
+    replies = [m["content"] for messages in spoken for m in messages if m["role"] == "assistant"]
+    assert sorted(said) == sorted(["", *(f" {reply}{after}" for reply in replies)])
+
+
+@in_both_templates
+def test_a_dataset_in_another_template_is_refused(tmp_path, tok):
+    other = {"human_bot": "user_assistant", "user_assistant": "human_bot"}[tok.template]
+    path = write(tmp_path / "train.bin", TALK, template=other)
+    says = rf"train\.bin is in template {other}, the model in {tok.template}: prepare it again, or .* --template"
+    with pytest.raises(ValueError, match=says):
+        load(path, tokenizer=tok)
+
+
+def test_a_shard_for_a_larger_vocabulary_than_the_tokenizers_is_refused(tmp_path):
+    path = write(tmp_path / "train.bin", TALK, vocab_size=50258)
+    with pytest.raises(ValueError, match=r"train\.bin has token 50257, but the tokenizer's vocabulary is 50257 tokens"):
+        load(path)
 
 
 @pytest.mark.parametrize("at", [0, 3, 8, 15, 16])
-def test_a_token_beyond_the_models_vocabulary_is_refused_wherever_it_stands(tmp_path, at):
+def test_a_token_beyond_the_vocabulary_is_refused_wherever_it_stands(tmp_path, at):
     tokens = np.ones(17, np.uint16)
-    tokens[at] = 300
+    tokens[at] = 50257
     tokens.tofile(tmp_path / "train.bin")
-    loader = Loader([tmp_path / "train.bin"], 1, 8, 0, 300)
-    with pytest.raises(ValueError, match=r"train\.bin has token 300, but the model's vocabulary is 300 tokens"):
+    loader = load(tmp_path / "train.bin", block=8)
+    with pytest.raises(ValueError, match=r"train\.bin has token 50257, but the tokenizer's vocabulary is 50257 tokens"):
         epoch(loader)
 
 
-def test_a_corpus_of_nothing_to_predict_is_refused(tmp_path):
-    path = write(tmp_path / "train.bin", [([1], [1])] * 5)
-    with pytest.raises(ValueError, match=r"train\.bin has no conversation of two tokens or more"):
-        Loader([path], 1, 8, 0, 50257)
+@pytest.mark.parametrize(
+    "many",
+    [
+        pytest.param([([1], [1])] * 5, id="single tokens"),
+        pytest.param([([1, 2, 3], [1, 0, 0])] * 5, id="nothing supervised"),
+        pytest.param([(list(range(1, 20)), [0] * 10 + [1] * 9)], id="supervised only behind the block"),
+    ],
+)
+def test_a_corpus_of_nothing_to_learn_is_refused(tmp_path, many):
+    with pytest.raises(ValueError, match=r"train\.bin has nothing to learn in 8 tokens: raise block_size"):
+        load(write(tmp_path / "train.bin", many), block=8)

@@ -8,8 +8,10 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,12 +21,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_refused, small_talk, write_shards
+from conftest import ROOT, assert_refused, largest_file, small_talk, write_shards
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import chat
 import configurator
+import model
 import train
 from shards import Loader, find_shards
 from tokenizer import Tokenizer
@@ -38,7 +41,7 @@ LONG = {"max_iters": 20, "eval_interval": 3, "dropout": 0.1}  # saves all the ti
 
 # a process that is forked from one with torch in it starts in a tenth of the time
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "torch._dynamo"])
+processes.set_forkserver_preload(["torch", "torch._dynamo", "train", "test_train"])
 
 
 @pytest.fixture(autouse=True)
@@ -114,10 +117,27 @@ def without_speeds(records):
     return [{k: v for k, v in record.items() if k not in ("tokens_per_s", "mfu")} for record in records]
 
 
+def run_script(monkeypatch, capfd, **knobs):
+    """Run train.py as a person does, but within this process -> as the fixture `script`."""
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *arguments(**knobs)])
+        status = 0
+        try:
+            configurator.run(train.main, train.Config)
+        except SystemExit as end:
+            status = end.code
+    return subprocess.CompletedProcess(sys.argv, status, *capfd.readouterr())
+
+
 def assert_same_run(out, whole):
     assert_same_weights(out, whole)
     assert_same_weights(out / "last", whole / "last")
     assert without_speeds(metrics(out)) == without_speeds(metrics(whole))
+
+
+def load_state(out):
+    return torch.load(Path(out) / "last" / "state.pt", weights_only=True)
 
 
 def losses(out, name="loss"):
@@ -233,6 +253,13 @@ def test_evaluation_does_not_touch_training(uninterrupted):
     assert_same_weights(often / "last", seldom / "last")
 
 
+def test_gradient_checkpointing_changes_no_bit(uninterrupted, monkeypatch):
+    whole, checkpoint, blocks = uninterrupted(dropout=0.1), model.checkpoint, []
+    monkeypatch.setattr(model, "checkpoint", lambda *args, **kw: blocks.append(args[0]) or checkpoint(*args, **kw))
+    assert_same_run(fit(dropout=0.1, gradient_checkpointing=True), whole)
+    assert len(blocks) == 12 * 2 * 2  # steps, micro-batches, layers; none in evaluations
+
+
 def test_the_seed_decides_the_run(uninterrupted):
     assert losses(fit(dropout=0.1, max_iters=1, seed=2)) != losses(uninterrupted(dropout=0.1))[:1]
 
@@ -324,17 +351,109 @@ def test_kill_9_at_any_instant_leaves_a_checkpoint_that_loads_and_resumes(uninte
     assert list(out.rglob("*.part")) == []
 
 
+@pytest.mark.slow
+def test_kill_9_at_ten_random_moments_of_a_run_changes_no_bit_of_its_end(uninterrupted):
+    knobs = LONG | {"max_iters": 60, "eval_interval": 2, "dtype": "bfloat16", "gradient_accumulation_steps": 2}
+    choose, killed_at = random.Random(0), []
+    for number in range(10):
+        config = tiny(**knobs, init_from="resume" if number else "scratch")
+        process = processes.Process(target=train.main, args=(config,))
+        process.start()
+        for _ in range(2):  # where it begins, and two steps on
+            since = time.time_ns()
+            while process.is_alive() and not renewed(Path("out/last/state.pt"), since):
+                time.sleep(0.001)
+        time.sleep(choose.uniform(0, 0.4))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
+        killed_at.append(load_state("out")["iter"])
+    assert killed_at == sorted(set(killed_at))  # it had come further in between
+    assert_same_run(fit(**knobs, init_from="resume"), uninterrupted(**knobs))
+
+
 def test_the_trainers_state_loads_as_tensors_and_plain_values_only(uninterrupted):
     state = torch.load(uninterrupted(dropout=0.1) / "last" / "state.pt", weights_only=True)
     assert state["iter"] == 12
 
 
+@pytest.fixture
+def half_a_run():
+    """out/ after a power cut: saved at iter 6."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 8, power_cut)
+        with pytest.raises(InterruptedError):
+            fit(**LONG)
+    assert load_state("out")["iter"] == 6
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "file"),
+    [(3_000_000, "model.safetensors"), (10_000_000, "last/state.pt")],
+)
+def test_a_full_disk_ends_the_run_in_a_sentence_and_it_goes_on_from_the_last_save(
+    n_bytes, file, half_a_run, uninterrupted, monkeypatch, capfd
+):
+    with largest_file(n_bytes):
+        done = run_script(monkeypatch, capfd, **LONG, init_from="resume")
+    assert_refused(done, file)
+    assert load_state("out")["iter"] == 6
+    for folder in ("out", "out/last"):
+        GPT2LMHeadModel.from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder)
+    assert list(Path("out").rglob("*.part")) == []
+    assert_same_run(fit(**LONG, init_from="resume"), uninterrupted(**LONG))
+
+
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 
-def torchrun(**knobs):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    return subprocess.Popen([*command, *arguments(**knobs)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def torchrun(*options, **knobs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    command += [ROOT / "train.py", *arguments(**knobs)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def be_rank(rank, port, config):
+    """In a process of its own: train as torchrun's child of this rank, of two."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    shard, sharded = train.fully_shard, []
+    train.fully_shard = lambda module: sharded.append(module) or shard(module)
+    train.main(config)
+    assert len(sharded) == (config.n_layer + 1 if config.strategy == "fsdp" else 0)
+
+
+def fit_on_two(**knobs):
+    """Train in two processes, which start sooner than under torchrun; return out_dir."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [processes.Process(target=be_rank, args=(rank, port, tiny(**knobs))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    try:
+        for process in ranks:
+            process.join(60)
+        assert [process.exitcode for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
+    return Path(knobs.get("out_dir", "out"))
+
+
+def children(pid):
+    """Return {RANK: process id} of torchrun's children."""
+    found = {}
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            variables = dict(
+                v.split("=", 1) for v in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in v
+            )
+            if "RANK" in variables:
+                found[int(variables["RANK"])] = int(child)
+    return found
 
 
 def assert_close_runs(out, alone):
@@ -346,7 +465,7 @@ def assert_close_runs(out, alone):
 
 def test_two_processes_are_one_process_with_the_same_global_batch():
     write_shards("data/talk", quiet_talk(), small_talk(10))
-    knobs = {"batch_size": 1, "gradient_accumulation_steps": 4, "eval_iters": 3}
+    knobs = {"batch_size": 1, "gradient_accumulation_steps": 4, "eval_iters": 3, "seed": 1}
     ranks = supervised_counts(tiny(**knobs)).view(-1, 2, 2).sum(1)  # micro-batches 0 and 2 are of rank 0, 1 and 3 of 1
     assert (ranks[:, 0] != ranks[:, 1]).all() and (ranks == 0).any()
     with torchrun(out_dir="two", **knobs) as process:
@@ -366,6 +485,100 @@ def test_two_processes_stop_together_and_one_process_goes_on(uninterrupted):
     assert_close_runs(fit(**knobs, init_from="resume"), uninterrupted(**knobs))
 
 
+# what goes wrong where a shard of the weights is taken for all of them: decay, and clipping in each step
+HARD = {"learning_rate": 0.003, "weight_decay": 0.5, "grad_clip": 0.05, "max_iters": 8, "eval_interval": 4}
+MOMENTS = frozenset({"step", "exp_avg", "exp_avg_sq"})
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    """Train on two processes, from scratch: on_two("fsdp") -> out_dir. The same knobs are trained once."""
+
+    @functools.cache
+    def run(strategy, **knobs):
+        out = tmp_path_factory.mktemp(f"on_two_{strategy}") / "out"
+        return fit_on_two(out_dir=str(out), strategy=strategy, **HARD | knobs)
+
+    return run
+
+
+def assert_close_states(out, other, atol):
+    ours, theirs = load_state(out), load_state(other)
+    assert ours.keys() == theirs.keys()
+    for name in ("iter", "template", "config", "scaler"):
+        assert ours[name] == theirs[name]
+    assert_close_weights(ours["model"], theirs["model"], atol)
+    ours, theirs = ours["optimizer"], theirs["optimizer"]
+    assert ours.keys() == theirs.keys() == load_file(out / "last/model.safetensors").keys()
+    for part in ("exp_avg", "exp_avg_sq"):
+        a, b = ({name: moments[part] for name, moments in state.items()} for state in (ours, theirs))
+        assert_close_weights(a, b, atol=1e-3 * max(tensor.abs().max().item() for tensor in b.values()))
+    assert {m["step"].item() for state in (ours, theirs) for m in state.values()} == {8}
+    assert {frozenset(moments) for state in (ours, theirs) for moments in state.values()} == {MOMENTS}
+
+
+def test_weights_that_are_sharded_over_two_processes_train_as_copies_do(on_two):
+    sharded, copies = on_two("fsdp"), on_two("ddp")
+    assert min(losses(copies, "grad_norm")) > HARD["grad_clip"]
+    assert losses(sharded) == pytest.approx(losses(copies), abs=1e-5)
+    assert losses(sharded, "grad_norm") == pytest.approx(losses(copies, "grad_norm"), rel=1e-4)
+    assert losses(sharded, "val_loss") == pytest.approx(losses(copies, "val_loss"), abs=1e-5)
+    for folder in ("", "last"):
+        assert_close_weights(weights(sharded / folder), weights(copies / folder), atol=1e-6)
+
+
+def test_a_checkpoint_does_not_show_whether_the_weights_were_sharded(on_two, uninterrupted):
+    sharded, copies, alone = on_two("fsdp"), on_two("ddp"), uninterrupted(**HARD)
+    for other in (copies, alone):
+        assert_close_states(sharded, other, atol=1e-6)
+        for folder in ("", "last"):
+            assert {path.name for path in (sharded / folder).iterdir()} == {p.name for p in (other / folder).iterdir()}
+            shapes = [
+                [(name, tensor.shape, tensor.dtype) for name, tensor in sorted(weights(out / folder).items())]
+                for out in (sharded, other)
+            ]
+            assert shapes[0] == shapes[1]
+    GPT2LMHeadModel.from_pretrained(sharded)
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_strategy_and_number_of_processes(first, then, on_two, uninterrupted):
+    knobs = HARD | {"lr_schedule": "constant"}  # which does not depend on where the first part ends
+    part = on_two("fsdp", **knobs | {"max_iters": 3}) if first == 2 else uninterrupted(**knobs | {"max_iters": 3})
+    shutil.copytree(part, "out")
+    if then == 2:
+        fit_on_two(**knobs, init_from="resume", strategy="fsdp")
+    else:
+        fit(**knobs, init_from="resume")
+    assert [record["iter"] for record in metrics(Path("out")) if "loss" in record] == list(range(1, 9))
+    assert_close_weights(weights("out/last"), weights(uninterrupted(**knobs) / "last"), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_job_whose_process_is_killed_ends_soon_and_does_not_hang():
+    with torchrun(**LONG | {"max_iters": 1000}) as job:
+        next(line for line in job.stdout if line.startswith("iter 4/"))
+        os.kill(children(job.pid)[1], signal.SIGKILL)
+        killed = time.monotonic()
+        _, errors = job.communicate(timeout=60)
+    assert job.returncode not in (0, None), errors
+    assert time.monotonic() - killed < 45
+    GPT2LMHeadModel.from_pretrained("out/last")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_starts_a_job_again_whose_process_was_killed_and_it_goes_on_from_its_last_save(rank):
+    knobs = LONG | {"max_iters": 30}
+    with torchrun("--max_restarts=1", **knobs) as job:
+        next(line for line in job.stdout if line.startswith("iter 7/"))
+        os.kill(children(job.pid)[rank], signal.SIGKILL)
+        shown, errors = job.communicate(timeout=120)
+    assert job.returncode == 0, errors
+    assert "iter 30/30" in shown and "iter 1/30" not in shown  # it did not begin from the start
+    assert_same_run(Path("out"), fit_on_two(**knobs, out_dir="whole"))
+
+
 # --- what it writes ---------------------------------------------------------------------------------------------------
 
 
@@ -376,10 +589,16 @@ def test_metrics_are_one_json_object_a_line_with_the_keys_that_others_rely_on(un
     assert len(steps) + len(evaluations) == len(records)
     assert [record["iter"] for record in steps] == list(range(1, 13))
     assert [record["iter"] for record in evaluations] == [0, 5, 10, 12]
-    assert all(record.keys() >= {"iter", "loss", "lr", "tokens_per_s", "mfu"} for record in steps)
+    assert all(record.keys() >= {"iter", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"} for record in steps)
     assert all(record.keys() >= {"iter", "train_loss", "val_loss"} for record in evaluations)
     assert [r["lr"] for r in steps] == [train.learning_rate(tiny(), it) for it in range(12)]
     assert all(record["tokens_per_s"] > 0 and record["mfu"] is None for record in steps)
+    assert all(0 < record["grad_norm"] < math.inf for record in steps)
+
+
+def test_the_gradients_norm_is_logged_as_it_was_before_it_was_clipped(uninterrupted):
+    clipped, free = (uninterrupted(grad_clip=clip, max_iters=2) for clip in (0.01, 0.0))
+    assert losses(clipped, "grad_norm")[0] == losses(free, "grad_norm")[0] > 0.01
 
 
 def test_the_screen_shows_each_logged_step_each_evaluation_and_a_sampled_reply(capsys):
@@ -488,6 +707,22 @@ def test_datasets_separated_by_commas_are_trained_on_together(capsys):
     assert f"train: {sum(sizes):,} tokens" in capsys.readouterr().out
 
 
+def test_a_dataset_with_a_share_gives_an_epoch_that_share_of_its_rows(capsys):
+    write_shards("data/more", small_talk(40, seed=5), small_talk(5, seed=6))
+    out = fit(dataset="talk:1,more:0.5", max_iters=6)
+    n_rows = {
+        dataset: Loader(find_shards("data", dataset, "train"), 2, 32, 1, Tokenizer()).n_rows
+        for dataset in ("talk", "more")
+    }
+    assert f"in {n_rows['talk'] + round(n_rows['more'] / 2)} rows of 32" in capsys.readouterr().out
+    assert losses(out)[-1] < losses(out)[0] - 1
+
+
+@pytest.mark.parametrize("share", ["0", "-1", "half", "nan", "inf"])
+def test_a_share_that_is_no_positive_number_is_refused_by_name(share, monkeypatch, capfd):
+    assert_refused(run_script(monkeypatch, capfd, dataset=f"talk:1,more:{share}"), "share of more", f"more:{share}")
+
+
 def test_a_context_too_short_for_the_sampled_reply_trains():
     assert len(losses(fit(block_size=8, max_iters=1))) == 1
 
@@ -549,6 +784,73 @@ def test_micro_batches_that_processes_cannot_share_equally_are_refused(monkeypat
 def test_a_loss_that_is_no_number_is_refused_and_the_last_good_weights_stay():
     with pytest.raises(ValueError, match="learning_rate"):
         fit(learning_rate=1e30, warmup_iters=0, grad_clip=0.0, eval_interval=1)
+    assert all(torch.isfinite(tensor).all() for tensor in weights("out/last").values())
+
+
+@pytest.fixture
+def go_wrong(monkeypatch):
+    """go_wrong(spoil) -> spoil(loss) takes the place of what the model returns as the loss in steps from 11 on;
+    go_wrong(spoil, training=False) in evaluations after it. The weights are as they were saved at step 10 at first."""
+    forward, wrong = train.GPT.forward, []
+
+    def spoiled(model, *args, **kwargs):
+        logits, loss = forward(model, *args, **kwargs)
+        if wrong and loss is not None and model.training == wrong[0][1]:
+            loss = wrong[0][0](loss)
+        return logits, loss
+
+    def arrange(spoil, training=True):
+        monkeypatch.setattr(train.GPT, "forward", spoiled)
+        at_step(monkeypatch, 11, lambda: wrong.append((spoil, training)))
+
+    return arrange
+
+
+def explode(loss):
+    """Let the loss be as it is, and its gradient a million times as large."""
+    return loss + (loss - loss.detach()) * 1e6
+
+
+@pytest.mark.parametrize(
+    ("spoil", "training", "words"),
+    [
+        (lambda loss: loss * math.nan, True, "the loss is nan at iter 12"),
+        (lambda loss: loss * math.inf, True, "the loss is inf at iter 12"),
+        (lambda loss: loss * 10, True, r"the loss is \d+\.\d+ at iter 12, \d+\.\d+ before"),
+        (explode, True, r"the gradient norm is .* at iter 12, .* before"),
+        (lambda loss: loss * 10, False, r"the validation loss is .* at iter 15, .* before"),
+        (lambda loss: loss * math.nan, False, r"the validation loss is nan at iter 15, .* before"),
+    ],
+    ids=["nan", "inf", "spike", "gradient", "evaluation", "nan in evaluation"],
+)
+def test_a_run_that_diverges_ends_in_a_sentence_and_the_good_weights_stay(
+    spoil, training, words, go_wrong, uninterrupted, monkeypatch, capfd
+):
+    knobs = {"dropout": 0.1}
+    good = uninterrupted(**knobs, max_iters=10, lr_schedule="constant")
+    go_wrong(spoil, training)
+    done = run_script(monkeypatch, capfd, **knobs, max_iters=20, lr_schedule="constant")
+    assert_refused(done, "diverges")
+    assert re.search(words, done.stderr)
+    assert load_state("out")["iter"] == 10
+    assert_same_weights("out", good)
+    assert_same_weights("out/last", good / "last")
+
+
+def test_a_learning_rate_that_is_far_too_high_ends_the_run_before_anything_is_saved_over(uninterrupted):
+    with pytest.raises(
+        ValueError, match=r"the (loss|validation loss|gradient norm) is .* at iter \d+.*diverges. Lower learning_rate"
+    ):
+        fit(learning_rate=1e4, warmup_iters=0)
+    for folder in ("out", "out/last"):
+        assert_same_weights(folder, uninterrupted(max_iters=0))
+
+
+def test_a_run_that_diverges_between_two_logged_steps_is_not_saved_when_it_is_told_to_stop(go_wrong, monkeypatch):
+    go_wrong(lambda loss: loss * math.nan)
+    at_step(monkeypatch, 13, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(ValueError, match=r"the (loss|gradient norm) is nan"):
+        fit(max_iters=20, log_interval=20, eval_interval=10)
     assert all(torch.isfinite(tensor).all() for tensor in weights("out/last").values())
 
 
