@@ -173,7 +173,7 @@ def train(config):
     if config.dataset:
         shards = find_shards(config.data_dir, config.dataset, "train")
         loader = Loader(shards, B, T, 0, tokenizer)
-    fill = loader.fill if config.dataset else 1.0
+    fill, span = (loader.fill, loader.span) if config.dataset else (1.0, T)
     random_ids = torch.randint(0, 50257, (B, T + 1), generator=torch.Generator().manual_seed(0))
 
     def batch(number):
@@ -245,7 +245,7 @@ def train(config):
         "supervised_tokens_per_s": rate(1),
         "seconds": statistics.median(seconds),
         "fill": sum(count[0] for count in counts) / sum(count[2] for count in counts),
-        "mfu": rate(2) * raw_model.flops_per_token(T) / peak if peak else None,
+        "mfu": rate(0) * raw_model.flops_per_token(span, rate(1) / rate(0)) / peak if peak else None,
         "first_step_s": first_step,  # since the imports, with loading and compiling
         "peak_memory_mb": peak_memory(device),
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,

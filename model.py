@@ -283,7 +283,7 @@ class GPT(nn.Module):
     def attends_blockwise(self, device):
         """Return whether attention within documents is computed block by block there, else under a mask.
 
-        On a CPU one after the other, at T = 1024 in a third (with dropout in a sixth) of the mask's time; compiled, it
+        On a CPU one after the other, at T = 1024 in half (with dropout in a sixth) of the mask's time; compiled, it
         would be compiled anew for each batch. On a GPU by FlashAttention, which takes 16 bits and knows no dropout.
         """
         if device.type == "cuda":
@@ -314,11 +314,12 @@ class GPT(nn.Module):
         layer = 12 * C * C + 13 * C  # c_attn 3, c_proj 1, the MLP 8 C^2; their biases and two LayerNorms
         return (c.vocab_size + c.block_size) * C + c.n_layer * layer + 2 * C
 
-    def flops_per_token(self, T):
-        """Return the floating-point operations of training on one token in a row of T, forward and backward.
+    def flops_per_token(self, T, supervised=1.0):
+        """Return the floating-point operations of training on one token in a text of T, forward and backward.
 
         6 for each weight of a matrix product (the head's included, the position embedding's not), and 12 n_layer C T
-        for attention (PaLM, arXiv 2204.02311, appendix B).
+        for attention (PaLM, arXiv 2204.02311, appendix B). supervised: the share of tokens that need the head.
         """
-        weights = self.num_parameters() - self.transformer.wpe.weight.numel()
-        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * T
+        c = self.config
+        weights = self.num_parameters() - (c.block_size + (1 - supervised) * c.vocab_size) * c.n_embd
+        return 6 * weights + 12 * c.n_layer * c.n_embd * T

@@ -213,7 +213,8 @@ class Loader:
     Rows are packed with whole conversations, longer ones cut into pieces that are conversations too (Tokenizer.cut).
     An epoch has every row of a shard once, or as often as its share says, in an order of its own: of a shard with share
     0.5 one half comes in an epoch and the other in the next. n_tokens: tokens in the shards; n_lost: those that are in
-    no row; n_rows: rows of an epoch; fill: share of their positions that hold tokens.
+    no row; n_rows: rows of an epoch; fill: share of their positions that hold tokens; span: the mean, over tokens, of
+    the length of the piece that each is in.
     """
 
     SLACK = 8  # positions that two pieces which fill a row may leave over
@@ -226,8 +227,10 @@ class Loader:
         self.n_tokens = sum(len(part.shard.tokens) for part in self.parts)
         self.n_lost = sum(part.n_lost for part in self.parts)
         self.n_rows = sum(part.taken for part in self.parts)
-        filled = sum(part.lengths.sum() / len(part) * part.taken for part in self.parts)
-        self.fill = filled.item() / (self.n_rows * block_size)
+        filled, squares = (
+            sum((part.lengths**power).sum().item() / len(part) * part.taken for part in self.parts) for power in (1, 2)
+        )
+        self.fill, self.span = filled / (self.n_rows * block_size), squares / filled
         # in a batch, at most: one more than the pieces of each row, for the padding behind them
         self.max_documents = batch_size * (1 + max(np.diff(part.rows).max().item() for part in self.parts))
         self._order = functools.lru_cache(2)(self._order)

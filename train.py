@@ -355,9 +355,9 @@ def main(config):
             seconds = (time.perf_counter() - clock) / (it + 1 - clock_iter)
             clock, clock_iter = time.perf_counter(), it + 1
             if master:
-                speed = loaders["train"].fill * tokens_per_step / seconds  # padding is work, but no token
-                flops = tokens_per_step * raw_model.flops_per_token(config.block_size)
-                mfu = flops / seconds / (peak * world_size) if peak else None
+                tokens = loaders["train"].fill * tokens_per_step  # padding is none
+                speed, flops = tokens / seconds, raw_model.flops_per_token(loaders["train"].span, total / tokens)
+                mfu = flops * speed / (peak * world_size) if peak else None
                 lr = learning_rate(config, it)
                 log(iter=it + 1, loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_s=speed, mfu=mfu)
                 left = timedelta(seconds=round(seconds * (config.max_iters - it - 1)))

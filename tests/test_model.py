@@ -331,6 +331,7 @@ def test_training_gpt2_takes_855_megaflop_a_token():
     weights = 12 * (12 * 768**2 + 13 * 768) + 2 * 768 + 50257 * 768
     assert model.flops_per_token(1024) == 6 * weights + 12 * 12 * 768 * 1024
     assert round(model.flops_per_token(1024) / 1e6) == 855
+    assert model.flops_per_token(1024) - model.flops_per_token(1024, supervised=0.25) == 6 * 0.75 * 50257 * 768
 
 
 def test_the_cache_gives_what_the_full_forward_gives_with_rows_at_different_positions(hf_model):
