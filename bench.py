@@ -203,7 +203,8 @@ def train(config):
             shard = loader.parts[0].shard
             order = np.random.default_rng(0).permutation(len(shard.offsets) - 1)
             spans = [
-                (shard.offsets[i], min(shard.offsets[i + 1], shard.offsets[i] + T)) for i in order[number * B :][:B]
+                (shard.offsets[i], min(shard.offsets[i + 1], shard.offsets[i] + T))
+                for i in np.take(order, range(number * B, (number + 1) * B), mode="wrap")
             ]
             rows = [torch.from_numpy(shard.tokens[a:b].astype(np.int64)) for a, b in spans]
             labels = [
@@ -306,7 +307,7 @@ def fidelity(config):
     block = models[0].config.block_size
     tokens = torch.from_numpy(open_shard(paths[0][0]).tokens[: config.positions + 1].astype("int64")).to(device)
     if len(tokens) < 2:
-        raise ValueError(f"{paths[0]} has {len(tokens)} tokens: too few to compare")
+        raise ValueError(f"{paths[0][0]} has {len(tokens)} tokens: too few to compare")
     kl = same = n = 0
     losses = [0.0, 0.0]
     for x, y in zip(tokens[:-1].split(block), tokens[1:].split(block), strict=True):

@@ -50,7 +50,9 @@ class Log:
                 raise ValueError(f"wandb: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
 
     def __call__(self, **record):
-        self.file.write(json.dumps(record) + "\n")
+        # JSON has no NaN and no infinity, which a loss can be, and the norm of a step that float16 skips
+        finite = {k: v if v is None or math.isfinite(v) else None for k, v in record.items()}
+        self.file.write(json.dumps(finite) + "\n")
         if self.wandb:
             self.wandb.log(record, step=record["iter"])
 

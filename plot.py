@@ -40,7 +40,7 @@ def read_run(directory):
         with contextlib.suppress(ValueError):  # a line that a kill cut short
             record = json.loads(line)
             for name in curves.keys() & record.keys():
-                curves[name][record["iter"]] = record[name]
+                curves[name][record["iter"]] = math.nan if record[name] is None else record[name]
     if not losses([curves]):
         raise ValueError(f"{path} has no losses: train for longer, or lower log_interval")
     return curves

@@ -74,7 +74,7 @@ class Config:
     dtype: str = "auto"  # what autocast computes in: float32, bfloat16, float16 (CUDA only); auto: what is fastest
     compile: bool = False  # torch.compile the model: a minute's start, then faster steps on a GPU
     strategy: str = "ddp"  # under torchrun: ddp, or fsdp, which shards weights and optimizer over the devices
-    gradient_checkpointing: bool = False  # a quarter more work, and far less memory for activations
+    gradient_checkpointing: bool = False  # a third more work, and far less memory for activations
     deterministic: bool = False  # on a GPU the same bits in every run, at some cost in speed; a CPU gives them anyway
     seed: int = 1337  # of the initialisation, the order of the data and dropout
 
@@ -110,6 +110,9 @@ def main(config):
     device_type = torch.device(device).type
     if device_type == "cpu":
         keep_freed_memory()
+    if config.gradient_accumulation_steps % world_size:
+        steps = config.gradient_accumulation_steps
+        raise ValueError(f"gradient_accumulation_steps={steps} is not a multiple of the {world_size} processes")
     if world_size > 1:
         if device_type == "cuda":
             device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -118,12 +121,9 @@ def main(config):
         hour = timedelta(hours=1)  # the first process may fetch gigabytes
         store, *_ = next(dist.rendezvous("env://", timeout=hour))
         # torchrun keeps the store over its restarts: a new start must not find addresses of the dead (pytorch 135712)
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=hour)
+        restart = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=restart, rank=rank, world_size=world_size, timeout=hour)
     sharded = config.strategy == "fsdp" and world_size > 1
-    if config.gradient_accumulation_steps % world_size:
-        steps = config.gradient_accumulation_steps
-        raise ValueError(f"gradient_accumulation_steps={steps} is not a multiple of the {world_size} processes")
     master = rank == 0  # prints and writes
 
     # 2. the precision: weights stay float32, autocast computes in less; float16 needs its gradients scaled
@@ -145,10 +145,13 @@ def main(config):
     torch.manual_seed(config.seed)
     last = Path(config.out_dir) / "last"
     resume = config.init_from == "resume"
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun --max_restarts starts a job again
+    if world_size > 1 and store.check(["begun"]):  # by this very job, which torchrun --max_restarts started again
         resume = (last / "state.pt").exists()
     if not resume and (last / "state.pt").exists():
         raise ValueError(f"{last} holds a run: --init_from=resume goes on with it; a new one needs another --out_dir")
+    if world_size > 1:
+        dist.barrier()  # all have looked
+        store.set("begun", "1")
     state = {"iter": 0, "best_val_loss": math.inf}
     if resume:
         if not (last / "state.pt").exists():
@@ -193,7 +196,7 @@ def main(config):
             fully_shard(block)
         fully_shard(raw_model)
     elif world_size > 1:
-        model = DistributedDataParallel(model, device_ids=[device] if device_type == "cuda" else None)
+        model = DistributedDataParallel(model)  # with device_ids it would move the targets to the GPU
 
     # 6. the optimizer: weight decay on matrices and embeddings only
     params = list(raw_model.parameters())
@@ -206,7 +209,7 @@ def main(config):
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # a checkpoint knows nothing of shards
     if state.get("optimizer"):
         # the moments alone: the knobs are those of this call
-        groups = get_optimizer_state_dict(raw_model, optimizer, options=StateDictOptions(full_state_dict=True))
+        groups = get_optimizer_state_dict(raw_model, optimizer)
         set_optimizer_state_dict(raw_model, optimizer, groups | {"state": state.pop("optimizer")}, options=whole)
     if state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
@@ -337,7 +340,8 @@ def main(config):
                 else:
                     model.require_backward_grad_sync = meet
             with autocast:
-                # the targets stay on the CPU: the model looks there for what is supervised, and waits for no GPU
+                # the targets stay on the CPU: the model looks there for what is supervised, and waits for no GPU (but
+                # FSDP moves all that goes in)
                 loss = model(move(x, device), y, documents=move(documents, device))[1] * (n / max(1, total))
             loss_sum += loss.detach()
             scaler.scale(loss * world_size).backward()  # the processes' mean is taken

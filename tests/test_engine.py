@@ -7,6 +7,7 @@ from importlib import metadata
 from itertools import islice
 
 import chitchat
+import numpy as np
 import pytest
 import torch
 from test_generate import PROMPTS, hf, model  # noqa: F401 (fixtures)
@@ -299,12 +300,13 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     path = metadata.distribution("chitchat-dataset").locate_file("chitchat_dataset/dataset.json")
     rendered = list(Tokenizer().render_batch([messages for _, messages in islice(chitchat.read(path), 600)]))
-    common = Counter(token for ids, _ in rendered for token in ids).most_common(1500)
+    common = Counter(token for ids, _ in rendered for token in ids.tolist()).most_common(1500)
     rank = {token: i for i, (token, _) in enumerate(common)}
     (folder / "talk").mkdir()
-    for split, part in (("train", rendered[60:]), ("val", rendered[:60])):
-        with ShardWriter(folder / "talk" / f"{split}.bin", 1500, "human_bot") as writer:
-            writer.write([([rank.get(token, 1499) for token in ids], mask) for ids, mask in part])
+    ranks = [([rank.get(token, 1499) for token in ids.tolist()], mask) for ids, mask in rendered]
+    np.array([token for ids, _ in ranks[60:] for token in ids], "<u2").tofile(folder / "talk" / "train.bin")
+    with ShardWriter(folder / "talk" / "val.bin", 1500, "human_bot") as writer:
+        writer.write(ranks[:60])
     loader = Loader([(folder / "talk" / "train.bin", 1.0)], 16, 64, seed=0, tokenizer=Tokenizer())
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(block_size=64, vocab_size=1500, n_layer=3, n_head=4, n_embd=64))

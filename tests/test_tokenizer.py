@@ -179,7 +179,8 @@ def test_exactly_the_replies_and_their_end_tokens_are_supervised(tok, messages):
 @unhurried
 @given(many=st.lists(conversations(), max_size=4))
 def test_a_batch_is_rendered_as_its_conversations_are_one_by_one(tok, many):
-    assert tok.render_batch(many) == [tok.render(messages) for messages in many]
+    given = [(ids.tolist(), mask.tolist()) for ids, mask in tok.render_batch(many)]
+    assert given == [tok.render(messages) for messages in many]
 
 
 @in_both_templates

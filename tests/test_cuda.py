@@ -1,0 +1,44 @@
+"""The paths that train on a GPU, in 16 bits, compiled and packed, give the loss and gradients of float32 on a CPU."""
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig, move
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def loss_and_gradients(device, dtype=torch.float32, packed=False, compiled=False, checkpointed=False):
+    """Return the loss and the gradients on the CPU of a small GPT with weights far from its initialisation."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=128, vocab_size=1003, n_layer=2, n_head=2, n_embd=128))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    idx, targets = torch.randint(0, 1003, (4, 128)), torch.randint(0, 1003, (4, 128))
+    targets[torch.rand(4, 128) < 0.5] = -100
+    documents = torch.tensor([0, 50, 128, 140, 256, 256, 300, 384, 512, 512], dtype=torch.int32) if packed else None
+    model.to(device).train()
+    model.gradient_checkpointing = checkpointed
+    run = torch.compile(model) if compiled else model
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        documents = None if documents is None else move(documents, device)
+        loss = run(move(idx, device), targets, documents=documents)[1]
+    loss.backward()
+    return loss.item(), {name: p.grad.float().cpu() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("how", ["eager", "compiled", "checkpointed"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+def test_a_step_on_a_gpu_is_that_of_float32_on_a_cpu(dtype, how, packed):
+    expected_loss, expected = loss_and_gradients("cpu", packed=packed)
+    options = {"compiled": how == "compiled", "checkpointed": how == "checkpointed"}
+    loss, gradients = loss_and_gradients("cuda", dtype, packed, **options)
+    tolerance = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    for name, gradient in gradients.items():
+        error = (gradient - expected[name]).norm() / expected[name].norm()
+        assert error < tolerance, name
