@@ -202,10 +202,8 @@ def train(config):
         if config.dataset:
             shard = loader.parts[0].shard
             order = np.random.default_rng(0).permutation(len(shard.offsets) - 1)
-            spans = [
-                (shard.offsets[i], min(shard.offsets[i + 1], shard.offsets[i] + T))
-                for i in np.take(order, range(number * B, (number + 1) * B), mode="wrap")
-            ]
+            chosen = np.take(order, range(number * B, (number + 1) * B), mode="wrap")
+            spans = [(shard.offsets[i], min(shard.offsets[i + 1], shard.offsets[i] + T)) for i in chosen]
             rows = [torch.from_numpy(shard.tokens[a:b].astype(np.int64)) for a, b in spans]
             labels = [
                 row.where(torch.from_numpy(shard.mask(*span)), -100) for row, span in zip(rows, spans, strict=True)
