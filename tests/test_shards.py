@@ -665,6 +665,6 @@ def test_a_corpus_of_nothing_to_learn_is_refused(tmp_path, many):
         load(write(tmp_path / "train.bin", many), block=8)
 
 
-def test_the_span_is_the_mean_length_of_the_conversation_that_a_token_is_in(tmp_path, tok):
-    loader = Loader([(write(tmp_path / "train.bin", numbered([11, 11, 31])), 1)], 1, 64, 0, tok)
+def test_the_span_is_the_mean_length_of_the_conversation_that_a_token_is_in(tmp_path):
+    loader = Loader([(write(tmp_path / "train.bin", numbered([11, 11, 31])), 1)], 1, 64, 0, Tokenizer())
     assert loader.span == pytest.approx((10 * 10 + 10 * 10 + 30 * 30) / 50)
