@@ -168,7 +168,9 @@ def train(config):
         model = GPT2LMHeadModel(GPT2Config(**shape, **drop)).to(device).train()
     model.gradient_checkpointing = config.gradient_checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    run_model = torch.compile(model) if config.compile else model
+    run_model = model
+    if config.compile:
+        run_model = torch.compile(model) if config.loop == "padded" else model.compiled()
 
     if config.dataset:
         shards = find_shards(config.data_dir, config.dataset, "train")

@@ -12,7 +12,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 PRESETS = {
@@ -106,6 +105,8 @@ class Attention(nn.Module):
 def attend_within(documents, qkv, longest, dropout):
     """Return causal attention (N, nh, hs) within each document, from qkv (N, 3, nh, hs); see GPT.hidden."""
     if qkv.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn  # here: it takes 70 MB, which a chat on a CPU need not have
+
         q, k, v = qkv.unbind(1)
         return varlen_attn(q, k, v, documents, documents, longest, longest, window_size=(-1, 0))
     lengths = [n for n in documents.diff().tolist() if n]
@@ -241,7 +242,6 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache, positions, documents)
         return (self.lm_head(x), None) if targets is None else (None, self.loss(x, targets))
 
-    @torch.compiler.disable  # its sizes differ from batch to batch
     def loss(self, x, targets):
         """Return the mean cross-entropy of targets (B, T) after the hidden states x (B, T, C)."""
         # the head is as much work as four layers: spare it where there is no loss
@@ -250,6 +250,11 @@ class GPT(nn.Module):
         x = x.flatten(0, 1)[move(supervised, x.device)]  # (N, C)
         loss = HeadLoss.apply(x, self.lm_head.weight, move(targets[supervised], x.device))
         return loss / max(1, len(supervised))
+
+    def compiled(self):
+        """Return the model as torch.compile makes it, but for the loss, whose sizes differ from batch to batch."""
+        self.loss = torch.compiler.disable(self.loss)
+        return torch.compile(self)
 
     def hidden(self, idx, cache=None, positions=None, documents=None):
         """Return the final hidden states (B, T, C) of idx (B, T); the head makes logits of them.

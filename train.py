@@ -190,7 +190,7 @@ def main(config):
 
     # 5. many devices: whole copies of the model whose gradients are averaged, or one that is sharded
     if config.compile:
-        model = torch.compile(model)
+        model = raw_model.compiled()
     if sharded:
         for block in raw_model.transformer.h:
             fully_shard(block)

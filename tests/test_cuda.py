@@ -20,7 +20,7 @@ def loss_and_gradients(device, dtype=torch.float32, packed=False, compiled=False
     documents = torch.tensor([0, 50, 128, 140, 256, 256, 300, 384, 512, 512], dtype=torch.int32) if packed else None
     model.to(device).train()
     model.gradient_checkpointing = checkpointed
-    run = torch.compile(model) if compiled else model
+    run = model.compiled() if compiled else model
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         documents = None if documents is None else move(documents, device)
         loss = run(move(idx, device), targets, documents=documents)[1]
