@@ -158,7 +158,6 @@ def train(config):
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     if config.loop == "packed":
         keep_freed_memory()
-    tokenizer = Tokenizer()
     model = raw_model = load_model(config.init_from, device, dropout=config.dropout)[0].train()
     if config.loop == "padded":
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -174,7 +173,7 @@ def train(config):
 
     if config.dataset:
         shards = find_shards(config.data_dir, config.dataset, "train")
-        loader = Loader(shards, B, T, 0, tokenizer)
+        loader = Loader(shards, B, T, 0, Tokenizer())
     fill, span = (loader.fill, loader.span) if config.dataset else (1.0, T)
     random_ids = torch.randint(0, 50257, (B, T + 1), generator=torch.Generator().manual_seed(0))
 
@@ -182,49 +181,30 @@ def train(config):
         return loader.batch(number) if config.dataset else (random_ids[:, :-1], random_ids[:, 1:], None)
 
     def packed(number):
-        """Return the loss of a batch, its tokens, its targets, its positions."""
+        """Return the loss of a batch, how many of its positions hold tokens, and its targets."""
         x, y, documents = batch(number)
         documents = None if documents is None else move(documents, device)
-        return run_model(move(x, device), y, documents=documents)[1], fill * x.numel(), y, x.numel()
+        return run_model(move(x, device), y, documents=documents)[1], fill * y.numel(), y
 
     def nanogpt(number):
         """Alike; logits of all positions, attention to all that came before in the row."""
         x, y, _ = batch(number)
         logits = run_model(move(x, device))[0]
-        loss = F.cross_entropy(logits.flatten(0, 1), move(y, device).flatten())
-        return (
-            loss,
-            round(loader.fill * x.numel()) if config.dataset else x.numel(),
-            (y != -100).sum().item(),
-            x.numel(),
-        )
+        return F.cross_entropy(logits.flatten(0, 1), move(y, device).flatten()), fill * y.numel(), y
 
     def padded(number):
         """Alike; as transformers' own examples do it."""
-        if config.dataset:
-            shard = loader.parts[0].shard
-            order = np.random.default_rng(0).permutation(len(shard.offsets) - 1)
-            chosen = np.take(order, range(number * B, (number + 1) * B), mode="wrap")
-            spans = [(shard.offsets[i], min(shard.offsets[i + 1], shard.offsets[i] + T)) for i in chosen]
-            rows = [torch.from_numpy(shard.tokens[a:b].astype(np.int64)) for a, b in spans]
-            labels = [
-                row.where(torch.from_numpy(shard.mask(*span)), -100) for row, span in zip(rows, spans, strict=True)
-            ]
-        else:
-            rows = labels = list(random_ids[:, :-1])
-        x, y, seen = (
-            pad_sequence(part, batch_first=True, padding_value=value)
-            for part, value in ((rows, tokenizer.pad_id), (labels, -100), ([torch.ones_like(row) for row in rows], 0))
-        )
+        ids = random_ids[:, :-1]
+        x, y, seen = padded_batch(loader, number) if config.dataset else (ids, ids, torch.ones_like(ids))
         loss = run_model(move(x, device), attention_mask=move(seen, device), labels=move(y, device)).loss
-        return loss, sum(map(len, rows)), y, x.numel()
+        return loss, seen.sum().item(), y
 
     loss_of = {"packed": packed, "nanogpt": nanogpt, "padded": padded}[config.loop]
     seconds, counts, first_step = [], [], None
     for step in range(config.steps + 2):
         t0 = time.perf_counter()
         with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-            loss, tokens, targets, positions = loss_of(step)
+            loss, tokens, targets = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -235,7 +215,7 @@ def train(config):
         print(f"{step}: {t1 - t0:.3f} s, loss {loss.item():.3f}", file=sys.stderr)
         if step > 1:
             seconds.append(t1 - t0)
-            counts.append((tokens, (targets != -100).sum().item(), positions))
+            counts.append((tokens, (targets != -100).sum().item(), targets.numel()))
 
     def rate(i):
         return statistics.median(count[i] / s for count, s in zip(counts, seconds, strict=True))
@@ -251,6 +231,21 @@ def train(config):
         "peak_memory_mb": peak_memory(device),
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
     }
+
+
+def padded_batch(loader, number):
+    """Return ids, labels, attention mask of the next conversations of a loader's first shard, in the order of a
+    shuffle, cut at the block and padded to the longest of them."""
+    shard, B = loader.parts[0].shard, loader.batch_size
+    order = np.random.default_rng(0).permutation(len(shard.offsets) - 1)
+    rows, labels = [], []
+    for i in np.take(order, range(number * B, (number + 1) * B), mode="wrap"):
+        start, stop = shard.offsets[i], min(shard.offsets[i + 1], shard.offsets[i] + loader.block_size)
+        rows.append(torch.from_numpy(shard.tokens[start:stop].astype(np.int64)))
+        labels.append(rows[-1].where(torch.from_numpy(shard.mask(start, stop)), -100))
+    seen = [torch.ones_like(row) for row in rows]
+    padding = ((rows, loader.tokenizer.pad_id), (labels, -100), (seen, 0))
+    return [pad_sequence(part, batch_first=True, padding_value=value) for part, value in padding]
 
 
 def prepare(config):

@@ -319,9 +319,8 @@ class Loader:
             return np.stack([cuts, cuts, cuts, np.minimum(cuts + room, stops[-1])], 1)
         fits = (stops - starts >= 2) & (stops - starts <= room)
         pieces = [np.stack([starts, starts, starts, stops], 1)[fits]]
-        for begin, end in zip(
-            starts[stops - starts > room].tolist(), stops[stops - starts > room].tolist(), strict=True
-        ):
+        long = stops - starts > room
+        for begin, end in zip(starts[long].tolist(), stops[long].tolist(), strict=True):
             cut = self.tokenizer.cut(shard.tokens[begin:end].tolist(), room)
             cut = [(begin, begin + n, begin + start, begin + stop) for n, start, stop in cut]
             pieces.append(np.array([piece for piece in cut if shard.mask(*piece[2:]).any()], np.int64).reshape(-1, 4))

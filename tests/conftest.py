@@ -118,6 +118,24 @@ def write_jsonl(path, conversations):
 
 
 @pytest.fixture
+def in_process(monkeypatch, capsys):
+    """Run a script as `script` does, but in this process, which spares 3 s: in_process(bench.main, "bench.py", ...)."""
+
+    def run(main, *argv):
+        argv = [str(arg) for arg in argv]
+        monkeypatch.setattr(sys, "argv", argv)
+        capsys.readouterr()
+        status = 0
+        try:
+            main()
+        except SystemExit as exit:
+            status = exit.code
+        return subprocess.CompletedProcess(argv, status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
 def data_dir(tmp_path):
     """A data/ folder with one dataset, `talk`, of 60 conversations to train on and 10 held out."""
     write_shards(tmp_path / "data" / "talk", small_talk(60, seed=1), small_talk(10, seed=2))

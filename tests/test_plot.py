@@ -1,9 +1,9 @@
 """Loss curves become a PNG, or without matplotlib a plot in the terminal; mistakes end in one line."""
 
+import functools
 import json
 import math
 import struct
-import subprocess
 import sys
 
 import pytest
@@ -13,22 +13,12 @@ import plot
 
 
 @pytest.fixture
-def here(monkeypatch, capsys, tmp_path):
+def here(monkeypatch, tmp_path, in_process):
     """Run plot.py in this process, in an empty folder and a terminal of 80 × 24: here("a", "--png=b.png")."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("LINES", "24")
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, args)])
-        status = 0
-        try:
-            plot.main()
-        except SystemExit as exit:
-            status = exit.code
-        return subprocess.CompletedProcess(args, status, *capsys.readouterr())
-
-    return run
+    return functools.partial(in_process, plot.main, "plot.py")
 
 
 @pytest.fixture

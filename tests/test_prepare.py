@@ -7,7 +7,6 @@ import itertools
 import json
 import re
 import socket
-import subprocess
 import sys
 import tarfile
 import threading
@@ -32,20 +31,13 @@ from tokenizer import Tokenizer, gpt2_encoding
 
 
 @pytest.fixture
-def prepare(tmp_path, monkeypatch, capsys):
+def prepare(tmp_path, monkeypatch, in_process):
     """Run a script of prepare/ within this process in an empty folder: prepare(eli5, source=PATH) -> as `script`."""
     monkeypatch.chdir(tmp_path)
 
     def call(module, **knobs):
-        argv = [f"{module.__name__}.py", *(f"--{name}={value}" for name, value in knobs.items())]
-        monkeypatch.setattr(sys, "argv", argv)
-        capsys.readouterr()
-        status = 0
-        try:
-            run(module.main, module.Config)
-        except SystemExit as exit:
-            status = exit.code
-        return subprocess.CompletedProcess(argv, status, *capsys.readouterr())
+        knobs = [f"--{name}={value}" for name, value in knobs.items()]
+        return in_process(lambda: run(module.main, module.Config), f"{module.__name__}.py", *knobs)
 
     return call
 
