@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C, and so would its children
 
 
 @pytest.fixture(autouse=True)
