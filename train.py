@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import keep_freed_memory, load_model, load_tensors, pick_device, pick_dtype, replacing, save_model
 from configurator import run
 from generate import generate
+from induction import set_induction_heads
 from model import GPT, GPTConfig, move
 from monitor import Log, StopSignal, Trouble, peak_flops
 from shards import Loader, find_shards
@@ -48,6 +49,7 @@ class Config:
     n_head: int = 12  # attention heads in each
     n_embd: int = 768  # width
     dropout: float = 0.1  # share of activations dropped in training
+    induction_heads: bool = False  # from scratch: begin with heads that copy (induction.py), so that it soon remembers
     # the batch
     batch_size: int = 8  # rows in a micro-batch
     block_size: int = 1024  # tokens in a row; from scratch, also the model's context
@@ -61,6 +63,7 @@ class Config:
     weight_decay: float = 0.01  # on matrices, not on biases and LayerNorms
     beta1: float = 0.9  # decay of the gradient's mean
     beta2: float = 0.99  # decay of the gradient's square's mean
+    adam_eps: float = 1e-8  # from scratch 1e-5: else tokens that are rarely targets all drift to one embedding
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     # looking on
     eval_interval: int = 200  # steps from one evaluation and checkpoint to the next
@@ -94,7 +97,7 @@ def check(config):
         raise ValueError(f"lr_schedule={config.lr_schedule} is not one of cosine, linear, constant")
     positive = ["n_layer", "n_head", "n_embd", "batch_size", "block_size", "gradient_accumulation_steps"]
     positive += ["eval_interval", "eval_iters", "log_interval"]
-    for name in [*positive, "max_iters", "warmup_iters", "grad_clip", "seed"]:
+    for name in [*positive, "max_iters", "warmup_iters", "grad_clip", "adam_eps", "seed"]:
         if getattr(config, name) < (name in positive):
             raise ValueError(f"{name}={getattr(config, name)} is too small")
     if config.strategy not in ("ddp", "fsdp"):
@@ -129,7 +132,7 @@ def main(config):
     # 2. the precision: weights stay float32, autocast computes in less; float16 needs its gradients scaled
     dtype = pick_dtype(config.dtype, device)
     if config.dtype == "auto" and device_type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        dtype = torch.bfloat16  # 1.7 times the tokens/s of float32 where the CPU multiplies bfloat16 (demo_cpu.py)
+        dtype = torch.bfloat16  # 1.7 times the tokens/s of float32 where the CPU multiplies bfloat16 (BENCHMARKS.md)
     if dtype == torch.float16 and device_type != "cuda":
         raise ValueError(f"dtype=float16 trains on CUDA only; on {device_type} take bfloat16 or float32")
     autocast = torch.autocast(device_type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
@@ -166,6 +169,8 @@ def main(config):
         tokenizer = Tokenizer(config.template)
         shape = (config.n_layer, config.n_head, config.n_embd)
         model = GPT(GPTConfig(config.block_size, tokenizer.n_vocab, *shape, config.dropout))
+        if config.induction_heads:
+            set_induction_heads(model)
     else:
         if world_size > 1 and not master:
             dist.barrier()  # the first process fetches the weights, the others find them
@@ -205,7 +210,7 @@ def main(config):
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_eps, fused=True)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # a checkpoint knows nothing of shards
     if state.get("optimizer"):
         # the moments alone: the knobs are those of this call
