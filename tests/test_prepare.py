@@ -1,5 +1,6 @@
 """The corpora: excerpts in the published formats go in, and what came out is read back from the shards."""
 
+import csv
 import gzip
 import hashlib
 import io
@@ -21,6 +22,7 @@ import eli5
 import jsonl
 import personachat
 import pytest
+import spc
 from conftest import assert_refused, largest_file, small_talk, write_jsonl
 
 import corpus
@@ -246,10 +248,81 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     assert peak(12_000) < 1.2 * peak(3_000)
 
 
+# ---- Synthetic-Persona-Chat
+
+
+def spc_file(path, conversations):
+    """Write [(personas of user 1, of user 2, [(who, text)])] as Synthetic-Persona-Chat publishes them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["user 1 personas", "user 2 personas", "Best Generated Conversation"])
+        for *personas, turns in conversations:
+            said = "\n".join(f"User {who}: {text}" for who, text in turns)
+            table.writerow(["\n".join(lines) for lines in personas] + [said])
+    return path
+
+
+def spc_talks(n, name):
+    return [
+        (["i am one.", f"i am {i}."], ["i am two."], [(1, f"hi {name} {i}"), (2, 'hello, "you"')]) for i in range(n)
+    ]
+
+
+def test_both_users_are_the_bot_once_with_their_own_persona(tmp_path):
+    talk = (["I bake.", "I knit."], ["I sail."], [(1, "Hi!"), (2, "Hello!"), (2, "You?"), (1, "Fine: thanks")])
+    read = [messages for _, messages in spc.read(spc_file(tmp_path / "talks.csv", [talk] * 20))]
+    first = [("user", "Hi!"), ("assistant", "Hello! You?"), ("user", "Fine: thanks")]
+    turned = [({"user": "assistant", "assistant": "user"}[role], text) for role, text in first]
+    expected = [turned, first] * 20
+    assert [[(m["role"], m["content"]) for m in without_persona(messages)] for messages in read] == expected
+    personas = [[m["content"] for m in messages if m["role"] == "system"] for messages in read]
+    assert {str(p) for p in personas[::2]} == {"[]", "['I bake. I knit.']"}
+    assert {str(p) for p in personas[1::2]} == {"[]", "['I sail.']"}
+
+
+def test_the_published_files_are_split_as_published_and_one_alone_is_divided(prepare, tmp_path):
+    for split, name in spc.FILES.items():
+        spc_file(tmp_path / "published" / name, spc_talks(30 if split == "train" else 4, split))
+    assert prepare(spc, source="published").returncode == 0
+    read = read_back("data/spc")
+    assert {split: len(read[split]) for split in read} == {"train": 60, "val": 8}
+    assert all("val" in str(messages) for messages in read["val"])
+    assert prepare(spc, source=f"published/{spc.FILES['train']}", out_dir="one").returncode == 0
+    read = read_back("one")
+    assert len(read["train"]) + len(read["val"]) == 60
+    held_out = {re.search(r"hi train \d+", str(messages))[0] for messages in read["val"]}
+    assert len(held_out) == len(read["val"]) / 2  # both sides of a conversation together
+    assert not held_out & {re.search(r"hi train \d+", str(messages))[0] for messages in read["train"]}
+
+
+def test_what_is_not_synthetic_persona_chat_is_refused_by_name(prepare, tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    assert_refused(prepare(spc, source="other.csv"), "other.csv", "user 1 personas")
+    (tmp_path / "empty.csv").write_bytes(b"\0\xff")
+    assert_refused(prepare(spc, source="empty.csv"), "empty.csv")
+    open_quote = spc_file(tmp_path / "quote.csv", []).read_text() + '"a\n' + "x" * 200_000
+    (tmp_path / "quote.csv").write_text(open_quote)
+    assert_refused(prepare(spc, source="quote.csv"), "quote.csv", "damaged")
+    (tmp_path / "half").mkdir()
+    spc_file(tmp_path / "half" / spc.FILES["train"], spc_talks(3, "train"))
+    assert_refused(prepare(spc, source="half"), spc.FILES["val"])
+    assert written(tmp_path) == []
+
+
+def test_synthetic_persona_chat_is_downloaded_from_the_hub_or_a_mirror(prepare, web, monkeypatch):
+    hub = web.folder / "datasets" / spc.REPO / "resolve" / "main" / "data"
+    for split, name in spc.FILES.items():
+        spc_file(hub / name, spc_talks(5, split))
+    monkeypatch.setenv("HF_ENDPOINT", web.url)
+    assert prepare(spc).returncode == 0
+    assert len(read_back("data/spc")["val"]) == 10
+
+
 # ---- any corpus
 
 
-@pytest.mark.parametrize("module", [chitchat, personachat, eli5, jsonl], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [chitchat, personachat, eli5, jsonl, spc], ids=lambda module: module.__name__)
 def test_a_source_that_is_not_there_is_named(prepare, tmp_path, module):
     assert_refused(prepare(module, source="nowhere/file"), "nowhere/file")
     assert written(tmp_path) == []
