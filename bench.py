@@ -1,11 +1,10 @@
 """
-Measure: python bench.py decode|train|prepare|fidelity|repetition [--knob=value ...]
+Measure: python bench.py decode|train|prepare|fidelity [--knob=value ...]
 
     decode      how fast a model reads prompts and writes: tokens a second, bytes of weights a second, memory, start-up
     train       how fast it learns: tokens and supervised tokens a second, beside nanoGPT's and transformers' loop
     prepare     how fast conversations become a shard, beside tiktoken alone, and in how much memory
     fidelity    what a dtype costs: how far its next-token distributions are from float32's, on real text
-    repetition  how much a chat repeats itself with given sampling, beside what people do
 
 Progress goes to stderr; the last line on stdout is the result as one JSON object.
 """
@@ -21,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -32,10 +31,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import keep_freed_memory, load_model, pick_device, pick_dtype
 from configurator import run
-from generate import Engine, generate
+from generate import Engine
 from model import PRESETS, move
 from monitor import peak_flops
-from sampling import ChatSampling, Sampling
+from sampling import Sampling
 from shards import Loader, find_shards, open_shard
 from tokenizer import Tokenizer, gpt2_encoding
 
@@ -78,24 +77,12 @@ class Prepare:
 
 @dataclass
 class Fidelity:
-    init_from: str = "out/demo"  # a trained model: a directory, gpt2, ... or org/name on the hub
+    init_from: str = "nano"  # a trained model: nano, a directory, gpt2, ... or org/name on the hub
     data_dir: str = "data"  # where the shards are
     dataset: str = "chitchat"  # the text: this data set's val*.bin
     positions: int = 2000  # next-token distributions to compare
     dtype: str = "int8"  # what to compare with float32: bfloat16, float16, int8
     device: str = "cpu"  # cpu, cuda
-
-
-@dataclass
-class Repetition(ChatSampling):
-    max_new_tokens: int = 100
-    init_from: str = "out/demo"  # a model that was trained to chat
-    data_dir: str = "data"  # where the shards are
-    dataset: str = "chitchat"  # the openings: those of this data set's val*.bin
-    replies: int = 200  # how many
-    seed: int = 0  # of the first reply; the next has the next
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
 
 
 def decode(config):
@@ -326,36 +313,6 @@ def fidelity(config):
     }
 
 
-def repetition(config):
-    """Return the share of 4-grams that came before in the same reply, and the mean length of replies, of the model's
-    replies to the openings of a validation set, and of the people's own."""
-    at_least_1(config, "replies")
-    device = pick_device(config.device)
-    shard = open_shard(find_shards(config.data_dir, config.dataset, "val")[0][0])
-    dtype = pick_dtype(config.dtype, device, inference=True)
-    model, tokenizer = load_model(config.init_from, device, dtype, inference=True)
-    prompts, replies = [], []
-    for start, stop in zip(shard.offsets[:-1], shard.offsets[1:], strict=True):
-        mask = shard.mask(start, stop)
-        first = int(mask.argmax())  # the first supervised token: a reply begins
-        length = int((~mask[first:]).argmax()) or len(mask) - first
-        if len(prompts) < config.replies and 0 < first < model.config.block_size - config.max_new_tokens:
-            prompts.append(shard.tokens[start : start + first].tolist())
-            replies.append(shard.tokens[start + first : start + first + length - 1].tolist())  # without its end token
-    if len(prompts) < config.replies:
-        raise ValueError(f"replies={config.replies}, but {config.dataset} has {len(prompts)} openings that fit")
-    names = [field.name for field in fields(Sampling)]
-    sampling = {name: getattr(config, name) for name in names}
-    stops = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings, "tokenizer": tokenizer}
-    new = generate(model, prompts, seed=config.seed, **stops, **sampling)
-    result = {"replies": len(prompts)}
-    for who, said in (("", new), ("_of_people", replies)):
-        grams = [list(zip(*(ids[n:] for n in range(4)), strict=False)) for ids in said]
-        result["repeated_4grams" + who] = 1 - sum(len(set(g)) for g in grams) / max(sum(map(len, grams)), 1)
-        result["tokens_in_a_reply" + who] = sum(map(len, said)) / max(len(said), 1)
-    return result
-
-
 def at_least_1(config, *names):
     """Raise ValueError for a knob below 1."""
     for name in names:
@@ -373,7 +330,7 @@ def peak_memory(device):
 
 
 MODES = {"decode": (decode, Decode), "train": (train, Train), "prepare": (prepare, Prepare)}
-MODES |= {"fidelity": (fidelity, Fidelity), "repetition": (repetition, Repetition)}
+MODES |= {"fidelity": (fidelity, Fidelity)}
 
 
 def main():

@@ -117,8 +117,9 @@ class Shard:
         return bits[start % 8 :][: stop - start].astype(bool)
 
 
-def open_shard(path):
-    """Return the shard at `path`, ours or nanoGPT's. Raises ValueError with the remedy for anything else."""
+def open_shard(path, max_conversations=0):
+    """Return the shard at `path`, ours or nanoGPT's; of ours the first `max_conversations`, if not 0. Raises ValueError
+    with the remedy for anything else."""
     path = Path(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -148,7 +149,9 @@ def open_shard(path):
     template = template.rstrip(b"\0").decode("ascii", "replace")
     if not template.isidentifier():
         raise ValueError(f"{path} is damaged (its template's name is {template!r}): {again}")
-    return Shard(path, tokens, bits, offsets, template, vocab_size)
+    if max_conversations:
+        offsets = offsets[: max_conversations + 1]
+    return Shard(path, tokens[: offsets[-1]], bits, offsets, template, vocab_size)
 
 
 def _open_headerless(path, size, head):
@@ -219,11 +222,11 @@ class Loader:
 
     SLACK = 8  # positions that two pieces which fill a row may leave over
 
-    def __init__(self, shards, batch_size, block_size, seed, tokenizer):
-        """shards: [(path, share)]. Raises ValueError where one is in another template than the tokenizer's, holds
-        tokens beyond its vocabulary, or nothing to learn."""
+    def __init__(self, shards, batch_size, block_size, seed, tokenizer, max_conversations=0):
+        """shards: [(path, share)]; of each the first `max_conversations`, if not 0. Raises ValueError where one is in
+        another template than the tokenizer's, holds tokens beyond its vocabulary, or nothing to learn."""
         self.batch_size, self.block_size, self.seed, self.tokenizer = batch_size, block_size, seed, tokenizer
-        self.parts = [self._pack(open_shard(path), share) for path, share in shards]
+        self.parts = [self._pack(open_shard(path, max_conversations), share) for path, share in shards]
         self.n_tokens = sum(len(part.shard.tokens) for part in self.parts)
         self.n_lost = sum(part.n_lost for part in self.parts)
         self.n_rows = sum(part.taken for part in self.parts)
