@@ -8,7 +8,7 @@ import json
 import sys
 from dataclasses import dataclass
 
-from checkpoint import load_model, pick_device, pick_dtype
+from checkpoint import default_model, load_model, pick_device, pick_dtype
 from configurator import run
 from generate import Engine, stream
 from sampling import ChatSampling
@@ -27,7 +27,7 @@ SHORT = {"role": "user", "content": "a"}  # the least that must fit into the con
 
 @dataclass
 class Config(ChatSampling):
-    init_from: str = "out/chat"  # a directory, gpt2[-medium|-large|-xl], distilgpt2 or org/name on the hub
+    init_from: str = default_model()  # nano, a directory, gpt2[-medium|-large|-xl], distilgpt2 or org/name on the hub
     persona: str = ""  # who the bot is, in sentences: "i am a zookeeper. i like tea."
     seed: int = 1337  # the same seed and messages give the same replies
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps

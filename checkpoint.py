@@ -3,6 +3,7 @@ Weights in and out. A checkpoint is a Hugging Face GPT-2 directory; `init_from` 
 
     gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2      OpenAI's and Hugging Face's weights, from the hub
     org/name                                                any model on the hub with GPT-2's architecture
+    nano                                                    the small chat model in assets/nano/
     a directory                                             config.json and model.safetensors or pytorch_model.bin
     random:gpt2, ...                                        that shape with random weights, for benchmarks
 """
@@ -46,6 +47,8 @@ SUPPORTED = {
 }
 # the layers that weights of a dtype are packed into for inference on a CPU
 PACKED = {torch.bfloat16: BFloat16Linear, torch.float16: Float16Linear, torch.int8: Int8Linear}
+
+NANO = Path(__file__).with_name("assets") / "nano"  # a small chat model that is part of the project; see its README.md
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 
@@ -209,8 +212,15 @@ def replacing(path):
         part.unlink(missing_ok=True)
 
 
+def default_model():
+    """Return what a script talks to unless told otherwise: the chat model trained here, else the one in the box."""
+    return "out/chat" if Path("out/chat/model.safetensors").exists() else "nano"
+
+
 def _find(init_from):
     """Return (path of the weights, GPTConfig, Tokenizer)."""
+    if init_from == "nano":
+        return _find_local(NANO)
     if Path(init_from).is_dir():
         return _find_local(Path(init_from))
     if init_from in HUB:
@@ -222,7 +232,7 @@ def _find(init_from):
     # out/NAME is where train.py writes: not to be asked of whoever owns that name on the hub
     raise FileNotFoundError(
         f"init_from={init_from}: there is no such directory; train a model into it first, "
-        f"or take an org/name on the hub or one of {', '.join(HUB)}"
+        f"or take an org/name on the hub or one of nano, {', '.join(HUB)}"
     )
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from checkpoint import load_model, pick_device, pick_dtype
+from checkpoint import default_model, load_model, pick_device, pick_dtype
 from configurator import run
 from generate import Engine, stream
 from sampling import Sampling
@@ -10,7 +10,7 @@ from sampling import Sampling
 
 @dataclass
 class Config(Sampling):
-    init_from: str = "gpt2"  # gpt2[-medium|-large|-xl], distilgpt2, org/name on the hub, or a directory
+    init_from: str = default_model()  # nano, gpt2[-medium|-large|-xl], distilgpt2, org/name on the hub, or a directory
     start: str = "Once upon a time"  # the prompt
     num_samples: int = 1  # how many continuations
     max_new_tokens: int = 200
