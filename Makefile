@@ -6,22 +6,43 @@ BIN := .venv/bin
 
 .PHONY: demo test test-all lint clean
 
-# Prepare a corpus, train on it from scratch, chat. Where there is no terminal, a scripted conversation.
-demo: out/demo/trained
-	@if [ -t 0 ]; then $(BIN)/python chat.py --init_from=out/demo; else \
-	  said=out/demo/said.txt; \
-	  printf '%s\n' 'Hello!' 'How are you today?' 'What do you like to do?' 'That is nice.' 'Bye!' > $$said; \
-	  $(BIN)/python chat.py --init_from=out/demo < $$said | paste -d '\n' $$said - | sed '/^Bot: /!s/^/You: /'; fi
+# Chat with the model in the box, train it on a corpus that it has not seen, see what that changed, chat again.
+# make demo DATA=mine.jsonl takes your own conversations. Where there is no terminal, the chats are scripted.
+CORPUS := $(if $(DATA),mine-$(firstword $(shell cksum '$(DATA)' 2>/dev/null)),chitchat)
+OUT := out/demo-$(CORPUS)
+$(if $(DATA),$(if $(wildcard $(DATA)),,$(error DATA=$(DATA): there is no such file)))
+
+demo: .venv/installed
+	@echo '--- the model in the box; Ctrl-D goes on to training it, Ctrl-C ends the demo'
+	@mkdir -p out; $(call chat,nano)
+	@echo '--- trained on $(CORPUS), for some two minutes'
+	@$(MAKE) --no-print-directory $(OUT)/trained
+	@echo '--- before and after'
+	$(BIN)/python evaluate.py --base=nano --init_from=$(OUT) --dataset=$(CORPUS) --max_conversations=60 --replies=60 --probes=20
+	@echo '--- the trained model'
+	@$(call chat,$(OUT))
+
+chat = if [ -t 0 ]; then $(BIN)/python chat.py --init_from=$(1); else \
+	  printf '%s\n' 'Hello! My name is Nora.' 'How are you today?' 'I have a dog called Rex.' \
+	    'What do you like to do?' 'What is my name?' 'Bye!' > out/said.txt; \
+	  $(BIN)/python chat.py --init_from=$(1) < out/said.txt | paste -d '\n' out/said.txt - | sed '/^Bot: /!s/^/You: /'; fi
 
 # an interrupted training goes on where it was
-out/demo/trained: data/chitchat/train.bin
-	$(BIN)/python train.py config/demo_cpu.py $(if $(wildcard out/demo/last/state.pt),--init_from=resume)
-	@grep -q "\"iter\": $$(sed -n 's/^max_iters = //p' config/demo_cpu.py), \"train_loss\"" out/demo/metrics.jsonl || \
+$(OUT)/trained: | data/$(CORPUS)/train.bin data/recall/train.bin
+	$(BIN)/python train.py config/demo.py --dataset=$(CORPUS),recall$(if $(DATA),:0.05) --out_dir=$(OUT) \
+	  $$([ -e $(OUT)/last/state.pt ] && echo --init_from=resume)
+	@grep -q "\"iter\": $$(sed -n 's/^max_iters = //p' config/demo.py), \"train_loss\"" $(OUT)/metrics.jsonl || \
 	  { echo 'stopped before its end: make demo goes on'; exit 1; }
 	@touch $@
 
 data/chitchat/train.bin: | .venv/installed
 	$(BIN)/python prepare/chitchat.py
+
+data/recall/train.bin: | .venv/installed
+	$(BIN)/python prepare/recall.py --conversations=20000
+
+data/mine-%/train.bin: | .venv/installed
+	$(BIN)/python prepare/jsonl.py --source='$(DATA)' --out_dir=data/mine-$*
 
 # The test suite: no network once installed, a few minutes on two cores. test-all adds the slow ones.
 test: .venv/installed-dev

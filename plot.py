@@ -124,7 +124,7 @@ def main():
 
     def draw(config):
         if not directories:
-            raise ValueError("no OUT_DIR given: python plot.py out/demo; --help says more")
+            raise ValueError("no OUT_DIR given: python plot.py out/chat; --help says more")
         runs = {directory: read_run(directory) for directory in directories}
         ys = losses(runs.values())
         log = 0 < 10 * min(ys) < max(ys)  # over less than a decade it would only crowd the ticks
