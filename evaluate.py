@@ -3,7 +3,7 @@ Measure what a model says, beside another: python evaluate.py --init_from=out/ch
 
 Over the supervised tokens of the validation shards: how well it predicts them. Of its replies to the people there: how
 near they are to what was said, how much they repeat, whether they end and keep to their own turn. And without a corpus:
-whether it remembers what it was told (prepare/recall.py, with names, facts and sentences that are in no training data).
+whether it remembers what it was told, with names, facts and sentences that prepare/recall.py does not train on.
 """
 
 import json

@@ -34,6 +34,7 @@ def both(text, separator=" / "):
 TEXT = configparser.ConfigParser(delimiters=":", interpolation=None)
 TEXT.read(Path(__file__).with_suffix(".txt"), encoding="utf-8")
 SENTENCES = {name: both(text) for name, text in TEXT["sentences"].items()}
+# about every second time there is none
 SENTENCES["lead"] = {split: ["", "", "", *leads] for split, leads in SENTENCES["lead"].items()}
 SMALL_TALK = {"train": [], "val": []}  # (topic, the human, the bot)
 for topic, text in TEXT["small talk"].items():
