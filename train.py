@@ -56,6 +56,7 @@ class Config:
     gradient_accumulation_steps: int = 4  # micro-batches in a step, over all processes together
     # the optimizer: AdamW
     max_iters: int = 1000  # steps
+    max_epochs: float = 0.0  # if not 0, as many steps as make so many passes over the data, whatever max_iters is
     learning_rate: float = 5e-5  # at its highest
     lr_schedule: str = "cosine"  # cosine or linear, down to min_lr at max_iters; or constant
     min_lr: float = 0.0  # learning rate at the end
@@ -64,6 +65,7 @@ class Config:
     beta1: float = 0.9  # decay of the gradient's mean
     beta2: float = 0.99  # decay of the gradient's square's mean
     adam_eps: float = 1e-8  # from scratch 1e-5: else tokens that are rarely targets all drift to one embedding
+    label_smoothing: float = 0.0  # share of each target that is spread over all tokens: none becomes impossible
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     # looking on
     eval_interval: int = 200  # steps from one evaluation and checkpoint to the next
@@ -97,9 +99,11 @@ def check(config):
         raise ValueError(f"lr_schedule={config.lr_schedule} is not one of cosine, linear, constant")
     positive = ["n_layer", "n_head", "n_embd", "batch_size", "block_size", "gradient_accumulation_steps"]
     positive += ["eval_interval", "eval_iters", "log_interval"]
-    for name in [*positive, "max_iters", "warmup_iters", "grad_clip", "adam_eps", "seed"]:
+    for name in [*positive, "max_iters", "max_epochs", "warmup_iters", "grad_clip", "adam_eps", "seed"]:
         if getattr(config, name) < (name in positive):
             raise ValueError(f"{name}={getattr(config, name)} is too small")
+    if not 0 <= config.label_smoothing < 1:
+        raise ValueError(f"label_smoothing={config.label_smoothing} is not from 0 to below 1")
     if config.strategy not in ("ddp", "fsdp"):
         raise ValueError(f"strategy={config.strategy} is not one of ddp, fsdp")
 
@@ -163,8 +167,6 @@ def main(config):
         tokenizer = Tokenizer(state["template"])
         model = GPT(GPTConfig(**state["config"] | {"dropout": config.dropout}))
         model.load_state_dict(state.pop("model"))
-        if state["iter"] > config.max_iters:
-            raise ValueError(f"{last} is at iter {state['iter']}, beyond max_iters={config.max_iters}: raise it")
     elif config.init_from == "scratch":
         tokenizer = Tokenizer(config.template)
         shape = (config.n_layer, config.n_head, config.n_embd)
@@ -186,12 +188,18 @@ def main(config):
         )
     raw_model = model.to(device)
     raw_model.gradient_checkpointing = config.gradient_checkpointing
+    raw_model.label_smoothing = config.label_smoothing
 
     # 4. the data
     loaders = {}
     for split in ("train", "val"):
         shards = find_shards(config.data_dir, config.dataset, split)
         loaders[split] = Loader(shards, config.batch_size, config.block_size, config.seed, tokenizer)
+    steps_per_epoch = loaders["train"].n_rows / (config.batch_size * config.gradient_accumulation_steps)
+    if config.max_epochs:
+        config.max_iters = round(config.max_epochs * steps_per_epoch)
+    if state["iter"] > config.max_iters:
+        raise ValueError(f"{last} is at iter {state['iter']}, beyond max_iters={config.max_iters}: raise it")
 
     # 5. many devices: whole copies of the model whose gradients are averaged, or one that is sharded
     if config.compile:
@@ -281,7 +289,6 @@ def main(config):
             rows = f"{loader.n_rows:,} rows of {config.block_size}, {loader.fill:.1%} full"
             lost = f"; {loader.n_lost:,} left out, beyond a row" if loader.n_lost else ""
             print(f"{split}: {loader.n_tokens:,} tokens in {rows}{lost}")
-        steps_per_epoch = loaders["train"].n_rows / (config.batch_size * config.gradient_accumulation_steps)
         print(f"{config.max_iters:,} steps are {config.max_iters / steps_per_epoch:.1f} epochs")
         log = Log(config, first_iter=state["iter"])
 

@@ -229,17 +229,30 @@ def head(N, V=300, C=32):
 
 
 @pytest.mark.parametrize("N", [0, 1, 64, 150])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-6), (True, 1e-2)], ids=["float32", "bfloat16"])
-def test_the_heads_loss_and_gradients_are_those_of_linear_and_cross_entropy(in_parts, N, autocast, tolerance):
+def test_the_heads_loss_and_gradients_are_those_of_linear_and_cross_entropy(
+    in_parts, N, smoothing, autocast, tolerance
+):
     x, weight, targets = head(N)
-    exact = F.cross_entropy(F.linear(x, weight), targets, reduction="sum")
+    exact = F.cross_entropy(F.linear(x, weight), targets, reduction="sum", label_smoothing=smoothing)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = HeadLoss.apply(x, weight, targets)
+        loss = HeadLoss.apply(x, weight, targets, smoothing)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=tolerance)
     for ours_, theirs in zip(*(torch.autograd.grad(t / 7, (x, weight)) for t in (loss, exact)), strict=True):
         assert (ours_.dtype, ours_.shape) == (theirs.dtype, theirs.shape)
         assert (ours_ - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_labels_are_smoothed_in_training_only(hf_model):
+    model, targets = ours(hf_model(**SMALL)), batch(300, seed=2)
+    plain = model(batch(300), targets)[1].item()
+    model.label_smoothing = 0.1
+    assert model.eval()(batch(300), targets)[1].item() == plain
+    logits = model(batch(300))[0].flatten(0, 1)
+    smoothed = F.cross_entropy(logits, targets.flatten(), label_smoothing=0.1).item()
+    assert model.train()(batch(300), targets)[1].item() == pytest.approx(smoothed, rel=1e-5)
 
 
 def test_gradients_of_the_heads_loss_are_added_to_those_there_are(in_parts):

@@ -238,6 +238,23 @@ def test_the_learning_rate_rises_over_the_warmup_and_falls_as_scheduled(schedule
     assert [train.learning_rate(config, it) for it in steps] == pytest.approx(expected)
 
 
+def test_max_epochs_are_as_many_steps_as_the_data_has_rows():
+    config = tiny(max_epochs=1.5)
+    loader = Loader(find_shards("data", "talk", "train"), 2, 32, config.seed, Tokenizer())
+    out = fit(max_epochs=1.5)
+    assert max(r["iter"] for r in map(json.loads, (out / "metrics.jsonl").open())) == round(1.5 * loader.n_rows / 4)
+
+
+def test_smoothed_labels_are_learned_and_the_validation_loss_is_plain():
+    """A model that has learned with half of each target elsewhere is less sure."""
+    plain, smoothed = (fit(max_iters=30, label_smoothing=share, out_dir=f"s{share}") for share in (0.0, 0.5))
+    val_losses = [
+        [r["val_loss"] for r in map(json.loads, (o / "metrics.jsonl").open()) if "val_loss" in r]
+        for o in (plain, smoothed)
+    ]
+    assert val_losses[0][0] == val_losses[1][0] and val_losses[0][-1] < val_losses[1][-1]
+
+
 def test_without_a_warmup_the_first_step_has_the_full_learning_rate():
     assert train.learning_rate(tiny(warmup_iters=0, learning_rate=0.5), 0) == 0.5
 
