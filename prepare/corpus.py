@@ -6,6 +6,8 @@ Each of them is a generator of (split, messages); `prepare` writes what it yield
 
 import hashlib
 import itertools
+import json
+import re
 import sys
 import time
 from contextlib import ExitStack
@@ -14,6 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts here are run as python prepare/NAME.py
 
+import numpy as np
+
+from checkpoint import replacing
 from shards import ShardWriter
 from tokenizer import Tokenizer
 
@@ -63,6 +68,112 @@ def prepare(config, name, conversations):
     ids, mask = tokenizer.render(splits["train"].shown)
     print(f"A conversation as the model sees it, {len(ids)} tokens, learning «what is between these»:")
     print(marked(tokenizer, ids, mask))
+
+
+def prepare_text(config, name, texts):
+    """Write (split, text) as nanoGPT's .bin, tokens one behind the other, all of them to be learned; print a report.
+
+    Raises ValueError for an empty split; then nothing is written.
+    """
+    encode = Tokenizer().encode
+    folder = Path(config.out_dir or f"data/{name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {"train": 0, "val": 0}
+    with ExitStack() as stack:
+        paths = {split: stack.enter_context(replacing(folder / f"{split}.bin")) for split in sizes}
+        with ExitStack() as files:
+            opened = {split: files.enter_context(open(path, "wb")) for split, path in paths.items()}
+            for split, text in texts:
+                tokens = np.array(encode(text), "<u2")
+                opened[split].write(tokens.tobytes())
+                sizes[split] += len(tokens)
+        if not all(sizes.values()):
+            raise ValueError("no text is left for one of the splits: at least two different ones are needed")
+    for split, n in sizes.items():
+        print(f"{folder / split}.bin: {n:,} tokens, all of them to be learned")
+
+
+class JsonStream:
+    """The values of a JSON text that is too large to hold, one after the other.
+
+    file: a text file; `position`: how many of its characters are read. Damage is a ValueError that says where.
+    """
+
+    CHUNK, LONGEST = 1 << 20, 1 << 26  # characters that are read at once; that a value may have
+
+    def __init__(self, file):
+        self.file, self.decoder = file, json.JSONDecoder()
+        self.text, self.at, self.before = "", 0, 0
+
+    @property
+    def position(self):
+        return self.before + self.at
+
+    def peek(self):
+        """Return the next character but white space, "" at the end."""
+        while not (match := re.compile(r"\S").search(self.text, self.at)):
+            self.at = len(self.text)
+            if not self._more():
+                return ""
+        self.at = match.start()
+        return match[0]
+
+    def expect(self, *characters):
+        """Pass and return the next character but white space, which must be one of these."""
+        if (found := self.peek()) not in characters or not found:
+            wanted = " or ".join(characters)
+            raise ValueError(f"{f'{found!r} instead of' if found else 'it ends before'} {wanted}")
+        self.at += 1
+        return found
+
+    def value(self):
+        """Return the next value."""
+        self.peek()
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                # what is wrong at the very end of what was read, or a text without an end, may only be cut
+                cut = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated")
+                if not cut or len(self.text) - self.at > self.LONGEST:
+                    raise ValueError(f"{error.msg} at character {self.before + error.pos:,}") from None
+                if not self._more():
+                    raise ValueError("it ends within a value") from None
+            else:
+                length = end - self.at
+                if end < len(self.text) or not self._more():  # a number could go on
+                    self.at += length
+                    return value
+
+    def items(self, skip=None):
+        """Yield the values of the list that begins here.
+
+        skip: is called with the error of an object that cannot be read, and what follows it is read; else it is raised.
+        """
+        self.expect("[")
+        if self.peek() == "]":
+            self.at += 1
+            return
+        while True:
+            try:
+                yield self.value()
+            except (ValueError, RecursionError) as error:
+                while skip and not (match := re.compile(r"\}\s*(?=[,\]])").search(self.text, self.at + 1)):
+                    self.at = max(self.at, len(self.text) - 1000)  # white space may be cut
+                    if not self._more():
+                        skip = None
+                if not skip:
+                    raise
+                skip(error)
+                self.at = match.end()
+            if self.expect(",", "]") == "]":
+                return
+
+    def _more(self):
+        """Read on; return whether there was anything."""
+        chunk = self.file.read(self.CHUNK)
+        self.text, self.at, self.before = self.text[self.at :] + chunk, 0, self.before + self.at
+        return bool(chunk)
 
 
 class Split:

@@ -1,15 +1,19 @@
 """Questions from "explain like I'm five" and their best answers: python prepare/eli5.py [--source=PATH]
 
 Without --source, eli5_category's train and validation-1 splits are downloaded (67 MB). --source takes a folder with
-these two files, or one file, .json.gz or .json, which is then divided 95 to 5.
+these two files, or one file, .json.gz or .json, which is then divided 95 to 5. With --mask=all the answers alone, one
+behind the other, are plain text to be learned whole, as the model gpt2-finetuned-eli5 was trained.
 """
 
 import gzip
-import json
+import random
 import re
 import zlib
+from dataclasses import dataclass
+from itertools import islice
 
-from corpus import Config, divide, existing, prepare
+from corpus import Config as CorpusConfig
+from corpus import JsonStream, divide, existing, prepare, prepare_text
 
 from configurator import run
 from download import hub_file
@@ -28,29 +32,13 @@ FILES = {  # split -> file, bytes, sha256
 }
 
 
+@dataclass
+class Config(CorpusConfig):
+    mask: str = "reply"  # what is to be learned: the reply to the question; or all, of every answer's text
+    max_examples: int = 0  # take the first so many questions, a fifth of them for validation; 0: all
+
+
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, EOFError, OSError, zlib.error)
-WHITE_SPACE = frozenset(" \t\r\n,")
-
-
-def objects(file):
-    """Yield the objects of a JSON list in a text file one by one, without holding the list."""
-    decoder = json.JSONDecoder()
-    if file.read(1) != "[":
-        raise ValueError("it is not a list")
-    text, at = "", 0
-    while True:
-        while text[at : at + 1] in WHITE_SPACE:
-            at += 1
-        if text[at : at + 1] == "]":
-            return
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError:
-            if len(text) - at > 1 << 26 or not (more := file.read(1 << 20)):
-                raise ValueError("it ends within the list") from None
-            text, at = text[at:] + more, 0
-        else:
-            yield value
 
 
 def best_answer(answers):
@@ -61,43 +49,67 @@ def best_answer(answers):
     return next((t for t in texts if t and t not in ("[deleted]", "[removed]") and not re.search(r"\bURL_\d", t)), None)
 
 
-def read(path, counts):
-    """Yield (question's id, messages) from one file; count questions and those without an answer left in `counts`."""
+def as_messages(question):
+    """Return a question as a conversation, None where no answer is left."""
+    answer = best_answer(question["answers"])
+    text = "\n".join(filter(None, (question["title"].strip(), question["selftext"].strip())))
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}] if answer else None
+
+
+def as_text(question):
+    """Return all answers to a question as one text, as Hugging Face's tutorial on language modeling does."""
+    return " ".join(question["answers"]["text"])
+
+
+def read(path, counts, form):
+    """Yield (question's id, form(question)) from one file; count questions and those without an answer in `counts`."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
         try:
-            for question in objects(file):
+            for question in JsonStream(file).items():
                 counts["questions"] += 1
-                answer = best_answer(question["answers"])
-                if answer is None:
+                if formed := form(question):
+                    yield "" + question["q_id"], formed  # which raises if it is no text
+                else:
                     counts["unanswered"] += 1
-                    continue
-                text = "\n".join(filter(None, (question["title"].strip(), question["selftext"].strip())))
-                key = "" + question["q_id"]  # which raises if it is no text
-                yield key, [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         except DAMAGED as error:
             raise ValueError(f"{path} is damaged or not eli5_category's JSON: {error!r}") from error
 
 
-def conversations(source, counts):
-    """Yield (split, messages) of the published files, of a folder with them, or of one file alone."""
+def questions(config, counts, form):
+    """Yield (split, form(question)) of the published files, of a folder with them, or of one file alone."""
+    source = config.source and existing(config.source)
+    names = list(FILES.values())[: 1 if config.max_examples else None]
     if not source:
-        found = [hub_file("rexarski/eli5_category", *file, kind="datasets") for file in FILES.values()]
+        found = [hub_file("rexarski/eli5_category", *file, kind="datasets") for file in names]
     elif source.is_dir():
-        found = sorted(source.glob("eli5-category-*.json*"))
+        by_name = {path.name.removesuffix(".gz"): path for path in sorted(source.glob("eli5-category-*.json*"))}
+        if len(by_name) > 1 or config.max_examples:
+            found = [by_name.get(name.removesuffix(".gz")) or existing(source / name) for name, _, _ in names]
+        else:
+            found = list(by_name.values())
     else:
         found = [source]
-    if len(found) == 1:
-        yield from divide(read(found[0], counts))
-        return
-    by_name = {path.name.removesuffix(".gz"): path for path in found}
-    for split, (name, _, _) in FILES.items():
-        for _, messages in read(by_name.get(name.removesuffix(".gz")) or existing(source / name), counts):
-            yield split, messages
+    if config.max_examples:
+        taken = list(islice(read(found[0], counts, form), config.max_examples))
+        held_out = set(random.Random(42).sample(range(len(taken)), len(taken) // 5))
+        yield from (("val" if i in held_out else "train", formed) for i, (_, formed) in enumerate(taken))
+    elif len(found) == 1:
+        yield from divide(read(found[0], counts, form))
+    else:
+        for split, path in zip(FILES, found, strict=True):
+            yield from ((split, formed) for _, formed in read(path, counts, form))
 
 
 def main(config):
+    if config.mask not in ("reply", "all"):
+        raise ValueError(f"mask={config.mask} is not one of reply, all")
+    if config.max_examples < 0:
+        raise ValueError(f"max_examples={config.max_examples} is too small")
     counts = {"questions": 0, "unanswered": 0}
-    prepare(config, "eli5", conversations(config.source and existing(config.source), counts))
+    if config.mask == "all":
+        prepare_text(config, "eli5", questions(config, counts, as_text))
+    else:
+        prepare(config, "eli5", questions(config, counts, as_messages))
     print(f"{counts['questions']:,} questions, {counts['unanswered']:,} of them left out: no answer without a link")
 
 

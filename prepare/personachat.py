@@ -22,39 +22,52 @@ SIZE, SHA256 = 223_221_886, "507cf8641d333240654798870ea584d854ab5261071c5e3521c
 SILENCE = "__SILENCE__"  # ConvAI2: the other speaker begins
 
 
-def read(lines, name):
-    """Yield the conversations of a ParlAI file: lines "N your persona: ..." and "N utterance<TAB>reply[...]", where N
-    is 1 on the first line of each. Raises ValueError naming the line that is neither."""
-    coin = random.Random(1337)
-    persona, turns = [], []
+def dialogs(lines, name):
+    """Yield (persona, exchanges) of a ParlAI file: [sentence], [(utterance, reply, [candidate])]; either may be "".
 
-    def conversation():
-        system = [{"role": "system", "content": " ".join(persona)}] if persona and coin.random() < 0.5 else []
-        roles = ("user", "assistant")
-        return system + [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns) if t and t != SILENCE]
-
+    Lines are "N your persona: ..." and "N utterance<TAB>reply[<TAB><TAB>candidate|candidate|...]", where N is 1 on the
+    first one of each dialog. Raises ValueError naming the line that is neither.
+    """
+    persona, exchanges = [], []
     for number, line in enumerate(lines, 1):
         count, _, text = line.rstrip("\n").partition(" ")
         if count == "1":
-            if any(turns[1::2]):
-                yield conversation()
-            persona, turns = [], []
+            if exchanges:
+                yield persona, exchanges
+            persona, exchanges = [], []
         if count.isdigit() and (match := re.fullmatch(r"(your|partner's) persona: (.*)", text)):
             if match[1] == "your":
                 persona.append(match[2])
         elif count.isdigit() and "\t" in text:
-            turns += [turn.strip() for turn in text.split("\t")[:2]]
+            said, reply, *others = (field.strip() for field in text.split("\t"))
+            candidates = [candidate for candidate in (others or [""])[-1].split("|") if candidate]
+            exchanges.append(("" if said == SILENCE else said, reply, candidates))
         else:
             expected = "'N your persona: ...' or 'N utterance<TAB>reply'"
             raise ValueError(f"{name}, line {number} is not {expected}: {line[:60]!r}")
-    if any(turns[1::2]):
-        yield conversation()
+    if exchanges:
+        yield persona, exchanges
 
 
-def files(source):
-    """Yield (split, name, lines) of the "self" files with original personas, which an archive or folder has, or of the
-    one file that `source` is. The split is "" where there is only one."""
-    wanted = re.compile(r"(train|valid)_self_original(_no_cands)?\.txt")
+def read(lines, name):
+    """Yield the conversations of a ParlAI file, half of them with the bot's persona."""
+    coin = random.Random(1337)
+    for persona, exchanges in dialogs(lines, name):
+        if any(reply for _, reply, _ in exchanges):
+            system = [{"role": "system", "content": " ".join(persona)}] if persona and coin.random() < 0.5 else []
+            yield system + messages(exchanges)
+
+
+def messages(exchanges):
+    """Return exchanges as messages, without those in which nothing is said."""
+    turns = ((role, text) for said, reply, _ in exchanges for role, text in (("user", said), ("assistant", reply)))
+    return [{"role": role, "content": text} for role, text in turns if text]
+
+
+def files(source, wanted=r"(train|valid)_self_original(_no_cands)?\.txt"):
+    """Yield (split, name, lines) of the files of these names, which an archive or folder has, or of the one file that
+    `source` is: the "self" ones with original personas. The split is "" where there is only one."""
+    wanted = re.compile(wanted)
     if source.is_file() and not tarfile.is_tarfile(source):
         with open(source, encoding="utf-8", errors="replace") as lines:
             yield "", source.name, lines
@@ -66,17 +79,39 @@ def files(source):
         if match := wanted.fullmatch(Path(path).name):
             found[match[1]] = path
     if not found:
-        raise FileNotFoundError(f"{source} has no train_self_original.txt and no valid_self_original.txt")
+        raise FileNotFoundError(f"{source} has none of PersonaChat's files, as valid_self_original.txt")
     for split, path in found.items():
         split = split.removesuffix("id") if len(found) == 2 else ""
         with archive.extractfile(path) if archive else open(path, "rb") as file:
             yield split, str(path), io.TextIOWrapper(file, encoding="utf-8", errors="replace")
 
 
-def dialog(messages):
+def examples(source, max_dialogs=0):
+    """Return [(persona, messages so far, the reply, [candidate])] of the lines of a validation file, or of the one in
+    an archive or folder; of the first `max_dialogs` dialogs, if not 0. Of the candidates the last is the reply.
+
+    Raises ValueError where a line's candidates lack the reply, FileNotFoundError where there is no such file.
+    """
+    found = []
+    for _, name, lines in files(source, r"(valid)_self_original\.txt"):
+        for number, (persona, exchanges) in enumerate(dialogs(lines, name), 1):
+            for i, (said, reply, candidates) in enumerate(exchanges):
+                if not reply:
+                    continue
+                if candidates and candidates[-1] != reply:
+                    raise ValueError(f"{name}, dialog {number}: the last candidate is not the reply, {reply!r:.60}")
+                found.append((" ".join(persona), messages([*exchanges[:i], (said, "", [])]), reply, candidates))
+            if number == max_dialogs:
+                break
+    if not found:
+        raise ValueError(f"{source} has no reply")
+    return found
+
+
+def dialog(conversation):
     """Return what both sides of one dialog have in common, as text. ConvAI2 has each from both sides; the one in which
     the bot begins lacks the last utterance, for which it has no reply. Personas do not count."""
-    said = [message["content"] for message in messages if message["role"] != "system"]
+    said = [message["content"] for message in conversation if message["role"] != "system"]
     return "\n".join(said[: (len(said) - 1) | 1])
 
 
@@ -85,10 +120,10 @@ def conversations(source):
     try:
         for split, name, lines in files(source):
             if split:
-                for messages in read(lines, name):
-                    yield split, messages
+                for conversation in read(lines, name):
+                    yield split, conversation
             else:
-                yield from divide((dialog(messages), messages) for messages in read(lines, name))
+                yield from divide((dialog(conversation), conversation) for conversation in read(lines, name))
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise ValueError(f"{source} is cut short or damaged: {error}") from error
 

@@ -18,14 +18,17 @@ from importlib import metadata
 from pathlib import Path
 
 import chitchat
+import columned_chat
 import eli5
 import jsonl
 import personachat
 import pytest
 import spc
+import text as plain_text
 from conftest import assert_refused, largest_file, small_talk, write_jsonl
 
 import corpus
+from corpus import JsonStream
 
 from configurator import run
 from shards import open_shard
@@ -896,11 +899,11 @@ def json_gz(path, value):
 
 
 def conversations_of(tmp_path, questions):
-    return [messages for _, messages in eli5.read(json_gz(tmp_path / "eli5.json.gz", questions), counts())]
+    return [messages for _, messages in read_eli5(json_gz(tmp_path / "eli5.json.gz", questions))]
 
 
-def counts():
-    return {"questions": 0, "unanswered": 0}
+def read_eli5(path):
+    return eli5.read(path, {"questions": 0, "unanswered": 0}, eli5.as_messages)
 
 
 @pytest.mark.parametrize(
@@ -999,18 +1002,18 @@ class Trickle(io.StringIO):
 def test_a_list_is_read_object_by_object_wherever_the_reads_cut_it(most, indent):
     values = [{"a": ']}[{", "\\', "é": ["\u2028", {}]}, {}, {"n": [1, -2.5e3, None, True]}]
     text = json.dumps(values, indent=indent)
-    assert list(eli5.objects(Trickle(text, most))) == values
+    assert list(JsonStream(Trickle(text, most)).items()) == values
 
 
 def test_objects_larger_than_what_is_read_at_once_are_whole():
     values = [{"text": letter * size} for letter, size in (("a", 3 << 20), ("b", 1), ("c", (1 << 20) - 7), ("d", 5))]
-    assert list(eli5.objects(io.StringIO(json.dumps(values)))) == values
+    assert list(JsonStream(io.StringIO(json.dumps(values))).items()) == values
 
 
 def test_a_list_larger_than_memory_can_be_read(tmp_path):
     path = json_gz(tmp_path / "eli5.json.gz", [question(answers=[(1, "x" * 500_000)])] * 40)  # 20 MB
     tracemalloc.start()
-    assert sum(1 for _ in eli5.read(path, counts())) == 40
+    assert sum(1 for _ in read_eli5(path)) == 40
     highest = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert highest < 10e6
@@ -1093,3 +1096,183 @@ def test_eli5_is_downloaded_once_from_the_hub_or_a_mirror(prepare, web, monkeypa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert prepare(eli5, out_dir="again").returncode == 0
     assert files_in("again") == files_in("data/eli5")
+
+
+def test_the_card_of_gpt2_finetuned_eli5_saw_all_answers_one_behind_the_other(prepare, tmp_path):
+    path = json_gz(tmp_path / "eli5" / "eli5-category-train.json.gz", questions(60))
+    done = prepare(eli5, source=path.parent, mask="all", max_examples=50)
+    assert done.stdout.splitlines()[-1].startswith("50 questions, 0 of them left out")
+    shards = {split: open_shard(f"data/eli5/{split}.bin") for split in ("train", "val")}
+    texts = {split: Tokenizer().decode(shard.tokens.tolist()) for split, shard in shards.items()}
+    assert all(shard.mask(0, len(shard.tokens)).all() for shard in shards.values())
+    numbers = {split: [int(n) for n in re.findall(r"no idea so (\d+) \.", text)] for split, text in texts.items()}
+    assert len(numbers["val"]) == 10 and sorted(numbers["train"] + numbers["val"]) == list(range(50))
+    assert texts["train"] == "".join(f"no idea so {n} ." for n in numbers["train"])
+
+
+def test_some_questions_are_the_first_ones_and_a_fifth_is_for_validation(prepare, tmp_path):
+    path = json_gz(tmp_path / "eli5.json.gz", questions(60))
+    assert prepare(eli5, source=path, max_examples=50).returncode == 0
+    splits = read_back("data/eli5")
+    assert (len(splits["train"]), len(splits["val"])) == (40, 10)
+    assert sorted(splits["train"] + splits["val"], key=str) == sorted(
+        (exchange(f"why  {i} ?", f"so {i} .") for i in range(50)), key=str
+    )
+
+
+@pytest.mark.parametrize(("knob", "value"), [("mask", "none"), ("max_examples", -1)])
+def test_eli5_refuses_a_knob_out_of_range(prepare, tmp_path, knob, value):
+    path = json_gz(tmp_path / "eli5.json.gz", questions(5))
+    assert_refused(prepare(eli5, source=path, **{knob: value}), f"{knob}={value}")
+
+
+# ---- ColumnedChatCombined
+
+
+def columned(i, system=""):
+    return {"System": system, "User": f"question {i} ?", "Assistant": f"answer {i} ."}
+
+
+def columned_file(path, train, validation=None, indent=None):
+    """Write formatted_data.json with these records, validation left out if there is none."""
+    path.write_text(json.dumps({"train": train} | ({"validation": validation} if validation else {}), indent=indent))
+    return path
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_three_columns_become_turns_of_locutusques_template(prepare, tmp_path, indent):
+    train = [columned(0, "be kind"), *map(columned, range(1, 30)), columned(30) | {"System": None}]
+    path = columned_file(tmp_path / "formatted_data.json", train, [columned(99)], indent)
+    done = prepare(columned_chat, source=path)
+    assert done.stdout.splitlines()[-1] == "left out: 0 bad, 0 blank, 0 not English"
+    persona = [{"role": "system", "content": "be kind"}]
+    assert read_back("data/columned_chat") == {
+        "train": [(persona if i == 0 else []) + exchange(f"question {i} ?", f"answer {i} .") for i in range(31)],
+        "val": [exchange("question 99 ?", "answer 99 .")],
+    }
+    text = "<|USER|> question 1 ? <|ASSISTANT|> answer 1 . <|End|>"
+    shard = open_shard("data/columned_chat/train.bin")
+    assert Tokenizer("user_assistant").decode(shard.tokens[slice(*shard.offsets[1:3])].tolist()) == text
+
+
+def test_max_examples_are_the_first_ones_of_each_list(prepare, tmp_path):
+    path = columned_file(tmp_path / "f.json", [columned(i) for i in range(9)], [columned(i) for i in range(50, 60)])
+    assert prepare(columned_chat, source=path, max_examples=2).returncode == 0
+    asked = {split: [talk[0]["content"] for talk in talks] for split, talks in read_back("data/columned_chat").items()}
+    assert asked == {"train": ["question 0 ?", "question 1 ?"], "val": ["question 50 ?", "question 51 ?"]}
+
+
+def test_blank_turns_are_left_out_and_counted(prepare, tmp_path):
+    train = [columned(0), columned(1) | {"User": " "}, columned(2) | {"Assistant": ""}]
+    path = columned_file(tmp_path / "f.json", train, [columned(9)])
+    assert prepare(columned_chat, source=path).stdout.splitlines()[-1].startswith("left out: 0 bad, 2 blank")
+
+
+def test_what_is_not_english_can_be_left_out(prepare, tmp_path):
+    pytest.importorskip("py3langid")
+    german = {
+        "System": "",
+        "User": "Was ist das für ein schöner Baum?",
+        "Assistant": "Das ist eine alte Eiche, glaube ich.",
+    }
+    english = {"System": "", "User": "What kind of tree is that?", "Assistant": "I think that it is an old oak tree."}
+    path = columned_file(tmp_path / "f.json", [german, english], [english])
+    done = prepare(columned_chat, source=path, english="true")
+    assert done.stdout.splitlines()[-1] == "left out: 0 bad, 0 blank, 1 not English"
+    assert read_back("data/columned_chat")["train"] == [exchange(english["User"], english["Assistant"])]
+
+
+BAD_RECORDS = {
+    "no User": ({"System": "", "Assistant": "a"}, "no User"),
+    "a number": (columned(1) | {"User": 5}, "5 as User"),
+    "a list": (columned(1) | {"Assistant": ["a"]}, "Assistant"),
+    "no object": ("text", "'text'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECORDS)
+def test_a_bad_record_is_named_by_its_number_and_can_be_skipped(prepare, tmp_path, name):
+    bad, reason = BAD_RECORDS[name]
+    path = columned_file(tmp_path / "f.json", [columned(0), bad, columned(2)], [columned(9)])
+    assert_refused(prepare(columned_chat, source=path), path, "record 2 of train", reason, "--skip_bad=true")
+    assert written(tmp_path) == []
+    done = prepare(columned_chat, source=path, skip_bad="true")
+    assert done.returncode == 0 and "record 2 of train" in done.stderr
+    assert done.stdout.splitlines()[-1].startswith("left out: 1 bad")
+    assert [talk[0]["content"] for talk in read_back("data/columned_chat")["train"]] == ["question 0 ?", "question 2 ?"]
+
+
+def test_damage_within_the_file_is_placed_and_can_be_skipped(prepare, tmp_path):
+    path = columned_file(tmp_path / "f.json", [columned(i) for i in range(40)], [columned(99)])
+    text = path.read_text()
+    path.write_text(text.replace('"question 3 ?"', "question 3 ?"))
+    at = text.index('"question 3 ?"')
+    assert_refused(prepare(columned_chat, source=path), "behind record 3 of train", f"at character {at:,}")
+    done = prepare(columned_chat, source=path, skip_bad="true")
+    asked = [talk[0]["content"] for talk in read_back("data/columned_chat")["train"]]
+    assert asked == [f"question {i} ?" for i in range(40) if i != 3] and "1 bad" in done.stdout
+
+
+def test_a_file_that_was_cut_is_refused_or_used_as_far_as_it_goes(prepare, tmp_path):
+    path = columned_file(tmp_path / "f.json", [columned(i) for i in range(100)], [columned(999)])
+    path.write_text(path.read_text()[: path.read_text().index("question 60 ?")])
+    assert_refused(prepare(columned_chat, source=path), path, "behind record 60 of train", "ends within a value")
+    done = prepare(columned_chat, source=path, skip_bad="true")
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    splits = read_back("data/columned_chat")
+    assert sorted(talk[0]["content"] for talk in splits["train"] + splits["val"]) == sorted(
+        f"question {i} ?" for i in range(60)
+    )
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"test": []}', '{"train": {}}', "<html>", '{"train": [], "validation": []}'], ids=repr
+)
+def test_another_file_is_refused(prepare, tmp_path, content):
+    path = tmp_path / "f.json"
+    path.write_text(content)
+    assert_refused(prepare(columned_chat, source=path))
+    assert written(tmp_path) == []
+
+
+def test_a_file_larger_than_memory_can_be_streamed(tmp_path):
+    path = columned_file(tmp_path / "f.json", [columned(1) | {"Assistant": "x" * 500_000}] * 40, [columned(2)])  # 20 MB
+    tracemalloc.start()
+    assert sum(1 for _ in columned_chat.records(path, None, False)) == 41
+    highest = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert highest < 10e6
+
+
+def test_the_hub_has_it(prepare, web, monkeypatch):
+    hub = web.folder / "datasets" / "Locutusque" / "ColumnedChatCombined" / "resolve" / "main"
+    hub.mkdir(parents=True)
+    columned_file(hub / "formatted_data.json", [columned(1)], [columned(2)])
+    monkeypatch.setenv("HF_ENDPOINT", web.url)
+    assert prepare(columned_chat).returncode == 0
+    assert read_back("data/columned_chat")["val"] == [exchange("question 2 ?", "answer 2 .")]
+
+
+# ---- plain text
+
+
+def test_plain_text_is_divided_by_paragraphs_and_learned_whole(prepare, tmp_path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "a.txt").write_text("\ufeff" + "".join(f"line {i}\n  goes on\n\n\n" for i in range(100)))
+    (folder / "b.txt").write_text("a story\n<|endoftext|>\nanother\n")
+    assert prepare(plain_text, source=folder).returncode == 0
+    shards = {split: open_shard(f"data/text/{split}.bin") for split in ("train", "val")}
+    found = {split: Tokenizer().decode(shard.tokens.tolist()).split("\n\n") for split, shard in shards.items()}
+    assert all(paragraphs.pop() == "" for paragraphs in found.values())
+    expected = [*(f"line {i} goes on" for i in range(100)), "a story", "another"]
+    assert sorted(found["train"] + found["val"]) == sorted(expected)
+    assert 1 <= len(found["val"]) < 20
+    assert all(shard.mask(0, len(shard.tokens)).all() for shard in shards.values())
+
+
+def test_text_without_a_source_or_a_second_paragraph_is_refused(prepare, tmp_path):
+    assert_refused(prepare(plain_text), "--source=PATH")
+    (tmp_path / "a.txt").write_text("one line\n")
+    assert_refused(prepare(plain_text, source=tmp_path / "a.txt"), "no text is left")
+    assert written(tmp_path) == []

@@ -1,0 +1,136 @@
+"""Conversations in three columns, System, User and Assistant: python prepare/columned_chat.py [--source=PATH]
+
+Without --source, Locutusque's ColumnedChatCombined is downloaded (2.66 GB), from which gpt2-conversational-or-qa was
+made. --source takes its formatted_data.json, {"train": [...], "validation": [...]}, also gzipped; it is read piece by
+piece.
+"""
+
+import mmap
+import sys
+from dataclasses import dataclass
+
+from corpus import Config as CorpusConfig
+from corpus import JsonStream, divide, existing, prepare
+
+from configurator import run
+from download import hub_file
+
+SPLITS = {"train": "train", "validation": "val"}
+COLUMNS = {"System": "system", "User": "user", "Assistant": "assistant"}  # -> role
+
+
+@dataclass
+class Config(CorpusConfig):
+    template: str = "user_assistant"
+    max_examples: int = 0  # take so many of each split, the first ones; 0: all. The model was made from 245,000
+    english: bool = False  # leave out what is not English, by py3langid
+    skip_bad: bool = False  # go on behind what cannot be read
+
+
+def conversation(record):
+    """Return the messages of a record; none where the question or the answer is blank. Raises ValueError for one that
+    has no such columns."""
+    if not isinstance(record, dict):
+        raise ValueError(f"is no object: {str(record)[:40]!r}")
+    texts = {role: record.get(column) for column, role in COLUMNS.items()}
+    if texts["system"] is None:
+        texts["system"] = ""
+    for column, role in COLUMNS.items():
+        if not isinstance(texts[role], str):
+            raise ValueError(f"has {f'{texts[role]!r:.40} as' if column in record else 'no'} {column}")
+    texts = {role: text.strip() for role, text in texts.items()}
+    if not (texts["user"] and texts["assistant"]):
+        return []
+    return [{"role": role, "content": text} for role, text in texts.items() if text]
+
+
+def records(path, bad, skip_bad):
+    """Yield (train or validation, number, record) of a file.
+
+    What cannot be read goes to bad(where, error); with skip_bad, the rest is read then as far as there is one.
+    """
+    where = "its beginning"
+    with open(path, encoding="utf-8", errors="replace") as file:
+        stream = JsonStream(file)
+
+        def skip(error):
+            bad(where, error)
+
+        try:
+            stream.expect("{")
+            while True:
+                list_name = stream.value()
+                stream.expect(":")
+                if list_name not in SPLITS:
+                    raise ValueError(f"{str(list_name)[:40]!r} is neither train nor validation")
+                for number, record in enumerate(stream.items(skip if skip_bad else None), 1):
+                    yield list_name, number, record
+                    where = f"behind record {number:,} of {list_name}"
+                if stream.expect(",", "}") == "}":
+                    break
+        except (ValueError, RecursionError) as error:
+            bad(f"{where}, at character {stream.position:,}", error)
+
+
+def conversations(config, path, counts):
+    """Yield (train or validation, messages), and count in `counts` what is left out, by its reason."""
+
+    def bad(where, error):
+        """Count it, and show the first five. Raises ValueError unless it may be skipped."""
+        if not config.skip_bad:
+            raise ValueError(f"{path}, {where}: {error}\n--skip_bad=true goes on behind it") from None
+        counts["bad"] += 1
+        if counts["bad"] <= 5:
+            print(f"{path}, {where}: {error}", file=sys.stderr)
+
+    in_english = classifier() if config.english else None
+    taken = dict.fromkeys(SPLITS, 0)
+    for list_name, number, record in records(path, bad, config.skip_bad):
+        if taken[list_name] == config.max_examples > 0:
+            continue
+        try:
+            messages = conversation(record)
+        except ValueError as error:
+            bad(f"record {number:,} of {list_name}", error)
+            continue
+        if not messages:
+            counts["blank"] += 1
+        elif in_english and not in_english(messages):
+            counts["not English"] += 1
+        else:
+            taken[list_name] += 1
+            yield list_name, messages
+
+
+def classifier():
+    """Return the function that says whether messages are English. Raises ValueError without the package it needs."""
+    try:
+        from py3langid import classify
+    except ModuleNotFoundError:
+        raise ValueError("english=true needs a package that tells languages apart: pip install py3langid") from None
+    return lambda messages: classify(" ".join(message["content"][:500] for message in messages))[0] == "en"
+
+
+def main(config):
+    if config.max_examples < 0:
+        raise ValueError(f"max_examples={config.max_examples} is too small")
+    if config.source:
+        path = existing(config.source)
+    else:
+        path = hub_file("Locutusque/ColumnedChatCombined", "formatted_data.json", kind="datasets")
+    counts = {"bad": 0, "blank": 0, "not English": 0}
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        both = content.rfind(b'"validation"') >= 0
+    found = conversations(config, path, counts)
+    if both:
+        found = ((SPLITS[list_name], messages) for list_name, messages in found)
+    else:
+        found = divide((str(messages), messages) for _, messages in found)
+    prepare(config, "columned_chat", found)
+    print("left out: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+
+
+if __name__ == "__main__":
+    run(main, Config)

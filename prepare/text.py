@@ -1,0 +1,34 @@
+"""Plain text, to learn a language from: python prepare/text.py --source=PATH
+
+PATH is a .txt file or a folder of them, such as Project Gutenberg's books or TinyStories. Paragraphs, which end in a
+blank line, are divided 95 to 5.
+"""
+
+from corpus import Config, divide, existing, prepare_text
+
+from configurator import run
+
+
+def paragraphs(source):
+    """Yield the paragraphs of a file or a folder, each with the blank line behind it, the lines of each joined."""
+    for path in sorted(source.rglob("*.txt")) if source.is_dir() else [source]:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            lines = []
+            for line in file:
+                if line.strip() not in ("", "<|endoftext|>"):
+                    lines.append(line.strip())
+                elif lines:
+                    yield " ".join(lines) + "\n\n"
+                    lines = []
+            if lines:
+                yield " ".join(lines) + "\n\n"
+
+
+def main(config):
+    if not config.source:
+        raise ValueError("--source=PATH is needed: a .txt file or a folder of them")
+    prepare_text(config, "text", divide((text, text) for text in paragraphs(existing(config.source))))
+
+
+if __name__ == "__main__":
+    run(main, Config)
