@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from checkpoint import default_model, load_model, pick_device, pick_dtype
 from configurator import run
 from generate import Engine, stream
-from sampling import ChatSampling
+from sampling import ChatSampling, for_template
 from tokenizer import fit_context
 
 COMMANDS = """\
@@ -42,7 +42,7 @@ class Chat:
         dtype = pick_dtype(config.dtype, device, inference=True)
         self.model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
         self.engine = Engine(self.model, n_vocab=self.tokenizer.n_vocab)  # keeps what the turns before have computed
-        self.config, self.messages, self.replies = config, [], 0
+        self.config, self.messages, self.replies = for_template(config, self.tokenizer.template), [], 0
         self.dropped = 0  # so many of the oldest turns are out of the model's sight
         self.room = self.model.config.block_size - config.max_new_tokens
         if self.room < len(self.tokenizer.render([SHORT], add_generation_prompt=True)[0]) or config.max_new_tokens < 1:

@@ -23,7 +23,8 @@ from pathlib import Path
 def parse(Config, argv):
     """Return a `Config` with its defaults overridden by the files and arguments in `argv`, in their order.
 
-    Raises ValueError for an unknown knob or a value of the wrong type, FileNotFoundError for a missing file.
+    Its attribute `given` has the names of the knobs that these set. Raises ValueError for an unknown knob or a value of
+    the wrong type, FileNotFoundError for a missing file.
     """
     values = {}
     for arg in argv:
@@ -38,7 +39,9 @@ def parse(Config, argv):
         else:
             for name, value in _run_file(arg).items():
                 values[name] = _checked(_field(Config, name, arg), value, arg)
-    return Config(**values)
+    config = Config(**values)
+    config.given = frozenset(values)
+    return config
 
 
 def run(main, Config):

@@ -4,7 +4,7 @@ The next token: what the options are, what they do to the logits, and the draw.
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,6 +54,17 @@ class ChatSampling(Sampling):
     top_k: int = 50
     top_p: float = 0.9
     frequency_penalty: float = 0.3
+
+
+# with what the models of another template were shown: gpt2-conversational-or-qa's card
+OF_TEMPLATE = {"user_assistant": {"top_k": 35, "top_p": 0.80}}
+
+
+def for_template(config, template):
+    """Return the config of a chat, with the sampling of that template where the person who talks has given none."""
+    given = getattr(config, "given", ())
+    changed = {name: value for name, value in OF_TEMPLATE.get(template, {}).items() if name not in given}
+    return replace(config, **changed)
 
 
 def penalize(logits, options, prompt, new, logit_bias=()):

@@ -509,3 +509,13 @@ def test_a_logit_bias_of_an_id_that_cannot_be_chosen_is_refused(model, token, n_
 def test_a_prompt_with_an_id_that_the_model_has_not_is_refused(model, token):
     with pytest.raises(ValueError, match=str(token)):
         Engine(model).add([1, token, 2], Sampling())
+
+
+def test_a_chat_in_locutusques_template_samples_as_its_card_unless_told_otherwise():
+    from configurator import parse
+    from sampling import ChatSampling, for_template
+
+    plain = for_template(parse(ChatSampling, []), "user_assistant")
+    assert (plain.top_k, plain.top_p, plain.temperature) == (35, 0.80, ChatSampling.temperature)
+    assert for_template(parse(ChatSampling, ["--top_k=50"]), "user_assistant").top_k == 50
+    assert for_template(parse(ChatSampling, []), "human_bot") == ChatSampling()
