@@ -1,10 +1,11 @@
 """
-Measure: python bench.py decode|train|prepare|fidelity [--knob=value ...]
+Measure: python bench.py decode|train|prepare|fidelity|candidates [--knob=value ...]
 
     decode      how fast a model reads prompts and writes: tokens a second, bytes of weights a second, memory, start-up
     train       how fast it learns: tokens and supervised tokens a second, beside nanoGPT's and transformers' loop
     prepare     how fast conversations become a shard, beside tiktoken alone, and in how much memory
     fidelity    what a dtype costs: how far its next-token distributions are from float32's, on real text
+    candidates  what ranking the candidates of a line of PersonaChat costs, beside scoring its reply alone
 
 Progress goes to stderr; the last line on stdout is the result as one JSON object.
 """
@@ -31,12 +32,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import keep_freed_memory, load_model, pick_device, pick_dtype
 from configurator import run
+from convai2 import loglikelihoods
 from generate import Engine
 from model import PRESETS, move
 from monitor import peak_flops
 from sampling import Sampling
 from shards import Loader, find_shards, open_shard
-from tokenizer import Tokenizer, gpt2_encoding
+from tokenizer import Tokenizer, fit_context, gpt2_encoding
+
+sys.path.append(str(Path(__file__).with_name("prepare")))
+from personachat import examples
 
 ITEMSIZE = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.int8: 1}
 
@@ -83,6 +88,15 @@ class Fidelity:
     positions: int = 2000  # next-token distributions to compare
     dtype: str = "int8"  # what to compare with float32: bfloat16, float16, int8
     device: str = "cpu"  # cpu, cuda
+
+
+@dataclass
+class Candidates:
+    source: str = ""  # PersonaChat's or ConvAI2's archive, folder or valid file; candidates it lacks are other replies
+    lines: int = 50  # of it, drawn at random
+    init_from: str = "random:gpt2"  # as for chat.py
+    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
 def decode(config):
@@ -313,6 +327,39 @@ def fidelity(config):
     }
 
 
+def candidates(config):
+    """Return the time of scoring 20 candidates behind one context as a multiple of that of the reply alone (`ratio`),
+    and the tokens of context and candidates a second."""
+    at_least_1(config, "lines")
+    if not Path(config.source or "-").exists():
+        raise FileNotFoundError(f"source={config.source} does not exist: the archive of PersonaChat, or its valid file")
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device, inference=True)
+    model, tokenizer = load_model(config.init_from, device, dtype, inference=True)
+    draw = random.Random(0)
+    found = examples(Path(config.source))
+    replies = [reply for _, _, reply, _ in found]
+    seconds, n_tokens = [[], []], 0
+    for persona, said, reply, others in draw.sample(found, min(config.lines, len(found))):
+        texts = others or [*draw.sample(replies, 19), reply]
+        continuations = [[*tokenizer.encode(" " + text), tokenizer.eos_id] for text in texts]
+        room = model.config.block_size - max(map(len, continuations))
+        context, _ = fit_context(tokenizer, [{"role": "system", "content": persona}, *said], room)
+        for which, scored in enumerate((continuations, continuations[-1:])):
+            t0 = time.perf_counter()
+            loglikelihoods(model, context, scored)  # whose floats say that the device is done
+            seconds[which].append(time.perf_counter() - t0)
+        n_tokens += len(context) + sum(map(len, continuations))
+        print(f"{len(seconds[0])} lines", file=sys.stderr)
+    all_of_them, alone = map(sum, seconds)
+    return {
+        "tokens_per_s": n_tokens / all_of_them,
+        "seconds": all_of_them,
+        "seconds_alone": alone,
+        "ratio": all_of_them / alone,
+    }
+
+
 def at_least_1(config, *names):
     """Raise ValueError for a knob below 1."""
     for name in names:
@@ -330,7 +377,7 @@ def peak_memory(device):
 
 
 MODES = {"decode": (decode, Decode), "train": (train, Train), "prepare": (prepare, Prepare)}
-MODES |= {"fidelity": (fidelity, Fidelity)}
+MODES |= {"fidelity": (fidelity, Fidelity), "candidates": (candidates, Candidates)}
 
 
 def main():

@@ -9,7 +9,6 @@ whether it remembers what it was told, with names, facts and sentences that prep
 import json
 import math
 import random
-import re
 import sys
 import time
 from contextlib import contextmanager
@@ -18,22 +17,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sacrebleu.metrics import BLEU, CHRF
 
 from checkpoint import default_model, keep_freed_memory, load_model, pick_device, pick_dtype, replacing
 from configurator import run
+from convai2 import PUBLISHED, marks
 from generate import generate
+from metrics import METRICS, f1, likeness, manner, predict, remembers
+from report import page, read_run
 from sampling import ChatSampling, Sampling
-from shards import Loader, find_shards
-from tokenizer import END_OF_TEXT
+from shards import Loader, find_shards, open_shard
+from tokenizer import END_OF_TEXT, Tokenizer, fit_context
 
 sys.path.append(str(Path(__file__).with_name("prepare")))
+from personachat import examples
 from recall import Speaker, probe
 
 PROBES = {"recall_1": 1, "recall_3": 3, "recall_6": 6, "persona": 0}  # -> exchanges since the fact was told
-METRICS = {"bleu": BLEU(force=True), "chrf": CHRF()}  # force: without a warning that PersonaChat is tokenized
 SAMPLING = [field.name for field in fields(Sampling)]
-ROWS = 256  # of logits at once: 50 MB in float32
+SHOWN = 20  # conversations in a report
 REPLIES = 64  # that are generated at once, between two looks at the clock
 
 
@@ -48,7 +49,11 @@ class Config(ChatSampling):
     batch_size: int = 8  # rows at once
     replies: int = 200  # generate so many
     probes: int = 100  # ask for so many facts of each kind
+    convai2: str = ""  # PersonaChat's or ConvAI2's archive, folder or valid file: F1, Hits@1, perplexities of all lines
+    first_batches: int = 0  # instead of all that, fine-tune for so many batches, and show each
+    learning_rate: float = 5e-5  # for these
     json: str = ""  # write the figures to this file too
+    report: str = ""  # and a page to look at: figures, loss curves, lengths, conversations side by side; FILE.html
     seed: int = 1337  # of the replies and the probes
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16, int8; auto is float16 on an x86 CPU, bfloat16 on CUDA
@@ -58,7 +63,7 @@ class Config(ChatSampling):
 
 
 @torch.no_grad()
-def predict(model, loader, device):
+def predictions(model, loader, device):
     """Return {loss, perplexity, token_accuracy, reward, penalty} over all supervised tokens of a Loader.
 
     loss: mean cross-entropy in nats; perplexity: its exponential. token_accuracy: the share of tokens that are the
@@ -66,35 +71,24 @@ def predict(model, loader, device):
     likeliest tokens that are the likeliest one a position before too, within a reply ("words repeated one after the
     other"). 16-bit weights give figures of their own: take dtype=float32 to compare with other programs.
     """
-    n = n_pairs = 0
-    sums = torch.zeros(3, dtype=torch.float64)  # loss, right, repeated
+    sums = torch.zeros(5, dtype=torch.float64)
     n_batches = -(-loader.n_rows // loader.batch_size)
     with progress("predicting", n_batches) as shown:
         for number in range(n_batches):
             x, y, documents = loader.batch(number)
             rows = min(loader.batch_size, loader.n_rows - number * loader.batch_size)
             y[rows:] = -100  # of the next epoch
-            at = (y.flatten() != -100).nonzero()[:, 0]  # (N,)
-            if not len(at):
-                continue
-            hidden = model.hidden(x.to(device), documents=documents.to(device))
-            hidden, targets = hidden.flatten(0, 1)[at.to(device)], y.flatten()[at].to(device)  # (N, C), (N,)
-            likeliest = []
-            for h, target in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
-                logits = model.lm_head(h).float()  # (rows, V)
-                likeliest.append(logits.argmax(-1))
-                chosen = logits.gather(1, target[:, None])[:, 0]
-                sums[0] += (logits.logsumexp(-1) - chosen).sum().item()
-            likeliest = torch.cat(likeliest)
-            document = torch.searchsorted(documents, at.int(), right=True)
-            follows = (at.diff() == 1) & (document.diff() == 0)  # (N - 1,): the one before is of the same reply
-            sums[1] += (likeliest == targets).sum().item()
-            sums[2] += (likeliest.diff() == 0)[follows.to(device)].sum().item()
-            n, n_pairs = n + len(at), n_pairs + follows.sum().item()
+            if (y != -100).any():
+                sums += predict(model, x, y, documents, device).sums()
             shown(number + 1)
-    loss, right = (sums[:2] / n).tolist()
-    figures = {"loss": loss, "perplexity": math.exp(loss), "token_accuracy": right, "reward": right}
-    return figures | {"penalty": sums[2].item() / max(1, n_pairs)}
+    return rates(sums)
+
+
+def rates(sums):
+    """Return {loss, perplexity, token_accuracy, reward, penalty} of Prediction.sums()."""
+    nll, right, repeated, n, n_pairs = sums.tolist()
+    figures = {"loss": nll / n, "perplexity": math.exp(nll / n), "token_accuracy": right / n, "reward": right / n}
+    return figures | {"penalty": repeated / max(1, n_pairs)}
 
 
 # 2. what the model says itself
@@ -148,50 +142,40 @@ class Reply:
     spoke_on: bool  # wrote the opener of another turn
 
 
-def words(text):
-    """Return the words and punctuation marks of a text, in lower case."""
-    return re.findall(r"\w+|[^\w\s]", text.lower())
+# 3. what it comes to when it is trained: gpt2-conversational-or-qa's table of its first batches
 
 
-def ngrams(text, n):
-    tokens = words(text)
-    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-
-
-def manner(texts, tokenizer):
-    """Return how varied replies are and how long, in tokens: {distinct_1, distinct_2, repeated_4grams, mean_length}."""
-    figures = {"distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2)}
-    mean_length = sum(len(tokenizer.encode(text)) for text in texts) / len(texts)
-    return figures | {"repeated_4grams": repeated_4grams(texts), "mean_length": mean_length}
-
-
-def distinct(texts, n):
-    """Return the share of different n-grams among all (Li et al. 2016, arXiv 1510.03055); of words."""
-    grams = [gram for text in texts for gram in ngrams(text, n)]
-    return len(set(grams)) / max(1, len(grams))
-
-
-def repeated_4grams(texts):
-    """Return the share of 4-grams of words that came before in the same text."""
-    grams = [ngrams(text, 4) for text in texts]
-    return sum(len(g) - len(set(g)) for g in grams) / max(1, sum(map(len, grams)))
-
-
-def likeness(texts, references):
-    """Return {bleu, chrf} of a corpus by sacrebleu, each from 0 to 1."""
-    return {name: metric.corpus_score(texts, [references]).score / 100 for name, metric in METRICS.items()}
-
-
-# 3. what the model remembers
-
-
-def remembers(text, value):
-    """Return whether a reply names the value that was asked for: as whole words, in any case."""
-    return f" {' '.join(words(value))} " in f" {' '.join(words(text))} "
+def first_batches(config, name):
+    """Fine-tune a model on `dataset`'s training split for so many batches; return [{loss, reward, penalty, bleu}], of
+    each before the step on it. bleu: of the likeliest tokens, reply by reply, against those that were said."""
+    device = pick_device(config.device)
+    model, tokenizer = load_model(name, device)
+    shards = find_shards(config.data_dir, config.dataset, "train")
+    if (template := open_shard(shards[0][0]).template) not in (None, tokenizer.template):
+        tokenizer = Tokenizer(template)  # which a base that knows no turns takes as well as any other
+        if tokenizer.n_vocab > model.config.vocab_size:
+            model.grow_vocab(tokenizer.n_vocab)
+    loader = Loader(shards, config.batch_size, model.config.block_size, config.seed, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)
+    batches = []
+    with progress(f"training {name}", config.first_batches) as shown:
+        for number in range(config.first_batches):
+            x, y, documents = loader.batch(number)
+            prediction = predict(model, x, y, documents, device)
+            figures = rates(prediction.sums())
+            pairs = zip(*([tokenizer.decode(ids) for ids in pair] for pair in prediction.replies()), strict=True)
+            figures |= likeness(*map(list, pairs))
+            batches.append({key: figures[key] for key in BATCH_COLUMNS})
+            model(x.to(device), y, documents=documents.to(device))[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            shown(number + 1)
+    return batches
 
 
 # 4. one model, or two side by side
 
+BATCH_COLUMNS = ("loss", "reward", "penalty", "bleu")
 ROWS_OF_TABLE = {
     "loss": ("loss, nats a token", ".4f"),
     "perplexity": ("perplexity", ".2f"),
@@ -211,6 +195,12 @@ ROWS_OF_TABLE = {
     "recall_6": ("recall of what was told 6 exchanges ago", ".1%"),
     "persona": ("recall of its persona", ".1%"),
 }
+CONVAI2 = {  # if it is asked for
+    "f1": ("ConvAI2: F1", ".1%"),
+    "hits_1": ("ConvAI2: Hits@1 of 20 candidates", ".1%"),
+    "persona_perplexity": ("ConvAI2: perplexity with the persona", ".2f"),
+    "plain_perplexity": ("ConvAI2: perplexity without", ".2f"),
+}
 
 
 class Material:
@@ -228,6 +218,7 @@ class Material:
                 short = f"max_new_tokens={config.max_new_tokens} and a probe of {longest} tokens are beyond the context"
                 raise ValueError(f"{short}, {context}: lower the one, or leave the other out by --probes=0")
             self.probes[name] = prompts, [value for _, value in asked]
+        self.lines = examples(Path(config.convai2), config.max_conversations) if config.convai2 else []
         self.loader, self.prompts, self.references = None, [], []
         if config.dataset:
             shards = [(path, 1.0) for path, _ in find_shards(config.data_dir, config.dataset, "val")]
@@ -241,19 +232,31 @@ class Material:
 
 
 def evaluate(config, model, tokenizer, material):
-    """Return {name: figure} of a model, for each name in ROWS_OF_TABLE, None where nothing was asked for.
+    """Return {name: figure} of a model, for each name in ROWS_OF_TABLE (None where nothing was asked for), and [reply].
 
     `ended` and `speaks_for_human` are of all replies, those to the probes too; the latter counts the openers of other
     turns, the human's or another of its own.
     """
-    figures, said = dict.fromkeys(ROWS_OF_TABLE), []
+    figures, replies, said = dict.fromkeys(ROWS_OF_TABLE), [], []
     sampling = {name: getattr(config, name) for name in SAMPLING}
     if material.loader:
-        figures |= predict(model, material.loader, model.transformer.wpe.weight.device)
+        figures |= predictions(model, material.loader, model.transformer.wpe.weight.device)
     if material.prompts:
-        said = reply(model, tokenizer, material.prompts, sampling, config.seed, "replying")
-        texts = [r.text for r in said]
-        figures |= likeness(texts, material.references) | manner(texts, tokenizer)
+        said += reply(model, tokenizer, material.prompts, sampling, config.seed, "replying")
+        replies = [r.text for r in said]
+        figures |= likeness(replies, material.references) | manner(replies, tokenizer)
+    if material.lines:
+        with progress("ranking", len(material.lines)) as shown:
+            figures |= marks(model, tokenizer, material.lines, shown)
+        room = model.config.block_size - config.max_new_tokens
+        openers = []
+        for persona, messages, _, _ in material.lines:
+            system = [{"role": "system", "content": persona}] if persona else []
+            openers.append(fit_context(tokenizer, system + messages, room)[0])
+        answers = reply(model, tokenizer, openers, sampling, config.seed, "replying")
+        pairs = zip(answers, material.lines, strict=True)
+        figures["f1"] = sum(f1(answer.text, gold) for answer, (_, _, gold, _) in pairs) / len(answers)
+        said += answers
     for name, (prompts, values) in material.probes.items():
         if prompts:
             answers = reply(model, tokenizer, prompts, sampling, config.seed, name)
@@ -263,7 +266,7 @@ def evaluate(config, model, tokenizer, material):
     if said:
         figures["ended"] = sum(r.ended for r in said) / len(said)
         figures["speaks_for_human"] = sum(r.spoke_on for r in said) / len(said)
-    return figures
+    return figures, replies
 
 
 @contextmanager
@@ -288,6 +291,7 @@ def main(config):
         ("max_conversations", 0),
         ("replies", 0),
         ("probes", 0),
+        ("first_batches", 0),
         ("batch_size", 1),
         ("max_new_tokens", 1),
     ):
@@ -299,14 +303,23 @@ def main(config):
     for name in names:
         if Path(name).is_dir() and not any((Path(name) / file).exists() for file in ("tokenizer.json", "vocab.json")):
             raise FileNotFoundError(f"{name} has no tokenizer.json: figures would be of tokens that nobody knows")
-    if not Path(config.json or ".").parent.is_dir():
-        raise FileNotFoundError(f"json={config.json}: there is no such folder")
-    if config.dataset:
-        find_shards(config.data_dir, config.dataset, "val")  # before models are fetched
+    for name in ("json", "report"):
+        if not Path(getattr(config, name) or ".").parent.is_dir():
+            raise FileNotFoundError(f"{name}={getattr(config, name)}: there is no such folder")
+    if config.convai2 and not Path(config.convai2).exists():
+        raise FileNotFoundError(f"convai2={config.convai2} does not exist")
+    if config.first_batches and not config.dataset:
+        raise ValueError("first_batches needs a dataset")
+    if config.dataset:  # before models are fetched
+        find_shards(config.data_dir, config.dataset, "train" if config.first_batches else "val")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device, inference=True)
     if device == "cpu":
         keep_freed_memory()
+    if config.first_batches:
+        figures = {name: first_batches(config, name) for name in names}
+        print(table_of_batches(figures))
+        return write(config.json, json.dumps(figures, indent=2) + "\n")
     models = {name: load_model(name, device, dtype, inference=True) for name in names}
     for name, (model, tokenizer) in models.items():
         if tokenizer.n_vocab > (n := model.config.vocab_size):
@@ -318,24 +331,53 @@ def main(config):
     material = Material(config, tokenizer, min(model.config.block_size for model, _ in models.values()))
     if material.loader and (lost := material.loader.n_lost):
         print(f"{lost:,} tokens are left out, of exchanges beyond the context")
-    figures = {name: evaluate(config, *models[name], material) for name in names}
+    figures, replies = {}, {}
+    for name in names:
+        figures[name], replies[name] = evaluate(config, *models[name], material)
     people = {"people": manner(material.references, tokenizer)} if material.references else {}
-    print(table(figures | people))
+    rows = table(figures | people | (PUBLISHED if config.convai2 else {}))
+    widths = [max(len(name) + 2, 10) for name in rows[0][1:]]
+    for label, *cells in rows:
+        print(f"{label:46}{''.join(f'{cell:>{width}}' for cell, width in zip(cells, widths, strict=True))}".rstrip())
     if people:
         print("\n".join(f"sacrebleu's {name}: {metric.get_signature()}" for name, metric in METRICS.items()))
-    if config.json:
-        with replacing(Path(config.json)) as path:
-            path.write_text(json.dumps(figures, indent=2) + "\n")
+    write(config.json, json.dumps(figures, indent=2) + "\n")
+    if config.report:
+        replies |= {"people": material.references} if people else {}
+        runs = {name: read_run(name) for name in names if (Path(name) / "metrics.jsonl").exists()}
+        lengths = {name: [len(tokenizer.encode(text)) for text in texts] for name, texts in replies.items() if texts}
+        talks = [
+            (tokenizer.parse(prompt), dict(zip(replies, texts, strict=True)))
+            for prompt, *texts in list(zip(material.prompts, *replies.values(), strict=True))[:SHOWN]
+        ]
+        write(config.report, page(" and ".join(names), rows, runs, lengths, talks))
+
+
+def write(path, text):
+    """Write a file, if it has a name."""
+    if path:
+        with replacing(Path(path)) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def table(figures):
-    """Return {name: figures} as text: a row for each figure that there is, a column for each name."""
-    lines = [" " * 46 + "".join(f"{name:>{max(len(name) + 2, 10)}}" for name in figures)]
-    for key, (label, form) in ROWS_OF_TABLE.items():
-        cells = [(row.get(key), max(len(name) + 2, 10)) for name, row in figures.items()]
-        if any(value is not None for value, _ in cells):
-            cells = (" " * width if value is None else f"{value:>{width}{form}}" for value, width in cells)
-            lines.append(f"{label:46}{''.join(cells)}".rstrip())
+    """Return {name: figures} as rows of cells: one for each figure that there is, a column for each name."""
+    rows = [["", *figures]]
+    for key, (label, form) in (ROWS_OF_TABLE | CONVAI2).items():
+        values = [row.get(key) for row in figures.values()]
+        if any(value is not None for value in values):
+            rows.append([label, *("" if value is None else f"{value:{form}}" for value in values)])
+    return rows
+
+
+def table_of_batches(figures):
+    """Return {name: [figures of a batch]} as text: a row for each batch, four columns for each name."""
+    width = 10 * len(BATCH_COLUMNS)
+    lines = ["     " + "".join(f"  {name:>{width - 2}}" for name in figures)]
+    lines.append("batch" + "".join(f"{key:>10}" for key in BATCH_COLUMNS) * len(figures))
+    for number, row in enumerate(zip(*figures.values(), strict=True), 1):
+        cells = (f"{batch[key]:>10{'.4f' if key == 'loss' else '.1%'}}" for batch in row for key in BATCH_COLUMNS)
+        lines.append(f"{number:5}{''.join(cells)}")
     return "\n".join(lines)
 
 

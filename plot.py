@@ -5,8 +5,6 @@ Each OUT_DIR is the out_dir of a run of train.py, whose metrics.jsonl is read. W
 in the terminal.
 """
 
-import contextlib
-import json
 import math
 import shutil
 import statistics
@@ -17,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import run
+from report import losses, read_run
 
 GLYPHS = ("·●", "+■", "×◆", "~▲", "-▼", "=★")  # in the terminal: a run's loss, its validation loss
 
@@ -24,31 +23,6 @@ GLYPHS = ("·●", "+■", "×◆", "~▲", "-▼", "=★")  # in the terminal: 
 @dataclass
 class Plot:
     png: str = "loss.png"  # where the picture is written
-
-
-def read_run(directory):
-    """Return {"loss": {iter: nats}, "val_loss": {iter: nats}, "tokens_per_s": {iter: tokens a second}} of a run.
-
-    Raises FileNotFoundError where there is no metrics.jsonl, ValueError where it has no losses.
-    """
-    path = Path(directory) / "metrics.jsonl"
-    if not path.is_file():
-        what = path if Path(directory).is_dir() else directory
-        raise FileNotFoundError(f"{what} does not exist: give the out_dir of a run of train.py")
-    curves = {"loss": {}, "val_loss": {}, "tokens_per_s": {}}
-    for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):  # a line that a kill cut short
-            record = json.loads(line)
-            for name in curves.keys() & record.keys():
-                curves[name][record["iter"]] = math.nan if record[name] is None else record[name]
-    if not losses([curves]):
-        raise ValueError(f"{path} has no losses: train for longer, or lower log_interval")
-    return curves
-
-
-def losses(runs):
-    """Return all losses of the runs but the NaN or infinite one of a run that diverged, which cannot be drawn."""
-    return [y for curves in runs for name in ("loss", "val_loss") for y in curves[name].values() if math.isfinite(y)]
 
 
 def summary(name, curves):

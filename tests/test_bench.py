@@ -188,3 +188,15 @@ def test_prepare_measures_what_it_says_and_its_figures_agree(here):
 )
 def test_a_measurement_that_cannot_be_is_refused_by_name(here, mode, knob):
     assert_refused(here(mode, knob), knob.removeprefix("--"))
+
+
+# candidates
+
+
+def test_candidates_are_scored_together_and_alone(directory, here, tmp_path):
+    lines = ["1 your persona: i like tea.", *(f"{i} hi {i}\tyes {i}\t\tno|why|yes {i}" for i in range(2, 8))]
+    (tmp_path / "valid.txt").write_text("\n".join(lines) + "\n")
+    result = result_of(here("candidates", f"--init_from={directory}", "--source=valid.txt", "--device=cpu"))
+    assert result["ratio"] == pytest.approx(result["seconds"] / result["seconds_alone"], rel=1e-3)
+    assert result["tokens_per_s"] > 0
+    assert_refused(here("candidates", "--source=nothing.txt"), "source=nothing.txt does not exist")

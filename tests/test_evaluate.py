@@ -13,7 +13,8 @@ from conftest import assert_refused, small_talk, write_shards
 import evaluate
 from checkpoint import load_model, save_model
 from configurator import run
-from evaluate import Config, Material, Reply, distinct, openings, predict, remembers, repeated_4grams, reply
+from evaluate import Config, Material, Reply, openings, predictions, reply
+from metrics import distinct, remembers, repeated_4grams
 from model import GPT, GPTConfig
 from shards import Loader, find_shards, open_shard
 from tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def test_loss_and_perplexity_are_those_of_transformers_on_the_same_tokens(data_d
     hf.save_pretrained(tmp_path / "hf")
     dtype = evaluate.pick_dtype(dtype, "cpu", inference=True)
     model, tokenizer = load_model(str(tmp_path / "hf"), dtype=dtype, inference=True)
-    figures = predict(model, Loader(find_shards(data_dir, "talk", "val"), 3, 64, 0, tokenizer), "cpu")
+    figures = predictions(model, Loader(find_shards(data_dir, "talk", "val"), 3, 64, 0, tokenizer), "cpu")
     loss = right = n = 0
     for messages in small_talk(10, seed=2):  # as in conftest.data_dir; some are longer than the context
         ids, mask = tokenizer.render(messages)
@@ -77,7 +78,7 @@ def test_reward_and_penalty_by_hand(tmp_path):
     # sees, for the tokens a a b b b END: ":" a a b b b. Right: the second a, the second and third b: 3 of 6. Of the 5
     # pairs of neighbours among the predictions (: a) (a a) (a b) (b b) (b b), 3 are repetitions.
     talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a a b b b"}]
-    figures = predict(Copier(), loader_of(tmp_path, [talk]), "cpu")
+    figures = predictions(Copier(), loader_of(tmp_path, [talk]), "cpu")
     assert (figures["reward"], figures["penalty"]) == (3 / 6, 3 / 5)
     wrong, right = (math.log(math.exp(5) + 50256) - logit for logit in (0, 5))
     assert figures["loss"] == pytest.approx((3 * wrong + 3 * right) / 6, rel=1e-5)
@@ -88,7 +89,7 @@ def test_the_end_of_a_reply_and_the_beginning_of_the_next_are_no_neighbours(tmp_
     # (c c) within the first row counts and that across the rows does not: 1 of 3 + 3 pairs.
     a, b, c, d, e, f, g = range(7)
     np.array([a, b, c, c, c, d, e, f, g], np.uint16).tofile(tmp_path / "val.bin")
-    figures = predict(Copier(), Loader([(tmp_path / "val.bin", 1.0)], 2, 4, 0, TOKENIZER), "cpu")
+    figures = predictions(Copier(), Loader([(tmp_path / "val.bin", 1.0)], 2, 4, 0, TOKENIZER), "cpu")
     assert figures["penalty"] == 1 / 6
 
 
@@ -97,7 +98,7 @@ def test_every_conversation_counts_once_whatever_the_batch(tmp_path):
     torch.manual_seed(1)
     model = GPT(GPTConfig(block_size=64, **SHAPE))
     losses = {
-        batch_size: predict(model, loader_of(tmp_path, conversations, batch_size), "cpu")["loss"]
+        batch_size: predictions(model, loader_of(tmp_path, conversations, batch_size), "cpu")["loss"]
         for batch_size in (1, 2, 5, 40)
     }
     assert max(losses.values()) - min(losses.values()) < 1e-5
@@ -183,7 +184,7 @@ def test_bleu_and_chrf_are_sacrebleus_of_the_same_replies(data_dir, model_dir):
 
     config = Config(dataset="talk", data_dir=str(data_dir), replies=6, probes=0, max_new_tokens=20)
     model, tokenizer = load_model(str(model_dir))
-    figures = evaluate.evaluate(config, model, tokenizer, Material(config, tokenizer, 256))
+    figures, _ = evaluate.evaluate(config, model, tokenizer, Material(config, tokenizer, 256))
     shard = open_shard(data_dir / "talk" / "val.bin")
     prompts, references = openings([shard], tokenizer, 6, 256 - 20, config.seed)
     options = {name: getattr(config, name) for name in evaluate.SAMPLING}
@@ -242,7 +243,7 @@ def test_text_without_turns_has_a_loss_and_no_replies(data_dir, model_dir):
         data_dir / "prose" / "val.bin"
     )
     config = Config(dataset="prose", data_dir=str(data_dir), probes=0)
-    figures = evaluate.evaluate(config, *load_model(str(model_dir)), Material(config, TOKENIZER, 256))
+    figures, _ = evaluate.evaluate(config, *load_model(str(model_dir)), Material(config, TOKENIZER, 256))
     assert figures["loss"] > 0 and figures["bleu"] is None and figures["ended"] is None
 
 
@@ -279,7 +280,9 @@ def test_two_models_are_measured_by_the_same_material(evaluated, data_dir, model
     """The shorter context is that of both, so that the same tokens are predicted and the same prompts answered."""
     save_model(GPT(GPTConfig(block_size=512, **SHAPE)), TOKENIZER, tmp_path / "longer")
     seen = []
-    monkeypatch.setattr(evaluate, "evaluate", lambda config, model, tokenizer, material: seen.append(material) or {})
+    monkeypatch.setattr(
+        evaluate, "evaluate", lambda config, model, tokenizer, material: seen.append(material) or ({}, [])
+    )
     done = evaluated("--init_from=longer", "--base=model", "--dataset=talk", "--probes=0", "--replies=0")
     assert done.returncode == 0, done.stderr
     assert seen[0] is seen[1] and seen[0].loader.block_size == 256

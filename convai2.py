@@ -1,0 +1,95 @@
+"""
+ConvAI2's own marks on PersonaChat: which of 20 candidates a model would say, and its perplexity.
+
+Dinan et al. 2019, arXiv 1902.00098. PUBLISHED, on the hidden test set: TransferTransfo (arXiv 1901.08149), a GPT of
+117M parameters with a head of its own for ranking, and its authors' code, transfer-learning-conv-ai.
+"""
+
+import math
+
+import torch
+
+from tokenizer import fit_context
+
+PUBLISHED = {
+    "TransferTransfo": {"persona_perplexity": 16.28, "hits_1": 0.807, "f1": 0.195},
+    "its code": {"persona_perplexity": 20.5, "hits_1": 0.79, "f1": 0.165},
+}
+
+
+class Branches:
+    """A context and, behind it in the same row, continuations that see it and not each other.
+
+    `idx` (1, T) int64 and `positions` (1, T) are what GPT.hidden takes; this itself stands in the place of its KVCache,
+    and keeps nothing. In one pass all continuations cost the tokens they have, and the context only once.
+    """
+
+    def __init__(self, context, continuations, model):
+        """context: ids, one at least; continuations: a list of ids each."""
+        wpe = model.transformer.wpe.weight
+        n, lengths = len(context), [len(ids) - 1 for ids in continuations]  # the last id is only a target
+        idx = [*context, *(token for ids in continuations for token in ids[:-1])]
+        positions = [*range(n), *(n + i for length in lengths for i in range(length))]
+        branch = [0] * n + [number for number, length in enumerate(lengths, 1) for _ in range(length)]
+        self.idx, self.positions, self.branch = (torch.tensor([x], device=wpe.device) for x in (idx, positions, branch))
+        self.kv = torch.empty(
+            0, dtype=model.kv_dtype or wpe.dtype, device=wpe.device
+        )  # attention computes in its dtype
+
+    def mask(self, positions):
+        """Return what is added to attention's scores, (1, 1, T, T)."""
+        of, seen = self.branch[0, :, None], self.branch[0]
+        hidden = ~(((seen == 0) | (seen == of)).tril())
+        return torch.zeros_like(hidden, dtype=self.kv.dtype).masked_fill_(hidden, -math.inf)[None, None]
+
+    def update(self, layer, positions, kv):
+        return kv
+
+
+@torch.no_grad()
+def loglikelihoods(model, context, continuations):
+    """Return [log-likelihood in nats] of continuations (a list of ids each) behind the ids of a context.
+
+    Raises ValueError where they do not fit into the model's context.
+    """
+    longest = len(context) + max(map(len, continuations)) - 1
+    if longest > model.config.block_size:
+        raise ValueError(f"{longest} tokens, but the model has {model.config.block_size} positions")
+    branches = Branches(context, continuations, model)
+    hidden = model.hidden(branches.idx, branches, branches.positions)[0]  # (T, C)
+    at, first = [], len(context)
+    for ids in continuations:  # where each of its tokens is predicted
+        at += [len(context) - 1, *range(first, first + len(ids) - 1)]
+        first += len(ids) - 1
+    targets = torch.tensor([token for ids in continuations for token in ids], device=hidden.device)
+    logprobs = model.lm_head(hidden[at]).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return [part.sum().item() for part in logprobs.split([len(ids) for ids in continuations])]
+
+
+def marks(model, tokenizer, lines, shown):
+    """Return {hits_1, persona_perplexity, plain_perplexity} over lines as prepare/personachat.py's `examples` has them.
+
+    hits_1: the share of lines whose reply has the highest log-likelihood a token of the candidates, which is how ParlAI
+    ranks with a model that generates; None where no line has candidates. Perplexity is that of the replies' tokens of
+    GPT-2's vocabulary, the end token too, with the persona before the conversation and without it. shown(n) is called
+    behind each line.
+    """
+    hits = ranked = n = 0
+    nll = {"persona_perplexity": 0.0, "plain_perplexity": 0.0}
+    for number, (persona, said, reply, candidates) in enumerate(lines, 1):
+        texts = [*candidates[:-1], reply]
+        replies = []
+        for text in texts:
+            ids, mask = tokenizer.render([{"role": "assistant", "content": text}])
+            replies.append([token for token, supervised in zip(ids, mask, strict=True) if supervised])
+        room = model.config.block_size - max(map(len, replies)) + 1
+        system = [{"role": "system", "content": persona}] if persona else []
+        scores = loglikelihoods(model, fit_context(tokenizer, system + said, room)[0], replies)
+        nll["persona_perplexity"] -= scores[-1]
+        nll["plain_perplexity"] -= loglikelihoods(model, fit_context(tokenizer, said, room)[0], replies[-1:])[0]
+        if candidates:
+            means = [score / len(ids) for score, ids in zip(scores, replies, strict=True)]
+            hits, ranked = hits + (means[-1] == max(means)), ranked + 1
+        n += len(replies[-1])
+        shown(number)
+    return {"hits_1": hits / ranked if ranked else None} | {name: math.exp(total / n) for name, total in nll.items()}
