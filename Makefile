@@ -48,7 +48,7 @@ data/mine-%/train.bin: | .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
-test-all: .venv/installed-dev
+test-all: .venv/installed-all
 	$(BIN)/python -m pytest -m ''
 
 lint: .venv/installed-dev
@@ -64,6 +64,10 @@ lint: .venv/installed-dev
 
 .venv/installed-dev: .venv/installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+.venv/installed-all: .venv/installed-dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,lm-eval]'
 	@touch $@
 
 # The environment, the prepared data and the trained weights
