@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import keep_freed_memory, load_model, pick_device, pick_dtype
 from configurator import run
-from convai2 import loglikelihoods
+from convai2 import continuation, loglikelihoods
 from generate import Engine
 from model import PRESETS, move
 from monitor import peak_flops
@@ -341,10 +341,10 @@ def candidates(config):
     replies = [reply for _, _, reply, _ in found]
     seconds, n_tokens = [[], []], 0
     for persona, said, reply, others in draw.sample(found, min(config.lines, len(found))):
-        texts = others or [*draw.sample(replies, 19), reply]
-        continuations = [[*tokenizer.encode(" " + text), tokenizer.eos_id] for text in texts]
-        room = model.config.block_size - max(map(len, continuations))
-        context, _ = fit_context(tokenizer, [{"role": "system", "content": persona}, *said], room)
+        texts = others or [*draw.choices(replies, k=19), reply]
+        continuations = [continuation(tokenizer, text) for text in texts]
+        system = [{"role": "system", "content": persona}] if persona else []
+        context, _ = fit_context(tokenizer, system + said, model.config.block_size - max(map(len, continuations)) + 1)
         for which, scored in enumerate((continuations, continuations[-1:])):
             t0 = time.perf_counter()
             loglikelihoods(model, context, scored)  # whose floats say that the device is done

@@ -9,11 +9,12 @@ import math
 
 import torch
 
+from metrics import perplexity
 from tokenizer import fit_context
 
 PUBLISHED = {
     "TransferTransfo": {"persona_perplexity": 16.28, "hits_1": 0.807, "f1": 0.195},
-    "its code": {"persona_perplexity": 20.5, "hits_1": 0.79, "f1": 0.165},
+    "conv-ai": {"persona_perplexity": 20.5, "hits_1": 0.79, "f1": 0.165},
 }
 
 
@@ -66,6 +67,12 @@ def loglikelihoods(model, context, continuations):
     return [part.sum().item() for part in logprobs.split([len(ids) for ids in continuations])]
 
 
+def continuation(tokenizer, text):
+    """Return the ids of a reply behind its opener, its end among them."""
+    ids, mask = tokenizer.render([{"role": "assistant", "content": text}])
+    return [token for token, supervised in zip(ids, mask, strict=True) if supervised]
+
+
 def marks(model, tokenizer, lines, shown):
     """Return {hits_1, persona_perplexity, plain_perplexity} over lines as prepare/personachat.py's `examples` has them.
 
@@ -77,11 +84,7 @@ def marks(model, tokenizer, lines, shown):
     hits = ranked = n = 0
     nll = {"persona_perplexity": 0.0, "plain_perplexity": 0.0}
     for number, (persona, said, reply, candidates) in enumerate(lines, 1):
-        texts = [*candidates[:-1], reply]
-        replies = []
-        for text in texts:
-            ids, mask = tokenizer.render([{"role": "assistant", "content": text}])
-            replies.append([token for token, supervised in zip(ids, mask, strict=True) if supervised])
+        replies = [continuation(tokenizer, text) for text in [*candidates[:-1], reply]]
         room = model.config.block_size - max(map(len, replies)) + 1
         system = [{"role": "system", "content": persona}] if persona else []
         scores = loglikelihoods(model, fit_context(tokenizer, system + said, room)[0], replies)
@@ -92,4 +95,4 @@ def marks(model, tokenizer, lines, shown):
             hits, ranked = hits + (means[-1] == max(means)), ranked + 1
         n += len(replies[-1])
         shown(number)
-    return {"hits_1": hits / ranked if ranked else None} | {name: math.exp(total / n) for name, total in nll.items()}
+    return {"hits_1": hits / ranked if ranked else None} | {name: perplexity(total / n) for name, total in nll.items()}

@@ -7,7 +7,6 @@ whether it remembers what it was told, with names, facts and sentences that prep
 """
 
 import json
-import math
 import random
 import sys
 import time
@@ -22,9 +21,9 @@ from checkpoint import default_model, keep_freed_memory, load_model, pick_device
 from configurator import run
 from convai2 import PUBLISHED, marks
 from generate import generate
-from metrics import METRICS, f1, likeness, manner, predict, remembers
+from metrics import METRICS, f1, likeness, manner, perplexity, predict, remembers
 from report import page, read_run
-from sampling import ChatSampling, Sampling
+from sampling import ChatSampling, Sampling, for_template
 from shards import Loader, find_shards, open_shard
 from tokenizer import END_OF_TEXT, Tokenizer, fit_context
 
@@ -49,8 +48,8 @@ class Config(ChatSampling):
     batch_size: int = 8  # rows at once
     replies: int = 200  # generate so many
     probes: int = 100  # ask for so many facts of each kind
-    convai2: str = ""  # PersonaChat's or ConvAI2's archive, folder or valid file: F1, Hits@1, perplexities of all lines
-    first_batches: int = 0  # instead of all that, fine-tune for so many batches, and show each
+    convai2: str = ""  # in place of a dataset PersonaChat's or ConvAI2's archive, folder or valid file: F1, Hits@1
+    first_batches: int = 0  # instead of all that, fine-tune on the dataset for so many batches, and show each
     learning_rate: float = 5e-5  # for these
     json: str = ""  # write the figures to this file too
     report: str = ""  # and a page to look at: figures, loss curves, lengths, conversations side by side; FILE.html
@@ -87,7 +86,7 @@ def predictions(model, loader, device):
 def rates(sums):
     """Return {loss, perplexity, token_accuracy, reward, penalty} of Prediction.sums()."""
     nll, right, repeated, n, n_pairs = sums.tolist()
-    figures = {"loss": nll / n, "perplexity": math.exp(nll / n), "token_accuracy": right / n, "reward": right / n}
+    figures = {"loss": nll / n, "perplexity": perplexity(nll / n), "token_accuracy": right / n, "reward": right / n}
     return figures | {"penalty": repeated / max(1, n_pairs)}
 
 
@@ -218,9 +217,14 @@ class Material:
                 short = f"max_new_tokens={config.max_new_tokens} and a probe of {longest} tokens are beyond the context"
                 raise ValueError(f"{short}, {context}: lower the one, or leave the other out by --probes=0")
             self.probes[name] = prompts, [value for _, value in asked]
-        self.lines = examples(Path(config.convai2), config.max_conversations) if config.convai2 else []
-        self.loader, self.prompts, self.references = None, [], []
-        if config.dataset:
+        self.loader, self.lines, self.prompts, self.references = None, [], [], []
+        if config.convai2:
+            self.lines = examples(Path(config.convai2), config.max_conversations)
+            for persona, messages, said, _ in self.lines:
+                system = [{"role": "system", "content": persona}] if persona else []
+                self.prompts.append(fit_context(tokenizer, system + messages, room)[0])
+                self.references.append(said)
+        elif config.dataset:
             shards = [(path, 1.0) for path, _ in find_shards(config.data_dir, config.dataset, "val")]
             batch = (config.batch_size, context, config.seed, tokenizer)
             self.loader = Loader(shards, *batch, max_conversations=config.max_conversations)
@@ -238,6 +242,7 @@ def evaluate(config, model, tokenizer, material):
     turns, the human's or another of its own.
     """
     figures, replies, said = dict.fromkeys(ROWS_OF_TABLE), [], []
+    config = for_template(config, tokenizer.template)
     sampling = {name: getattr(config, name) for name in SAMPLING}
     if material.loader:
         figures |= predictions(model, material.loader, model.transformer.wpe.weight.device)
@@ -248,15 +253,8 @@ def evaluate(config, model, tokenizer, material):
     if material.lines:
         with progress("ranking", len(material.lines)) as shown:
             figures |= marks(model, tokenizer, material.lines, shown)
-        room = model.config.block_size - config.max_new_tokens
-        openers = []
-        for persona, messages, _, _ in material.lines:
-            system = [{"role": "system", "content": persona}] if persona else []
-            openers.append(fit_context(tokenizer, system + messages, room)[0])
-        answers = reply(model, tokenizer, openers, sampling, config.seed, "replying")
-        pairs = zip(answers, material.lines, strict=True)
-        figures["f1"] = sum(f1(answer.text, gold) for answer, (_, _, gold, _) in pairs) / len(answers)
-        said += answers
+        pairs = zip(replies, material.references, strict=True)
+        figures["f1"] = sum(f1(*pair) for pair in pairs) / len(replies)
     for name, (prompts, values) in material.probes.items():
         if prompts:
             answers = reply(model, tokenizer, prompts, sampling, config.seed, name)
@@ -308,9 +306,9 @@ def main(config):
             raise FileNotFoundError(f"{name}={getattr(config, name)}: there is no such folder")
     if config.convai2 and not Path(config.convai2).exists():
         raise FileNotFoundError(f"convai2={config.convai2} does not exist")
-    if config.first_batches and not config.dataset:
-        raise ValueError("first_batches needs a dataset")
-    if config.dataset:  # before models are fetched
+    if config.first_batches and (config.convai2 or config.report or not config.dataset):
+        raise ValueError("first_batches needs a dataset, and goes with neither convai2 nor report")
+    if config.dataset and not config.convai2:  # before models are fetched
         find_shards(config.data_dir, config.dataset, "train" if config.first_batches else "val")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device, inference=True)
@@ -339,6 +337,8 @@ def main(config):
     widths = [max(len(name) + 2, 10) for name in rows[0][1:]]
     for label, *cells in rows:
         print(f"{label:46}{''.join(f'{cell:>{width}}' for cell, width in zip(cells, widths, strict=True))}".rstrip())
+    if config.convai2:
+        print("published: on ConvAI2's hidden test set, perplexity a token of GPT-1's vocabulary")
     if people:
         print("\n".join(f"sacrebleu's {name}: {metric.get_signature()}" for name, metric in METRICS.items()))
     write(config.json, json.dumps(figures, indent=2) + "\n")

@@ -3,6 +3,7 @@ What can be counted in replies and in predicted tokens: the figures that evaluat
 """
 
 import itertools
+import math
 import re
 import string
 from collections import Counter
@@ -33,14 +34,14 @@ class Prediction:
         right: the target is likeliest. repeated: the likeliest token is that of the position before too.
         """
         repeated = (self.likeliest.diff() == 0) & self.follows
-        counts = [self.nll.double(), self.likeliest == self.targets, repeated, self.targets != -100, self.follows]
+        counts = [self.nll.double(), self.likeliest == self.targets, repeated, self.targets >= 0, self.follows]
         return torch.stack([count.sum().double().cpu() for count in counts])
 
     def replies(self):
-        """Return [(ids predicted, ids of the target)] of each reply."""
+        """Return [(ids predicted, ids of the target)] of each reply, without its last token, which is its end."""
         ends = [*((~self.follows).nonzero()[:, 0] + 1).tolist(), len(self.targets)]
         spans = list(itertools.pairwise([0, *ends]))
-        return [(self.likeliest[i:j].tolist(), self.targets[i:j].tolist()) for i, j in spans]
+        return [(self.likeliest[i : j - 1].tolist(), self.targets[i : j - 1].tolist()) for i, j in spans]
 
 
 @torch.no_grad()
@@ -70,6 +71,11 @@ def words(text):
 def ngrams(text, n):
     tokens = words(text)
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def perplexity(loss):
+    """Return the exponential of a mean loss in nats; infinity where it is beyond all numbers."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def manner(texts, tokenizer):

@@ -99,9 +99,11 @@ def check(config):
         raise ValueError(f"lr_schedule={config.lr_schedule} is not one of cosine, linear, constant")
     positive = ["n_layer", "n_head", "n_embd", "batch_size", "block_size", "gradient_accumulation_steps"]
     positive += ["eval_interval", "eval_iters", "log_interval"]
-    for name in [*positive, "max_iters", "max_epochs", "warmup_iters", "grad_clip", "adam_eps", "seed"]:
+    for name in [*positive, "max_iters", "warmup_iters", "grad_clip", "adam_eps", "seed"]:
         if getattr(config, name) < (name in positive):
             raise ValueError(f"{name}={getattr(config, name)} is too small")
+    if not 0 <= config.max_epochs < math.inf:
+        raise ValueError(f"max_epochs={config.max_epochs} is not 0 or more")
     if not 0 <= config.label_smoothing < 1:
         raise ValueError(f"label_smoothing={config.label_smoothing} is not from 0 to below 1")
     if config.strategy not in ("ddp", "fsdp"):

@@ -1,11 +1,11 @@
 """Conversations in three columns, System, User and Assistant: python prepare/columned_chat.py [--source=PATH]
 
 Without --source, Locutusque's ColumnedChatCombined is downloaded (2.66 GB), from which gpt2-conversational-or-qa was
-made. --source takes its formatted_data.json, {"train": [...], "validation": [...]}, also gzipped; it is read piece by
-piece.
+made. --source takes its formatted_data.json, {"train": [...], "validation": [...]}; it is read piece
+by piece. Where it has no validation list, or was cut before it, the other one is divided 95 to 5.
 """
 
-import mmap
+import re
 import sys
 from dataclasses import dataclass
 
@@ -49,27 +49,39 @@ def records(path, bad, skip_bad):
 
     What cannot be read goes to bad(where, error); with skip_bad, the rest is read then as far as there is one.
     """
-    where = "its beginning"
     with open(path, encoding="utf-8", errors="replace") as file:
-        stream = JsonStream(file)
+        stream, list_name, number = JsonStream(file), "the file", 0
 
         def skip(error):
-            bad(where, error)
+            nonlocal number
+            number += 1
+            bad(f"record {number:,} of {list_name}", error)
 
         try:
             stream.expect("{")
             while True:
-                list_name = stream.value()
+                list_name, number = stream.value(), 0
                 stream.expect(":")
-                if list_name not in SPLITS:
-                    raise ValueError(f"{str(list_name)[:40]!r} is neither train nor validation")
-                for number, record in enumerate(stream.items(skip if skip_bad else None), 1):
+                if not isinstance(list_name, str) or list_name not in SPLITS:
+                    raise ValueError("it is neither train nor validation")
+                for record in stream.items(skip if skip_bad else None):
+                    number += 1
                     yield list_name, number, record
-                    where = f"behind record {number:,} of {list_name}"
                 if stream.expect(",", "}") == "}":
                     break
         except (ValueError, RecursionError) as error:
-            bad(f"{where}, at character {stream.position:,}", error)
+            bad(f"record {number + 1:,} of {str(list_name)[:40]}", error)
+
+
+def has_validation(path):
+    """Return whether a file has a list of that name: within a text its quotes would be escaped."""
+    with open(path, "rb") as file:
+        before = b""
+        while chunk := file.read(1 << 24):
+            if re.search(rb'"validation"\s*:', before + chunk):
+                return True
+            before = chunk[-64:]
+    return False
 
 
 def conversations(config, path, counts):
@@ -87,6 +99,8 @@ def conversations(config, path, counts):
     taken = dict.fromkeys(SPLITS, 0)
     for list_name, number, record in records(path, bad, config.skip_bad):
         if taken[list_name] == config.max_examples > 0:
+            if min(taken.values()) == config.max_examples:
+                return
             continue
         try:
             messages = conversation(record)
@@ -119,12 +133,8 @@ def main(config):
     else:
         path = hub_file("Locutusque/ColumnedChatCombined", "formatted_data.json", kind="datasets")
     counts = {"bad": 0, "blank": 0, "not English": 0}
-    if not path.stat().st_size:
-        raise ValueError(f"{path} is empty")
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        both = content.rfind(b'"validation"') >= 0
     found = conversations(config, path, counts)
-    if both:
+    if has_validation(path):
         found = ((SPLITS[list_name], messages) for list_name, messages in found)
     else:
         found = divide((str(messages), messages) for _, messages in found)

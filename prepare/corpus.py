@@ -121,8 +121,8 @@ class JsonStream:
     def expect(self, *characters):
         """Pass and return the next character but white space, which must be one of these."""
         if (found := self.peek()) not in characters or not found:
-            wanted = " or ".join(characters)
-            raise ValueError(f"{f'{found!r} instead of' if found else 'it ends before'} {wanted}")
+            what = f"{found!r} instead of" if found else "it ends before"
+            raise ValueError(f"{what} {' or '.join(characters)} at character {self.position:,}")
         self.at += 1
         return found
 
@@ -135,10 +135,9 @@ class JsonStream:
             except json.JSONDecodeError as error:
                 # what is wrong at the very end of what was read, or a text without an end, may only be cut
                 cut = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated")
-                if not cut or len(self.text) - self.at > self.LONGEST:
-                    raise ValueError(f"{error.msg} at character {self.before + error.pos:,}") from None
-                if not self._more():
-                    raise ValueError("it ends within a value") from None
+                where = self.before + error.pos
+                if not cut or len(self.text) - self.at > self.LONGEST or not self._more():
+                    raise ValueError(f"{error.msg} at character {where:,}") from None
             else:
                 length = end - self.at
                 if end < len(self.text) or not self._more():  # a number could go on
@@ -150,6 +149,8 @@ class JsonStream:
 
         skip: is called with the error of an object that cannot be read, and what follows it is read; else it is raised.
         """
+        # where the next object begins, or what follows the list: within a text its quotes would be escaped
+        behind = re.compile(r'\}\s*(?=,\s*\{\s*"|\]\s*,\s*")')
         self.expect("[")
         if self.peek() == "]":
             self.at += 1
@@ -158,7 +159,7 @@ class JsonStream:
             try:
                 yield self.value()
             except (ValueError, RecursionError) as error:
-                while skip and not (match := re.compile(r"\}\s*(?=[,\]])").search(self.text, self.at + 1)):
+                while skip and not (match := behind.search(self.text, self.at + 1)):
                     self.at = max(self.at, len(self.text) - 1000)  # white space may be cut
                     if not self._more():
                         skip = None

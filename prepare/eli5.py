@@ -35,7 +35,7 @@ FILES = {  # split -> file, bytes, sha256
 @dataclass
 class Config(CorpusConfig):
     mask: str = "reply"  # what is to be learned: the reply to the question; or all, of every answer's text
-    max_examples: int = 0  # take the first so many questions, a fifth of them for validation; 0: all
+    max_examples: int = 0  # take the first so many that have an answer, a fifth of them for validation; 0: all
 
 
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, EOFError, OSError, zlib.error)
@@ -83,7 +83,7 @@ def questions(config, counts, form):
         found = [hub_file("rexarski/eli5_category", *file, kind="datasets") for file in names]
     elif source.is_dir():
         by_name = {path.name.removesuffix(".gz"): path for path in sorted(source.glob("eli5-category-*.json*"))}
-        if len(by_name) > 1 or config.max_examples:
+        if len(by_name) != 1 or config.max_examples:
             found = [by_name.get(name.removesuffix(".gz")) or existing(source / name) for name, _, _ in names]
         else:
             found = list(by_name.values())
@@ -110,7 +110,8 @@ def main(config):
         prepare_text(config, "eli5", questions(config, counts, as_text))
     else:
         prepare(config, "eli5", questions(config, counts, as_messages))
-    print(f"{counts['questions']:,} questions, {counts['unanswered']:,} of them left out: no answer without a link")
+    why = "no answer" if config.mask == "all" else "no answer without a link"
+    print(f"{counts['questions']:,} questions, {counts['unanswered']:,} of them left out: {why}")
 
 
 if __name__ == "__main__":

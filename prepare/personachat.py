@@ -10,6 +10,7 @@ import random
 import re
 import tarfile
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 from corpus import Config, divide, existing, prepare
@@ -93,19 +94,29 @@ def examples(source, max_dialogs=0):
     Raises ValueError where a line's candidates lack the reply, FileNotFoundError where there is no such file.
     """
     found = []
-    for _, name, lines in files(source, r"(valid)_self_original\.txt"):
-        for number, (persona, exchanges) in enumerate(dialogs(lines, name), 1):
-            for i, (said, reply, candidates) in enumerate(exchanges):
-                if not reply:
-                    continue
-                if candidates and candidates[-1] != reply:
-                    raise ValueError(f"{name}, dialog {number}: the last candidate is not the reply, {reply!r:.60}")
-                found.append((" ".join(persona), messages([*exchanges[:i], (said, "", [])]), reply, candidates))
-            if number == max_dialogs:
-                break
+    with readable(source):
+        for _, name, lines in files(source, r"(valid)_self_original\.txt"):
+            for number, (persona, exchanges) in enumerate(dialogs(lines, name), 1):
+                for i, (said, reply, candidates) in enumerate(exchanges):
+                    if candidates and candidates[-1] != reply:
+                        raise ValueError(f"{name}, dialog {number}: the last candidate is not the reply, {reply!r:.60}")
+                    if reply:
+                        before = messages([*exchanges[:i], (said, "", [])])
+                        found.append((" ".join(persona), before, reply, candidates))
+                if number == max_dialogs:
+                    break
     if not found:
         raise ValueError(f"{source} has no reply")
     return found
+
+
+@contextmanager
+def readable(source):
+    """Raise ValueError, with its name, for an archive that is cut or damaged."""
+    try:
+        yield
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{source} is cut short or damaged: {error}") from error
 
 
 def dialog(conversation):
@@ -117,15 +128,13 @@ def dialog(conversation):
 
 def conversations(source):
     """Yield (split, messages) of all there is in `source`."""
-    try:
+    with readable(source):
         for split, name, lines in files(source):
             if split:
                 for conversation in read(lines, name):
                     yield split, conversation
             else:
                 yield from divide((dialog(conversation), conversation) for conversation in read(lines, name))
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise ValueError(f"{source} is cut short or damaged: {error}") from error
 
 
 def main(config):

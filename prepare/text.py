@@ -4,13 +4,21 @@ PATH is a .txt file or a folder of them, such as Project Gutenberg's books or Ti
 blank line, are divided 95 to 5.
 """
 
-from corpus import Config, divide, existing, prepare_text
+from dataclasses import dataclass
+
+from corpus import divide, existing, prepare_text
 
 from configurator import run
 
 
+@dataclass
+class Config:
+    source: str = ""  # a .txt file or a folder of them
+    out_dir: str = ""  # where train.bin and val.bin go; by default data/text
+
+
 def paragraphs(source):
-    """Yield the paragraphs of a file or a folder, each with the blank line behind it, the lines of each joined."""
+    """Yield the paragraphs of a file or a folder, each with the blank line before it, the lines of each joined."""
     for path in sorted(source.rglob("*.txt")) if source.is_dir() else [source]:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             lines = []
@@ -18,10 +26,10 @@ def paragraphs(source):
                 if line.strip() not in ("", "<|endoftext|>"):
                     lines.append(line.strip())
                 elif lines:
-                    yield " ".join(lines) + "\n\n"
+                    yield "\n\n" + " ".join(lines)
                     lines = []
             if lines:
-                yield " ".join(lines) + "\n\n"
+                yield "\n\n" + " ".join(lines)
 
 
 def main(config):

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Tokenizer
 
+import chat
+import configurator
 from checkpoint import load_model, pick_device, pick_dtype, save_model
 from model import GPT, PRESETS, GPTConfig
 from tokenizer import Tokenizer, vocab_file
@@ -153,6 +155,10 @@ def test_a_model_with_locutusques_added_tokens_comes_with_the_template_user_assi
     idx = torch.tensor([[50257, 50258, 50259, 50260, 50261, 23748]])
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(idx)[0], hf(idx).logits, atol=1e-4, rtol=0)
+    talk = chat.Chat(configurator.parse(chat.Config, [f"--init_from={tmp_path}", "--max_new_tokens=4"]))
+    assert (talk.tokenizer.template, talk.config.top_k, talk.config.top_p) == ("user_assistant", 35, 0.80)
+    "".join(talk.reply("hello"))
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
 
 
 def test_added_tokens_with_other_ids_are_refused(directory):

@@ -1,6 +1,8 @@
 """ConvAI2's marks: F1 and Hits@1 against hand-made files, candidates one by one, and counts by hand."""
 
 import math
+import tarfile
+from pathlib import Path
 
 import personachat
 import pytest
@@ -161,7 +163,7 @@ def test_evaluate_shows_them_beside_the_published_ones(call, valid):
     done = call(convai2=valid)
     assert done.returncode == 0, done.stderr
     rows = {line[:46].strip(): line[46:].split() for line in done.stdout.splitlines()}
-    assert rows[""] == [str(valid.parent / "model"), "TransferTransfo", "its", "code"]
+    assert rows[""] == [str(valid.parent / "model"), "people", "TransferTransfo", "conv-ai"]
     assert rows["ConvAI2: Hits@1 of 20 candidates"][1:] == ["80.7%", "79.0%"]
     assert rows["ConvAI2: perplexity with the persona"][1:] == ["16.28", "20.50"]
     assert rows["ConvAI2: F1"][1:] == ["19.5%", "16.5%"]
@@ -171,6 +173,12 @@ def test_a_wrong_file_is_one_clear_line(call, valid, tmp_path):
     assert_refused(call(convai2=tmp_path / "nothing"), "nothing does not exist")
     valid.write_text(PUBLISHED_FORM.replace("|good morning .", ""))
     assert_refused(call(convai2=valid), "dialog 2", "good morning .")
+    packed = tmp_path / "cut.tgz"
+    with tarfile.open(packed, "w:gz") as archive:
+        archive.add(valid)
+        archive.add(Path(__file__))
+    packed.write_bytes(packed.read_bytes()[:-300])
+    assert_refused(call(convai2=packed), packed)
     valid.write_text("1 hello\n")
     assert_refused(call(convai2=valid), "line 1")
 
@@ -199,7 +207,7 @@ def test_the_first_batches_are_those_of_a_training_loop(call, tmp_path, data_dir
     assert first.split()[:2] == ["1", f"{figures[0]['loss']:.4f}"]
 
 
-def test_bleu_of_a_batch_is_of_replies_against_replies(tmp_path):
+def test_replies_of_a_batch_are_without_their_ends(tmp_path):
     write_shards(tmp_path, small_talk(4, seed=1), small_talk(4, seed=1))
     loader = evaluate.Loader([(tmp_path / "val.bin", 1.0)], 1, 128, 0, TOKENIZER)
     model = GPT(GPTConfig(block_size=128, n_layer=1, n_head=2, n_embd=32))
@@ -207,9 +215,34 @@ def test_bleu_of_a_batch_is_of_replies_against_replies(tmp_path):
     pairs = evaluate.predict(model, x, y, documents, "cpu").replies()
     said = [m["content"] for talk in small_talk(4, seed=1) for m in talk if m["role"] == "assistant"]
     assert all(len(a) == len(b) for a, b in pairs)
-    assert {TOKENIZER.decode(target[:-1]).strip() for _, target in pairs} <= set(said)
-    assert all(target[-1] == TOKENIZER.eos_id for _, target in pairs[:-1])
+    assert {TOKENIZER.decode(target).strip() for _, target in pairs} <= set(said)
+
+
+@pytest.mark.parametrize(("predicted", "bleu"), [("{}", 1.0), ("zebra", 0.0)])
+def test_bleu_of_a_batch_by_hand(call, tmp_path, data_dir, monkeypatch, predicted, bleu):
+    """Of a model that is always right it is 1, and 0 of one that shares no word: the ends of replies do not count."""
+    real = evaluate.predict
+
+    def predict(*batch):
+        prediction = real(*batch)
+        right = prediction.targets.clone()
+        if predicted == "zebra":
+            right[right != TOKENIZER.eos_id] = TOKENIZER.encode(" zebra")[0]
+        prediction.likeliest = right
+        return prediction
+
+    monkeypatch.setattr(evaluate, "predict", predict)
+    options = {"data_dir": data_dir, "dataset": "talk", "first_batches": 1, "json": tmp_path / "f.json"}
+    assert call(**options).returncode == 0
+    (batch,) = evaluate.json.loads((tmp_path / "f.json").read_text())[str(tmp_path / "model")]
+    assert batch["bleu"] == pytest.approx(bleu, abs=0.02)
+
+
+def test_a_rate_that_blows_up_is_shown_as_such(call, data_dir):
+    done = call(data_dir=data_dir, dataset="talk", first_batches=3, batch_size=1, learning_rate=1e4)
+    assert done.returncode == 0, done.stderr
 
 
 def test_first_batches_need_a_dataset(call):
     assert_refused(call(first_batches=2), "first_batches needs a dataset")
+    assert_refused(call(first_batches=2, dataset="talk", report="r.html"), "report")

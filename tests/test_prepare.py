@@ -1203,20 +1203,26 @@ def test_a_bad_record_is_named_by_its_number_and_can_be_skipped(prepare, tmp_pat
 
 
 def test_damage_within_the_file_is_placed_and_can_be_skipped(prepare, tmp_path):
-    path = columned_file(tmp_path / "f.json", [columned(i) for i in range(40)], [columned(99)])
+    train = [columned(i) | {"Assistant": f'so {i}: [{{}}, "a"], {{"b": [{{}}]}}, ]}}'} for i in range(40)]  # as code
+    path = columned_file(tmp_path / "f.json", train, [columned(99)])
     text = path.read_text()
     path.write_text(text.replace('"question 3 ?"', "question 3 ?"))
     at = text.index('"question 3 ?"')
-    assert_refused(prepare(columned_chat, source=path), "behind record 3 of train", f"at character {at:,}")
+    assert_refused(prepare(columned_chat, source=path), "record 4 of train", f"at character {at:,}")
     done = prepare(columned_chat, source=path, skip_bad="true")
     asked = [talk[0]["content"] for talk in read_back("data/columned_chat")["train"]]
     assert asked == [f"question {i} ?" for i in range(40) if i != 3] and "1 bad" in done.stdout
+    del train[9]["User"]
+    columned_file(path, train, [columned(99)])
+    path.write_text(path.read_text().replace('"question 3 ?"', "question 3 ?"))
+    done = prepare(columned_chat, source=path, skip_bad="true")
+    assert "record 4 of train" in done.stderr and "record 10 of train: has no User" in done.stderr
 
 
 def test_a_file_that_was_cut_is_refused_or_used_as_far_as_it_goes(prepare, tmp_path):
     path = columned_file(tmp_path / "f.json", [columned(i) for i in range(100)], [columned(999)])
     path.write_text(path.read_text()[: path.read_text().index("question 60 ?")])
-    assert_refused(prepare(columned_chat, source=path), path, "behind record 60 of train", "ends within a value")
+    assert_refused(prepare(columned_chat, source=path), path, "record 61 of train", "Unterminated string")
     done = prepare(columned_chat, source=path, skip_bad="true")
     assert done.returncode == 0 and done.stderr.count("\n") == 1
     splits = read_back("data/columned_chat")
@@ -1226,12 +1232,23 @@ def test_a_file_that_was_cut_is_refused_or_used_as_far_as_it_goes(prepare, tmp_p
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"test": []}', '{"train": {}}', "<html>", '{"train": [], "validation": []}'], ids=repr
+    ("content", "what"),
+    [
+        ("", "it ends before {"),
+        ("[]", "'[' instead of {"),
+        ("{}", "record 1 of the file"),
+        ('{"test": []}', "neither train nor validation"),
+        ('{["a"]: []}', "neither train nor validation"),
+        ('{"train": {}}', "'{' instead of ["),
+        ('{"train": [{"a": x}]}', "Expecting value at character 17"),
+        ("<html>", "'<' instead of {"),
+        ('{"train": [], "validation": []}', "no conversation is left"),
+    ],
 )
-def test_another_file_is_refused(prepare, tmp_path, content):
+def test_another_file_is_refused(prepare, tmp_path, content, what):
     path = tmp_path / "f.json"
     path.write_text(content)
-    assert_refused(prepare(columned_chat, source=path))
+    assert_refused(prepare(columned_chat, source=path), what)
     assert written(tmp_path) == []
 
 
@@ -1242,6 +1259,15 @@ def test_a_file_larger_than_memory_can_be_streamed(tmp_path):
     highest = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert highest < 10e6
+    assert columned_chat.has_validation(path)
+
+
+@pytest.mark.parametrize("size", [10, (1 << 24) - 5, (1 << 24) + 3])
+def test_a_validation_list_is_found_wherever_it_is_and_its_name_in_a_text_is_none(tmp_path, size):
+    for train, validation in (('a "validation": [] b' + "x" * size, [columned(2)]), ('"validation"', None)):
+        record = columned(1) | {"Assistant": train, "System": "validation"}
+        path = columned_file(tmp_path / "f.json", [record], validation)
+        assert columned_chat.has_validation(path) == bool(validation)
 
 
 def test_the_hub_has_it(prepare, web, monkeypatch):
@@ -1264,7 +1290,7 @@ def test_plain_text_is_divided_by_paragraphs_and_learned_whole(prepare, tmp_path
     assert prepare(plain_text, source=folder).returncode == 0
     shards = {split: open_shard(f"data/text/{split}.bin") for split in ("train", "val")}
     found = {split: Tokenizer().decode(shard.tokens.tolist()).split("\n\n") for split, shard in shards.items()}
-    assert all(paragraphs.pop() == "" for paragraphs in found.values())
+    assert all(paragraphs.pop(0) == "" for paragraphs in found.values())
     expected = [*(f"line {i} goes on" for i in range(100)), "a story", "another"]
     assert sorted(found["train"] + found["val"]) == sorted(expected)
     assert 1 <= len(found["val"]) < 20
