@@ -22,7 +22,7 @@ from configurator import run
 from convai2 import PUBLISHED, marks
 from generate import generate
 from metrics import METRICS, f1, likeness, manner, perplexity, predict, remembers
-from report import page, read_run
+from report import BATCH_COLUMNS, FIGURES, page, read_run, table, table_of_batches
 from sampling import ChatSampling, Sampling, for_template
 from shards import Loader, find_shards, open_shard
 from tokenizer import END_OF_TEXT, Tokenizer, fit_context
@@ -174,33 +174,6 @@ def first_batches(config, name):
 
 # 4. one model, or two side by side
 
-BATCH_COLUMNS = ("loss", "reward", "penalty", "bleu")
-ROWS_OF_TABLE = {
-    "loss": ("loss, nats a token", ".4f"),
-    "perplexity": ("perplexity", ".2f"),
-    "token_accuracy": ("token accuracy", ".1%"),
-    "reward": ("reward: predicted tokens that are right", ".1%"),
-    "penalty": ("penalty: predicted tokens like the one before", ".1%"),
-    "bleu": ("BLEU", ".2%"),
-    "chrf": ("chrF", ".2%"),
-    "distinct_1": ("distinct words", ".1%"),
-    "distinct_2": ("distinct pairs of words", ".1%"),
-    "repeated_4grams": ("repeated 4-grams", ".2%"),
-    "mean_length": ("tokens in a reply", ".1f"),
-    "ended": ("replies that end by themselves", ".1%"),
-    "speaks_for_human": ("replies that go on with another turn", ".1%"),
-    "recall_1": ("recall of what was told 1 exchange ago", ".1%"),
-    "recall_3": ("recall of what was told 3 exchanges ago", ".1%"),
-    "recall_6": ("recall of what was told 6 exchanges ago", ".1%"),
-    "persona": ("recall of its persona", ".1%"),
-}
-CONVAI2 = {  # if it is asked for
-    "f1": ("ConvAI2: F1", ".1%"),
-    "hits_1": ("ConvAI2: Hits@1 of 20 candidates", ".1%"),
-    "persona_perplexity": ("ConvAI2: perplexity with the persona", ".2f"),
-    "plain_perplexity": ("ConvAI2: perplexity without", ".2f"),
-}
-
 
 class Material:
     """What models are measured by, the same for all of them: conversations of people, and probes."""
@@ -236,12 +209,12 @@ class Material:
 
 
 def evaluate(config, model, tokenizer, material):
-    """Return {name: figure} of a model, for each name in ROWS_OF_TABLE (None where nothing was asked for), and [reply].
+    """Return {name: figure} of a model, for each name in FIGURES (None where nothing was asked for), and [reply].
 
     `ended` and `speaks_for_human` are of all replies, those to the probes too; the latter counts the openers of other
     turns, the human's or another of its own.
     """
-    figures, replies, said = dict.fromkeys(ROWS_OF_TABLE), [], []
+    figures, replies, said = dict.fromkeys(FIGURES), [], []
     config = for_template(config, tokenizer.template)
     sampling = {name: getattr(config, name) for name in SAMPLING}
     if material.loader:
@@ -358,27 +331,6 @@ def write(path, text):
     if path:
         with replacing(Path(path)) as part:
             part.write_text(text, encoding="utf-8")
-
-
-def table(figures):
-    """Return {name: figures} as rows of cells: one for each figure that there is, a column for each name."""
-    rows = [["", *figures]]
-    for key, (label, form) in (ROWS_OF_TABLE | CONVAI2).items():
-        values = [row.get(key) for row in figures.values()]
-        if any(value is not None for value in values):
-            rows.append([label, *("" if value is None else f"{value:{form}}" for value in values)])
-    return rows
-
-
-def table_of_batches(figures):
-    """Return {name: [figures of a batch]} as text: a row for each batch, four columns for each name."""
-    width = 10 * len(BATCH_COLUMNS)
-    lines = ["     " + "".join(f"  {name:>{width - 2}}" for name in figures)]
-    lines.append("batch" + "".join(f"{key:>10}" for key in BATCH_COLUMNS) * len(figures))
-    for number, row in enumerate(zip(*figures.values(), strict=True), 1):
-        cells = (f"{batch[key]:>10{'.4f' if key == 'loss' else '.1%'}}" for batch in row for key in BATCH_COLUMNS)
-        lines.append(f"{number:5}{''.join(cells)}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

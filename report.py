@@ -1,5 +1,5 @@
 """
-What came of a run or an evaluation, to look at: the log of a run, and one HTML page that needs nothing else.
+What came of a run or an evaluation, to look at: the log of a run, tables, and one HTML page that needs nothing else.
 """
 
 import contextlib
@@ -8,6 +8,32 @@ import math
 from html import escape
 from pathlib import Path
 
+FIGURES = {  # of an evaluation: their labels and formats
+    "loss": ("loss, nats a token", ".4f"),
+    "perplexity": ("perplexity", ".2f"),
+    "token_accuracy": ("token accuracy", ".1%"),
+    "reward": ("reward: predicted tokens that are right", ".1%"),
+    "penalty": ("penalty: predicted tokens like the one before", ".1%"),
+    "bleu": ("BLEU", ".2%"),
+    "chrf": ("chrF", ".2%"),
+    "distinct_1": ("distinct words", ".1%"),
+    "distinct_2": ("distinct pairs of words", ".1%"),
+    "repeated_4grams": ("repeated 4-grams", ".2%"),
+    "mean_length": ("tokens in a reply", ".1f"),
+    "ended": ("replies that end by themselves", ".1%"),
+    "speaks_for_human": ("replies that go on with another turn", ".1%"),
+    "recall_1": ("recall of what was told 1 exchange ago", ".1%"),
+    "recall_3": ("recall of what was told 3 exchanges ago", ".1%"),
+    "recall_6": ("recall of what was told 6 exchanges ago", ".1%"),
+    "persona": ("recall of its persona", ".1%"),
+}
+CONVAI2 = {  # if it is asked for
+    "f1": ("ConvAI2: F1", ".1%"),
+    "hits_1": ("ConvAI2: Hits@1 of 20 candidates", ".1%"),
+    "persona_perplexity": ("ConvAI2: perplexity with the persona", ".2f"),
+    "plain_perplexity": ("ConvAI2: perplexity without", ".2f"),
+}
+BATCH_COLUMNS = ("loss", "reward", "penalty", "bleu")  # of a batch of training
 COLOURS = ("#2f6fde", "#d9731a", "#3a9d5d", "#9b59b6")  # of the columns; legible on white and on black
 WIDTH, HEIGHT, LEFT, BELOW = 640, 240, 46, 24  # of a picture, and of its margins
 STYLE = """
@@ -51,6 +77,27 @@ def read_run(directory):
 def losses(runs):
     """Return all losses of the runs but the NaN or infinite one of a run that diverged, which cannot be drawn."""
     return [y for curves in runs for name in ("loss", "val_loss") for y in curves[name].values() if math.isfinite(y)]
+
+
+def table(figures):
+    """Return {name: figures} as rows of cells: one for each figure that there is, a column for each name."""
+    rows = [["", *figures]]
+    for key, (label, form) in (FIGURES | CONVAI2).items():
+        values = [row.get(key) for row in figures.values()]
+        if any(value is not None for value in values):
+            rows.append([label, *("" if value is None else f"{value:{form}}" for value in values)])
+    return rows
+
+
+def table_of_batches(figures):
+    """Return {name: [figures of a batch]} as text: a row for each batch, four columns for each name."""
+    width = 10 * len(BATCH_COLUMNS)
+    lines = ["     " + "".join(f"  {name:>{width - 2}}" for name in figures)]
+    lines.append("batch" + "".join(f"{key:>10}" for key in BATCH_COLUMNS) * len(figures))
+    for number, row in enumerate(zip(*figures.values(), strict=True), 1):
+        cells = (f"{batch[key]:>10{'.4f' if key == 'loss' else '.1%'}}" for batch in row for key in BATCH_COLUMNS)
+        lines.append(f"{number:5}{''.join(cells)}")
+    return "\n".join(lines)
 
 
 def page(title, rows, runs, lengths, talks):
