@@ -23,7 +23,7 @@ demo: .venv/installed
 	@$(call chat,$(OUT))
 
 chat = if [ -t 0 ]; then $(BIN)/python chat.py --init_from=$(1); else \
-	  printf '%s\n' 'Hello! My name is Nora.' 'How are you today?' 'I have a dog called Rex.' \
+	  printf '%s\n' 'Hello! My name is Nora.' 'How are you today?' 'I have a dog, her name is Luna.' \
 	    'What do you like to do?' 'What is my name?' 'Bye!' > out/said.txt; \
 	  $(BIN)/python chat.py --init_from=$(1) < out/said.txt | paste -d '\n' out/said.txt - | sed '/^Bot: /!s/^/You: /'; fi
 

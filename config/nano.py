@@ -1,8 +1,9 @@
 # The small chat model in assets/nano/, from scratch on two CPU cores. First:
-#   python prepare/recall.py && python prepare/personachat.py && python prepare/spc.py
+#   python prepare/recall.py --conversations=150000 && python prepare/personachat.py && python prepare/spc.py
+#   python prepare/text.py --source=FOLDER, of TinyStories and some of Project Gutenberg's books as .txt
 init_from = "scratch"
 out_dir = "out/nano"
-dataset = "recall:0.35,personachat,spc"
+dataset = "recall:0.25,personachat,spc:0.5,text"
 
 n_layer = 4
 n_head = 6
@@ -13,11 +14,12 @@ induction_heads = True
 
 batch_size = 8
 gradient_accumulation_steps = 1
-max_iters = 4500  # 18M tokens, about three epochs
+max_iters = 10_500  # 42M tokens; out/nano/last has what comes of all of them
 learning_rate = 2e-3
 min_lr = 1e-4
 warmup_iters = 100
 beta2 = 0.98
 adam_eps = 1e-5
+label_smoothing = 0.1  # else words that are never targets are never said, though they were told
 eval_interval = 500
 eval_iters = 30

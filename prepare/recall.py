@@ -40,6 +40,7 @@ SMALL_TALK = {"train": [], "val": []}  # (topic, the human, the bot)
 for topic, text in TEXT["small talk"].items():
     SMALL_TALK["val" if " // " in text else "train"].append((topic, *re.split(" //? ", text)))
 SYLLABLES = TEXT["values"].pop("syllables").split()
+LITTLE = set(TEXT["values"].pop("little").split())
 VALUES = {kind: both(text, " ") for kind, text in TEXT["values"].items()}
 KINDS = []  # of facts: {"values": their kind, "tell": {split: sentences}, "ask": ...}
 for section in (TEXT[name] for name in TEXT.sections() if name.startswith("fact")):
@@ -61,9 +62,11 @@ def held_out(word):
 
 # the words that GPT-2 has a token for
 WORDS = [
-    token[1:].decode() for token in sorted(gpt2_encoding().token_byte_values()) if re.fullmatch(b" [a-z]{3,}", token)
+    token[1:].decode()
+    for token in sorted(gpt2_encoding().token_byte_values())
+    if re.fullmatch(b" [A-Za-z][a-z]{2,}", token)
 ]
-WORDS = [word for word in WORDS if word not in LISTED and not held_out(word)]
+WORDS = [word for word in WORDS if word.lower() not in LISTED and not held_out(word)]
 SWAP = {
     "i": "you",
     "my": "your",
@@ -88,21 +91,38 @@ class Speaker:
     def __init__(self, split, seed):
         self.split, self.random = split, random.Random(f"{split} {seed}")
 
-    def say(self, sentences, **slots):
-        """Return one of this split's `sentences`, or the one that it is, its alternatives chosen, its slots filled."""
+    def say(self, sentences, slips=False, **slots):
+        """Return one of this split's `sentences`, or the one that it is, its alternatives chosen, its slots filled.
+
+        slips: in training, every second one is as somebody writes it in haste.
+        """
         if isinstance(sentences, dict):
             sentences = self.random.choice(sentences[self.split])
-        chosen = re.sub(r"\[(.*?)\]", lambda match: self.random.choice(match[1].split("|")), sentences)
-        return " ".join((chosen.format(**slots) if slots else chosen).split())
+        chosen = re.sub(r"\[(.*?)\]", lambda match: self.random.choice(match[1].split("|")), sentences).split()
+        if slips and self.split == "train" and self.random.random() < 0.5:
+            chosen = self.slip(chosen)
+        chosen = " ".join(chosen)
+        return " ".join(chosen.format(**slots).split()) if slots else chosen
+
+    def slip(self, words):
+        """Return the words without some of the little ones, and with some that do not belong there, beside no slot.
+
+        Who has seen only whole sentences looks for these; who has not, for what they have in common.
+        """
+        written = []
+        for word in [word for word in words if word not in LITTLE or self.random.random() < 0.85]:
+            if "{" not in word + "".join(written[-1:]) and self.random.random() < 0.08:
+                written.append(self.random.choice(WORDS))
+            written.append(word)
+        return written
 
     def value(self, kind):
         """Return a value of a kind which the other split does not have."""
         choice = self.random.choice
         if kind == "number":
-            while True:
-                number = self.random.randrange(100, 1000)
-                if (number % 10 == 7) == (self.split == "val"):
-                    return str(number)
+            while held_out(number := str(self.random.randrange(100, 1000))) != (self.split == "val"):
+                pass
+            return number
         if kind == "title":
             return f"The {self.value('adjective').title()} {self.value('noun').title()}"
         if kind == "thing":
@@ -162,7 +182,8 @@ class Conversation:
         while not echo and slots["x"] in comment:
             comment = self.speaker.say(SENTENCES["comment"], c=self.speaker.say(kind["comment"], **slots))
         self.add(
-            self.speaker.say(SENTENCES["tell"], t=self.speaker.say(kind["tell"], **slots), s=self.remark()), comment
+            self.speaker.say(SENTENCES["tell"], True, t=self.speaker.say(kind["tell"], True, **slots), s=self.remark()),
+            comment,
         )
         self.about = swap(self.speaker.say(kind["noun"]))
         return next(reversed(self.facts))
@@ -172,9 +193,11 @@ class Conversation:
         say, slots = self.speaker.say, self.facts[which]
         kind, turned = KINDS[which[1]], swap if which[0] == "bot" else str
         noun = say(kind["noun"])
-        question = {"q": turned(say(kind["ask"])), "n": turned(noun), "s": self.remark()}
+        question = {"q": turned(say(kind["ask"], True)), "n": turned(noun), "s": self.remark()}
         reply = say(SENTENCES["answer"], a=say(turned(say(kind["answer"])), **slots))
-        self.add(say(SENTENCES["ask the bot" if which[0] == "bot" else "ask"], **question), reply if answer else None)
+        self.add(
+            say(SENTENCES["ask the bot" if which[0] == "bot" else "ask"], True, **question), reply if answer else None
+        )
         self.about = noun if which[0] == "bot" else swap(noun)  # as the bot says it
 
     def remark(self):
@@ -202,13 +225,14 @@ def conversation(speaker):
     """Return the messages of a conversation in which something is told, and asked for."""
     random = speaker.random
     talk = Conversation(speaker, persona=random.choice((0, 0, 1, 2, 3)))
-    for _ in range(random.randrange(2, 10)):
+    for _ in range(random.randrange(2, 12)):
         chance = random.random()
-        if chance < 0.3 and len(talk.facts) < 6:
+        if chance < 0.3 and len(talk.facts) < 7:
             talk.tell()
-        elif chance < 0.7 and talk.facts:
-            talk.ask(random.choice(list(talk.facts)))
-        elif chance < 0.8 and talk.about:
+        elif chance < 0.75 and talk.facts:
+            facts = list(talk.facts)
+            talk.ask(facts[min(random.randrange(len(facts)), random.randrange(len(facts)))])  # rather an old one
+        elif chance < 0.82 and talk.about:
             talk.topic()
         elif chance < 0.87:
             talk.repeat()

@@ -32,7 +32,7 @@ metric_list: [{{metric: acc}}]
 """
 
 
-def test_its_scores_are_those_of_our_own_loglikelihoods(script, data_dir, tmp_path):
+def test_its_loglikelihoods_are_our_own(script, data_dir, tmp_path):
     pytest.importorskip("datasets")  # of the extra lm-eval
     shape = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=64", "--batch_size=4", "--max_iters=20"]
     run = ["--init_from=scratch", f"--data_dir={data_dir}", "--dataset=talk", "--out_dir=out", "--learning_rate=1e-2"]
@@ -41,17 +41,26 @@ def test_its_scores_are_those_of_our_own_loglikelihoods(script, data_dir, tmp_pa
     (tmp_path / "tiny.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(file=tmp_path / "tiny.jsonl"))
     command = [Path(sys.executable).parent / "lm_eval", "--model", "hf", "--model_args", "pretrained=out,dtype=float32"]
-    command += ["--tasks", "tiny", "--include_path", "tasks", "--device", "cpu", "--output_path", "results"]
+    command += [
+        "--tasks",
+        "tiny",
+        "--include_path",
+        "tasks",
+        "--device",
+        "cpu",
+        "--output_path",
+        "results",
+        "--log_samples",
+    ]
     env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    (file,) = (tmp_path / "results").rglob("results_*.json")
-    accuracy = json.loads(file.read_text())["results"]["tiny"]["acc,none"]
+    (file,) = (tmp_path / "results").rglob("samples_tiny_*.jsonl")
+    samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
 
     model, tokenizer = load_model(str(tmp_path / "out"))
-    right = 0
-    for question in QUESTIONS:
+    for question, sample in zip(QUESTIONS, samples, strict=True):
+        theirs = [float(response[0][0]) for response in sample["resps"]]
         choices = [tokenizer.encode(" " + choice) for choice in question["choices"]]
-        scores = loglikelihoods(model, tokenizer.encode(question["question"]), choices)
-        right += scores.index(max(scores)) == question["answer"]
-    assert accuracy == right / len(QUESTIONS)
+        assert theirs == pytest.approx(loglikelihoods(model, tokenizer.encode(question["question"]), choices), rel=1e-4)
+        assert sample["acc"] == (theirs.index(max(theirs)) == question["answer"])

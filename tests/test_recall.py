@@ -4,7 +4,7 @@ import itertools
 import re
 
 import pytest
-from recall import KINDS, SENTENCES, SMALL_TALK, SWAP, VALUES, Conversation, Speaker, conversation, probe, swap
+from recall import KINDS, LITTLE, SENTENCES, SMALL_TALK, SWAP, VALUES, Conversation, Speaker, conversation, probe, swap
 
 from evaluate import remembers
 from shards import open_shard
@@ -57,6 +57,21 @@ def test_swap_exchanges_the_speakers():
     assert swap("what is my name") == "what is your name"
     assert swap("where am i going") == "where are you going"
     assert swap("you told me that your dog is called {x}") == "i told you that my dog is called {x}"
+
+
+def test_slips_leave_the_slots_and_what_matters():
+    speaker = Speaker("train", 9)
+    sentence = ["i", "told", "you", "that", "my", "dog", "is", "called", "{x}", "and", "that", "is", "it"]
+    slipped = [speaker.slip(sentence) for _ in range(500)]
+    kept = [word for word in sentence if word not in LITTLE]
+    for words in slipped:
+        rest = iter(words)
+        assert all(word in rest for word in kept)  # in their order
+    assert any(set(words) - set(sentence) for words in slipped) and any(set(sentence) - set(words) for words in slipped)
+    # beside the slot stands what stood there, or nothing came between
+    assert all(words[words.index("{x}") - 1] in sentence for words in slipped)
+    assert all(words[words.index("{x}") + 1] in sentence for words in slipped)
+    assert Speaker("val", 9).say("{x} is my dog", True, x="Rex") == "Rex is my dog"
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
