@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import default_model, keep_freed_memory, load_model, pick_device, pick_dtype, replacing
+from checkpoint import NANO, default_model, keep_freed_memory, load_model, pick_device, pick_dtype, replacing
 from configurator import run
 from convai2 import PUBLISHED, marks
 from generate import generate
@@ -317,11 +317,13 @@ def main(config):
     write(config.json, json.dumps(figures, indent=2) + "\n")
     if config.report:
         replies |= {"people": material.references} if people else {}
-        runs = {name: read_run(name) for name in names if (Path(name) / "metrics.jsonl").exists()}
+        folders = {name: NANO if name == "nano" else Path(name) for name in names}
+        runs = {name: read_run(folder) for name, folder in folders.items() if (folder / "metrics.jsonl").exists()}
         lengths = {name: [len(tokenizer.encode(text)) for text in texts] for name, texts in replies.items() if texts}
+        every = -(-len(material.prompts) // SHOWN) or 1
         talks = [
             (tokenizer.parse(prompt), dict(zip(replies, texts, strict=True)))
-            for prompt, *texts in list(zip(material.prompts, *replies.values(), strict=True))[:SHOWN]
+            for prompt, *texts in list(zip(material.prompts, *replies.values(), strict=True))[::every]
         ]
         write(config.report, page(" and ".join(names), rows, runs, lengths, talks))
 

@@ -35,7 +35,7 @@ CONVAI2 = {  # if it is asked for
 }
 BATCH_COLUMNS = ("loss", "reward", "penalty", "bleu")  # of a batch of training
 COLOURS = ("#2f6fde", "#d9731a", "#3a9d5d", "#9b59b6")  # of the columns; legible on white and on black
-WIDTH, HEIGHT, LEFT, BELOW = 640, 240, 46, 24  # of a picture, and of its margins
+WIDTH, HEIGHT, LEFT, ABOVE, BELOW = 640, 250, 46, 24, 24  # of a picture, and of its margins
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --quiet: #888 }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
@@ -143,10 +143,10 @@ def _axes(x_last, y_last, x_label, y_label, y_first=0.0):
         return LEFT + x / (x_last or 1) * (WIDTH - LEFT - 10)
 
     def down(y):
-        return 10 + (y_last - y) / ((y_last - y_first) or 1) * (HEIGHT - BELOW - 20)
+        return ABOVE + (y_last - y) / ((y_last - y_first) or 1) * (HEIGHT - ABOVE - BELOW - 10)
 
     svg = [
-        f'<text x="{WIDTH - 10}" y="{HEIGHT - 2}" text-anchor="end">{x_label}</text><text x="2" y="9">{y_label}</text>'
+        f'<text x="{WIDTH - 10}" y="{HEIGHT - 2}" text-anchor="end">{x_label}</text><text x="2" y="11">{y_label}</text>'
     ]
     for i in range(5):
         x, y = x_last * i / 5, y_first + (y_last - y_first) * i / 4
