@@ -50,7 +50,7 @@ class Config(ChatSampling):
     probes: int = 100  # ask for so many facts of each kind
     convai2: str = ""  # in place of a dataset PersonaChat's or ConvAI2's archive, folder or valid file: F1, Hits@1
     first_batches: int = 0  # instead of all that, fine-tune on the dataset for so many batches, and show each
-    learning_rate: float = 5e-5  # for these
+    learning_rate: float = 5e-5  # of first_batches
     json: str = ""  # write the figures to this file too
     report: str = ""  # and a page to look at: figures, loss curves, lengths, conversations side by side; FILE.html
     seed: int = 1337  # of the replies and the probes
@@ -263,6 +263,7 @@ def main(config):
         ("replies", 0),
         ("probes", 0),
         ("first_batches", 0),
+        ("learning_rate", 0),
         ("batch_size", 1),
         ("max_new_tokens", 1),
     ):
@@ -278,7 +279,9 @@ def main(config):
         if not Path(getattr(config, name) or ".").parent.is_dir():
             raise FileNotFoundError(f"{name}={getattr(config, name)}: there is no such folder")
     if config.convai2 and not Path(config.convai2).exists():
-        raise FileNotFoundError(f"convai2={config.convai2} does not exist")
+        raise FileNotFoundError(
+            f"convai2={config.convai2} does not exist: prepare/personachat.py fetches PersonaChat's"
+        )
     if config.first_batches and (config.convai2 or config.report or not config.dataset):
         raise ValueError("first_batches needs a dataset, and goes with neither convai2 nor report")
     if config.dataset and not config.convai2:  # before models are fetched

@@ -137,7 +137,7 @@ class JsonStream:
                 cut = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated")
                 where = self.before + error.pos
                 if not cut or len(self.text) - self.at > self.LONGEST or not self._more():
-                    raise ValueError(f"{error.msg} at character {where:,}") from None
+                    raise ValueError(f"{error.msg.removesuffix(' at')} at character {where:,}") from None
             else:
                 length = end - self.at
                 if end < len(self.text) or not self._more():  # a number could go on

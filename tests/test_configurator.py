@@ -364,9 +364,9 @@ def test_every_script_has_a_docstring_and_a_line_of_help_for_each_knob(path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
-def test_every_config_of_ours_is_one_that_train_takes(path):
-    train = importlib.import_module("train")
-    assert parse(train.Config, [str(path)]) != train.Config()
+def test_every_config_of_ours_is_one_that_its_script_takes(path):
+    script = importlib.import_module("evaluate" if path.stem.startswith("eval_") else "train")
+    assert parse(script.Config, [str(path)]) != script.Config()
 
 
 @pytest.mark.parametrize(
