@@ -291,7 +291,7 @@ def main(config):
             rows = f"{loader.n_rows:,} rows of {config.block_size}, {loader.fill:.1%} full"
             lost = f"; {loader.n_lost:,} left out, beyond a row" if loader.n_lost else ""
             print(f"{split}: {loader.n_tokens:,} tokens in {rows}{lost}")
-        print(f"{config.max_iters:,} steps are {config.max_iters / steps_per_epoch:.2g} epochs")
+        print(f"{config.max_iters:,} steps are {round(config.max_iters / steps_per_epoch, 2):,g} epochs")
         log = Log(config, first_iter=state["iter"])
 
     def step_batches(it):
