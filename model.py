@@ -268,7 +268,7 @@ class GPT(nn.Module):
         cache: a KVCache; `positions` (B, T) says where in it, and at which position embedding, the tokens stand.
         documents: (n + 1,) int32, rising from 0 to B * T, where each document begins in the rows laid end to end, if
         rows hold several: positions restart and attention stays within each. Equal numbers: a document of no tokens.
-        Raises ValueError for more tokens than there are positions.
+        Raises ValueError for more tokens than there are positions, where no cache says at which they stand.
         """
         B, T = idx.shape
         if cache is None and self.config.block_size < T:

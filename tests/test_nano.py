@@ -40,7 +40,7 @@ def test_transformers_loads_it_and_says_the_same(nano):
 
 
 def test_it_remembers_ends_and_keeps_to_its_turn(nano):
-    """The card's figures, from a quarter of its probes."""
+    """The card's figures, from half of its probes."""
     config = Config(dataset="", probes=50)
     figures, _ = evaluate.evaluate(config, *nano, Material(config, nano[1], 512))
     floors = json.loads((NANO / "evaluation.json").read_text())["nano"]
