@@ -144,16 +144,17 @@ class Block(nn.Module):
 class HeadLoss(torch.autograd.Function):
     """The head and the sum of its cross-entropies, with the gradients computed along.
 
-    HeadLoss.apply(x (N, C), weight (V, C), targets (N,), smoothing) -> () float32, in nats; smoothing is the share of
-    the target that is spread over all V tokens (Szegedy et al. 2015, arXiv 1512.00567). 0.64 of the time of F.linear
-    and F.cross_entropy on two cores (bfloat16 autocast, N = 1024), where float32 is 50,257 wide for 64 rows at a time.
+    HeadLoss.apply(x (N, C), weight (V, C), targets (N,), smoothing, learned) -> () float32, in nats; smoothing is the
+    share of the target that is spread over all V tokens (Szegedy et al. 2015, arXiv 1512.00567); learned (n,) int64,
+    the rows of the weight that have a gradient, None: all. 0.64 of the time of F.linear and F.cross_entropy on two
+    cores (bfloat16 autocast, N = 1024), where float32 is 50,257 wide for 64 rows at a time.
     """
 
     ROWS = 4096  # of logits in 16 bits at once, 0.4 GB
     CPU_ROWS = 64  # of them in float32 on a CPU
 
     @staticmethod
-    def forward(ctx, x, weight, targets, smoothing=0.0):
+    def forward(ctx, x, weight, targets, smoothing=0.0, learned=None):
         device, V = x.device.type, len(weight)
         w = weight.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
         if device == "cuda":
@@ -180,7 +181,10 @@ class HeadLoss(torch.autograd.Function):
                 ctx.dx[these] = logits @ w
                 # a sum over thousands of rows: float16 could not hold it; on a CPU float32 comes out of no 16 bits
                 wide = {"out_dtype": torch.float32} if device == "cuda" and w.dtype != torch.float32 else {}
-                ctx.dw += torch.mm(logits.T, h, **wide)[:V]
+                if learned is None:
+                    ctx.dw += torch.mm(logits.T, h, **wide)[:V]
+                else:
+                    ctx.dw[learned] += torch.mm(logits[:, learned].T, h, **wide)
         return loss
 
     @staticmethod
@@ -188,7 +192,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, scale):
         dx, dw = ctx.dx, ctx.dw
         del ctx.dx, ctx.dw  # they are changed in place: a second backward pass has to fail
-        return dx.mul_(scale), dw.mul_(scale), None, None
+        return dx.mul_(scale), dw.mul_(scale), None, None, None
 
 
 def move(tensor, device):
@@ -217,6 +221,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.gradient_checkpointing = False  # compute each block again in the backward pass, to keep less
         self.label_smoothing = 0.0  # of the loss in training
+        self.learned = None  # the tokens whose embeddings are trained, (n,) int64; None: all
         self.kv_dtype = None  # of the cache; None: that of the weights
         self.tie_weights()
         self.init_weights()
@@ -224,6 +229,11 @@ class GPT(nn.Module):
     def tie_weights(self):
         """Make the head share the token embedding's weight."""
         self.lm_head.weight = self.transformer.wte.weight
+
+    def freeze_embeddings(self, frozen):
+        """Leave the embeddings of some tokens as they are, but for weight decay: frozen (V,) bool, on the device."""
+        self.learned = (~frozen).nonzero()[:, 0]
+        self.transformer.wte.weight.register_hook(lambda grad: grad.masked_fill(frozen[:, None], 0))
 
     @torch.no_grad()
     def init_weights(self):
@@ -254,7 +264,8 @@ class GPT(nn.Module):
         supervised = (targets != -100).nonzero()[:, 0]  # (N,)
         x = x.flatten(0, 1)[move(supervised, x.device)]  # (N, C)
         smoothing = self.label_smoothing if self.training else 0.0
-        loss = HeadLoss.apply(x, self.lm_head.weight, move(targets[supervised], x.device), smoothing)
+        targets = move(targets[supervised], x.device)
+        loss = HeadLoss.apply(x, self.lm_head.weight, targets, smoothing, self.learned)
         return loss / max(1, len(supervised))
 
     def compiled(self):

@@ -265,6 +265,11 @@ class Loader:
         documents += [B * T] * (self.max_documents + 1 - len(documents))
         return *(torch.from_numpy(t).view(B, T) for t in (x, y)), torch.tensor(documents, dtype=torch.int32)
 
+    def counts(self, n_vocab):
+        """Return how often each token comes in an epoch, (n_vocab,) float64."""
+        shares = [(part.shard.tokens, part.taken / len(part)) for part in self.parts]
+        return sum(np.bincount(tokens, minlength=n_vocab) * share for tokens, share in shares)
+
     def _order(self, epoch):
         """Return the rows of an epoch in their order: [(number of the part, of the row in it)]."""
         rows = []

@@ -65,6 +65,7 @@ class Config:
     beta1: float = 0.9  # decay of the gradient's mean
     beta2: float = 0.99  # decay of the gradient's square's mean
     adam_eps: float = 1e-8  # from scratch 1e-5: else tokens that are rarely targets all drift to one embedding
+    freeze_rare: int = 0  # embeddings of tokens that come less often in an epoch stay as they are: see config/nano.py
     label_smoothing: float = 0.0  # share of each target that is spread over all tokens: none becomes impossible
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     # looking on
@@ -99,7 +100,7 @@ def check(config):
         raise ValueError(f"lr_schedule={config.lr_schedule} is not one of cosine, linear, constant")
     positive = ["n_layer", "n_head", "n_embd", "batch_size", "block_size", "gradient_accumulation_steps"]
     positive += ["eval_interval", "eval_iters", "log_interval"]
-    for name in [*positive, "max_iters", "warmup_iters", "grad_clip", "adam_eps", "seed"]:
+    for name in [*positive, "max_iters", "warmup_iters", "grad_clip", "adam_eps", "freeze_rare", "seed"]:
         if getattr(config, name) < (name in positive):
             raise ValueError(f"{name}={getattr(config, name)} is too small")
     if not 0 <= config.max_epochs < math.inf:
@@ -108,6 +109,8 @@ def check(config):
         raise ValueError(f"label_smoothing={config.label_smoothing} is not from 0 to below 1")
     if config.strategy not in ("ddp", "fsdp"):
         raise ValueError(f"strategy={config.strategy} is not one of ddp, fsdp")
+    if config.freeze_rare and config.strategy == "fsdp":
+        raise ValueError(f"freeze_rare={config.freeze_rare} needs the embeddings in one piece: set strategy=ddp")
 
 
 def main(config):
@@ -200,6 +203,9 @@ def main(config):
     steps_per_epoch = loaders["train"].n_rows / (config.batch_size * config.gradient_accumulation_steps)
     if config.max_epochs:
         config.max_iters = round(config.max_epochs * steps_per_epoch)
+    if config.freeze_rare:
+        counts = loaders["train"].counts(raw_model.config.vocab_size)
+        raw_model.freeze_embeddings(torch.from_numpy(counts < config.freeze_rare).to(device))
     if state["iter"] > config.max_iters:
         raise ValueError(f"{last} is at iter {state['iter']}, beyond max_iters={config.max_iters}: raise it")
 

@@ -255,6 +255,24 @@ def test_labels_are_smoothed_in_training_only(hf_model):
     assert model.train()(batch(300), targets)[1].item() == pytest.approx(smoothed, rel=1e-5)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "head and input"])
+def test_frozen_embeddings_have_no_gradient_and_the_others_have_theirs(hf_model, in_parts, tied):
+    """tied: the tokens come in as well."""
+    frozen = torch.arange(300) % 3 == 0
+    gradients = []
+    for freeze in (False, True):
+        model = ours(hf_model(**SMALL)).train()
+        if freeze:
+            model.freeze_embeddings(frozen)
+        x = model.hidden(batch(300)) if tied else torch.ones(2, 20, 80, requires_grad=True)
+        model.loss(x, batch(300, seed=2)).backward()
+        gradients.append(model.transformer.wte.weight.grad)
+    plain, kept = gradients
+    assert plain[frozen].abs().sum() > 0
+    assert kept[frozen].count_nonzero() == 0
+    torch.testing.assert_close(kept[~frozen], plain[~frozen])
+
+
 def test_gradients_of_the_heads_loss_are_added_to_those_there_are(in_parts):
     x, weight, targets = head(150)
     for _ in range(2):

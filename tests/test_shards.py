@@ -528,6 +528,15 @@ def test_a_file_without_conversations_is_cut_at_each_row_and_every_token_but_the
 # order
 
 
+def test_a_loader_counts_how_often_each_token_comes_in_an_epoch(tmp_path):
+    once = write(tmp_path / "once.bin", numbered([5, 4]))  # 1 to 5, 7 to 10
+    twice = write(tmp_path / "twice.bin", numbered([4], first=9))  # 9 to 12
+    counts = load(once, twice, shares=[1.0, 2.0]).counts(20)
+    assert counts.shape == (20,)
+    expected = dict.fromkeys((1, 2, 3, 4, 5, 7, 8), 1) | dict.fromkeys((9, 10), 3) | dict.fromkeys((11, 12), 2)
+    assert {i: counts[i] for i in counts.nonzero()[0].tolist()} == expected
+
+
 @pytest.fixture
 def loader_of(tmp_path):
     """Make a loader of 60 conversations: loader_of(batch_size=..., seed=...)."""

@@ -37,6 +37,7 @@ TINY = {"init_from": "scratch", "out_dir": "out", "data_dir": "data", "dataset":
 TINY |= {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 2, "gradient_accumulation_steps": 2}
 TINY |= {"max_iters": 12, "warmup_iters": 3, "learning_rate": 0.01, "eval_interval": 5, "eval_iters": 4}
 TINY |= {"log_interval": 1, "dtype": "float32", "dropout": 0.0}
+EMBEDDING = "transformer.wte.weight"
 LONG = {"max_iters": 20, "eval_interval": 3, "dropout": 0.1}  # saves all the time
 
 # a process that is forked from one with torch in it starts in a tenth of the time
@@ -253,6 +254,17 @@ def test_smoothed_labels_are_learned_and_the_validation_loss_is_plain():
         for o in (plain, smoothed)
     ]
     assert val_losses[0][0] == val_losses[1][0] and val_losses[0][-1] < val_losses[1][-1]
+
+
+def test_embeddings_of_tokens_that_come_less_often_than_freeze_rare_stay(uninterrupted):
+    counts = Loader(find_shards("data", "talk", "train"), 2, 32, 1337, Tokenizer()).counts(50257)
+    threshold = int(np.median(counts[counts > 0])) + 1
+    rare = torch.from_numpy(counts < threshold)
+    assert counts[rare].sum() > 0
+    knobs = {"weight_decay": 0.0}
+    before, after = uninterrupted(max_iters=0, **knobs), fit(freeze_rare=threshold, **knobs)
+    changed = (weights(before / "last")[EMBEDDING] != weights(after / "last")[EMBEDDING]).any(1)
+    assert torch.equal(changed, ~rare)
 
 
 def test_without_a_warmup_the_first_step_has_the_full_learning_rate():
@@ -768,6 +780,8 @@ def test_a_compiled_model_trains_alike(uninterrupted):
         ({"template": "user_assistant"}, "template human_bot"),
         ({"template": "shakespeare"}, "shakespeare"),
         ({"batch_size": 0}, "batch_size"),
+        ({"freeze_rare": -1}, "freeze_rare=-1 is too small"),
+        ({"freeze_rare": 2, "strategy": "fsdp"}, "freeze_rare=2"),
         ({"block_size": 0}, "block_size"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
         ({"eval_interval": 0}, "eval_interval"),
