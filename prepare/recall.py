@@ -67,6 +67,8 @@ WORDS = [
     if re.fullmatch(b" [A-Za-z][a-z]{2,}", token)
 ]
 WORDS = [word for word in WORDS if word.lower() not in LISTED and not held_out(word)]
+# those it has for what is inside of words
+ENDINGS = [token.decode() for token in sorted(gpt2_encoding().token_byte_values()) if re.fullmatch(b"[a-z]{2,}", token)]
 SWAP = {
     "i": "you",
     "my": "your",
@@ -116,6 +118,15 @@ class Speaker:
             written.append(word)
         return written
 
+    def any_word(self):
+        """Return a word, every fourth time one that does not exist: some tokens are only ever inside of words."""
+        if self.random.random() < 0.75:
+            return self.random.choice(WORDS)
+        while True:
+            word = self.random.choice(WORDS) + self.random.choice(ENDINGS)
+            if word.lower() not in LISTED and not held_out(word):
+                return word
+
     def value(self, kind):
         """Return a value of a kind which the other split does not have."""
         choice = self.random.choice
@@ -128,7 +139,7 @@ class Speaker:
         if kind == "thing":
             return f"{self.value('adjective')} {self.value('noun')}"
         if self.split == "train" and self.random.random() < 0.4:  # any word: to remember it is not to know what fits
-            return choice(WORDS)
+            return self.any_word()
         if kind in ENDS and self.random.random() < 0.7:
             while True:
                 name = "".join(choice(SYLLABLES) for _ in range(choice((1, 2, 2, 3)))).title() + choice(ENDS[kind])
