@@ -77,8 +77,9 @@ def gpt2_vocab():
 
 
 @functools.cache
-def gpt2_encoding():
-    """Return tiktoken's GPT-2 encoding, made without the network that tiktoken.get_encoding("gpt2") needs.
+def gpt2_encoding(specials=()):
+    """Return tiktoken's GPT-2 encoding, made without the network that tiktoken.get_encoding("gpt2") needs, with more
+    special tokens, if any, from id 50257 on.
 
     encoder.json spells each byte as a printable character: itself where it is one, else the next from U+0100 on.
     """
@@ -86,7 +87,7 @@ def gpt2_encoding():
     others = [b for b in range(256) if b not in printable]
     byte_of = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in gpt2_vocab().items() if rank != END_OF_TEXT}
-    special = {"<|endoftext|>": END_OF_TEXT}
+    special = {token: END_OF_TEXT + i for i, token in enumerate(("<|endoftext|>", *specials))}
     return tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -103,7 +104,7 @@ class Tokenizer:
             raise ValueError(f"template '{template}' is not one of {', '.join(TEMPLATES)}")
         self.template = template
         self._template = t = TEMPLATES[template]
-        self._bpe = gpt2_encoding()
+        self._bpe = gpt2_encoding(t.specials)
         self.special_ids = {"<|endoftext|>": END_OF_TEXT, **{s: END_OF_TEXT + 1 + i for i, s in enumerate(t.specials)}}
         self._special_bytes = {i: s.encode() for s, i in self.special_ids.items()}
         self.n_vocab = END_OF_TEXT + 1 + len(t.specials)
@@ -159,8 +160,8 @@ class Tokenizer:
         """Return [(ids (n,) uint16, mask (n,) uint8)] of many conversations, each as `render` gives it.
 
         On all cores: tiktoken lets go of the interpreter. Encoding message by message takes twice as long as whole
-        conversations, which give the same ids: GPT-2's words end before an opener's newline and behind its colon. The
-        openers are then found among the ids. Where text looks like one, or they are special tokens, it is `render`.
+        conversations, which give the same ids: GPT-2's words end before an opener's newline and behind its colon, or it
+        is a special token. The openers are then found among the ids. Where text looks like one, it is `render`.
         """
         chunks = [conversations[i : i + 64] for i in range(0, len(conversations), 64)]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -169,24 +170,29 @@ class Tokenizer:
     def _render_chunk(self, conversations):
         """Do what render_batch does, on one core."""
         t = self._template
+        allowed = {opener for opener in t.openers.values() if opener in t.specials}
         whole, done = {}, {}  # number of the conversation -> its ids without the ends; (ids, mask)
         for n, messages in enumerate(conversations):
             text = "".join(f"{t.openers[m['role']]}{t.before}{m['content']}{t.after}" for m in messages)
             roles = Counter(m["role"] for m in messages)
-            plain = not t.specials and 0 < len(text) < LONG_SPACE
-            if plain and all(text.count(opener.strip()) == roles[role] for role, opener in t.openers.items()):
+            clear = all(text.count(opener.strip()) == roles[role] for role, opener in t.openers.items())
+            if clear and 0 < len(text) < LONG_SPACE:
                 with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate
-                    whole[n] = self._bpe.encode_to_numpy(text[1:], disallowed_special=())
+                    text = text.removeprefix("\n")
+                    whole[n] = self._bpe.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
             if n not in whole:
                 done[n] = tuple(np.array(part, kind) for part, kind in zip(self.render(messages), "HB", strict=True))
         if not whole:
             return list(done.values())
         ids = np.concatenate(list(whole.values())).astype(np.uint16)
         starts = np.cumsum([0, *map(len, whole.values())])  # of the conversations, and the end
-        first = [conversations[n][0]["role"] for n in whole]
-        turns = [(starts[:-1], starts[:-1] + [len(self._first[r]) for r in first], np.array(first) == "assistant")]
+        turns = []  # (where the opener begins, where it ends, whether it is a reply's)
+        if not allowed:  # else the first turn's openers are like the others
+            first = [conversations[n][0]["role"] for n in whole]
+            turns = [(starts[:-1], starts[:-1] + [len(self._first[r]) for r in first], np.array(first) == "assistant")]
         for role, opener in self._later.items():
-            at = np.flatnonzero(ids[: len(ids) - 1] == opener[-2]) - (len(opener) - 2)
+            rarest = max(0, len(opener) - 2)  # Human, Bot
+            at = np.flatnonzero(ids[: len(ids) - len(opener) + 1 + rarest] == opener[rarest]) - rarest
             for k, token in enumerate(opener):
                 at = at[ids[at + k] == token]
             inside = np.searchsorted(starts, at, "right") == np.searchsorted(starts, at + len(opener) - 1, "right")
