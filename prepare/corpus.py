@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,10 @@ def prepare(config, name, conversations):
                 writer = ShardWriter(folder / f"{which}.bin", tokenizer.n_vocab, tokenizer.template)
                 splits[which] = Split(stack.enter_context(writer))
             conversations = iter(conversations)
-            while batch := list(itertools.islice(conversations, 1000)):
+            reader = stack.enter_context(ThreadPoolExecutor(1))  # the next batch is read while one is tokenized
+            ahead = reader.submit(next_batch, conversations)
+            while batch := ahead.result():
+                ahead = reader.submit(next_batch, conversations)
                 for which, split in splits.items():
                     split.add([messages for w, messages in batch if w == which], tokenizer)
                 if sys.stderr.isatty():
@@ -68,6 +72,10 @@ def prepare(config, name, conversations):
     ids, mask = tokenizer.render(splits["train"].shown)
     print(f"A conversation as the model sees it, {len(ids)} tokens, learning «what is between these»:")
     print(marked(tokenizer, ids, mask))
+
+
+def next_batch(conversations):
+    return list(itertools.islice(conversations, 1000))
 
 
 def prepare_text(config, name, texts):
