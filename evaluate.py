@@ -269,6 +269,8 @@ def main(config):
     ):
         if getattr(config, name) < least:
             raise ValueError(f"{name}={getattr(config, name)} is too small")
+    if not (config.dataset or config.convai2 or config.probes):
+        raise ValueError("nothing is asked for: set dataset, convai2 or probes")
     names = [config.base] * bool(config.base) + [config.init_from]
     if len(set(names)) < len(names):
         raise ValueError(f"base={config.base} is the model itself")

@@ -1,7 +1,7 @@
 """Conversations in three columns, System, User and Assistant: python prepare/columned_chat.py [--source=PATH]
 
 Without --source, Locutusque's ColumnedChatCombined is downloaded (2.66 GB), from which gpt2-conversational-or-qa was
-made. --source takes its formatted_data.json, {"train": [...], "validation": [...]}; it is read piece
+made. --source takes its formatted_data.json, {"train": [...], "validation": [...]}, or the folder; it is read piece
 by piece. Where it has no validation list, or was cut before it, the other one is divided 95 to 5.
 """
 
@@ -15,6 +15,7 @@ from corpus import JsonStream, divide, existing, prepare
 from configurator import run
 from download import hub_file
 
+FILE = "formatted_data.json"
 SPLITS = {"train": "train", "validation": "val"}
 COLUMNS = {"System": "system", "User": "user", "Assistant": "assistant"}  # -> role
 
@@ -130,8 +131,9 @@ def main(config):
         raise ValueError(f"max_examples={config.max_examples} is too small")
     if config.source:
         path = existing(config.source)
+        path = existing(path / FILE) if path.is_dir() else path
     else:
-        path = hub_file("Locutusque/ColumnedChatCombined", "formatted_data.json", kind="datasets")
+        path = hub_file("Locutusque/ColumnedChatCombined", FILE, kind="datasets")
     counts = {"bad": 0, "blank": 0, "not English": 0}
     found = conversations(config, path, counts)
     if has_validation(path):

@@ -23,6 +23,8 @@ def paragraphs(source):
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             lines = []
             for line in file:
+                if "\0" in line:
+                    raise ValueError(f"{path} is no text: it has NUL bytes")
                 if line.strip() not in ("", "<|endoftext|>"):
                     lines.append(line.strip())
                 elif lines:

@@ -270,6 +270,7 @@ def test_refusals(evaluated, data_dir, model_dir, tmp_path):
         (["base=model"], [model, "--base=model"]),
         (["there is no such directory"], [model, "--base=out/none", "--dataset="]),
         (["replies=-1"], [model, "--replies=-1"]),
+        (["nothing is asked for", "probes"], [model, "--dataset=", "--probes=0"]),
         (["context, 40", "--probes=0"], ["--init_from=short", "--dataset=", "--max_new_tokens=20"]),
         (["no/figures.json"], [model, "--dataset=talk", "--json=no/figures.json"]),
     ]:

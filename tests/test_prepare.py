@@ -1143,7 +1143,7 @@ def columned_file(path, train, validation=None, indent=None):
 def test_three_columns_become_turns_of_locutusques_template(prepare, tmp_path, indent):
     train = [columned(0, "be kind"), *map(columned, range(1, 30)), columned(30) | {"System": None}]
     path = columned_file(tmp_path / "formatted_data.json", train, [columned(99)], indent)
-    done = prepare(columned_chat, source=path)
+    done = prepare(columned_chat, source=path if indent else tmp_path)  # a file, or the folder with it
     assert done.stdout.splitlines()[-1] == "left out: 0 bad, 0 blank, 0 not English"
     persona = [{"role": "system", "content": "be kind"}]
     assert read_back("data/columned_chat") == {
@@ -1299,6 +1299,8 @@ def test_plain_text_is_divided_by_paragraphs_and_learned_whole(prepare, tmp_path
 
 def test_text_without_a_source_or_a_second_paragraph_is_refused(prepare, tmp_path):
     assert_refused(prepare(plain_text), "--source=PATH")
+    (tmp_path / "b.txt").write_bytes(b"PK\3\4\0\0 no text")
+    assert_refused(prepare(plain_text, source=tmp_path / "b.txt"), "b.txt is no text")
     (tmp_path / "a.txt").write_text("one line\n")
     assert_refused(prepare(plain_text, source=tmp_path / "a.txt"), "no text is left")
     assert written(tmp_path) == []
