@@ -96,7 +96,9 @@ def prepare_text(config, name, texts):
                 opened[split].write(tokens.tobytes())
                 sizes[split] += len(tokens)
         if not all(sizes.values()):
-            raise ValueError("no text is left for one of the splits: at least two different paragraphs or questions are needed")
+            raise ValueError(
+                "no text is left for one of the splits: at least two different paragraphs or questions are needed"
+            )
     for split, n in sizes.items():
         print(f"{folder / split}.bin: {n:,} tokens, all of them to be learned")
 
