@@ -6,7 +6,7 @@ To repeat a name it was told, a transformer needs two kinds of heads (induction 
 looks for the place whose note says what the current token is, and copies what stands there: after "my name is Bo ...
 your name is", Bo. Training finds them by itself, but late: with 11.5M parameters and 0.9M tokens of recall
 (prepare/recall.py) half of the questions for what was said three exchanges ago were answered, from weights drawn at
-random one in fifty (assets/nano/README.md). Nothing is fixed: training may keep these heads or change them.
+random one in fifty. Nothing is fixed: training may keep these heads or change them.
 """
 
 import math

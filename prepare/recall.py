@@ -69,6 +69,7 @@ WORDS = [
 WORDS = [word for word in WORDS if word.lower() not in LISTED and not held_out(word)]
 # those it has for what is inside of words
 ENDINGS = [token.decode() for token in sorted(gpt2_encoding().token_byte_values()) if re.fullmatch(b"[a-z]{2,}", token)]
+VERBS = [word for word in WORDS if word.islower() and word.endswith("ed")]
 SWAP = {
     "i": "you",
     "my": "your",
@@ -79,12 +80,15 @@ SWAP = {
     "are": "am",
     "mine": "yours",
     "yours": "mine",
+    "myself": "yourself",
+    "yourself": "myself",
 }
 
 
 def swap(sentence):
     """Return a sentence with the two speakers exchanged: what is my name -> what is your name."""
-    return " ".join(SWAP.get(word, word) for word in sentence.split())
+    swapped = " ".join(SWAP.get(word, word) for word in sentence.split())
+    return re.sub(r"\b(tell|told|give|gave) i\b", r"\1 me", swapped)  # as an object
 
 
 class Speaker:
@@ -100,7 +104,8 @@ class Speaker:
         """
         if isinstance(sentences, dict):
             sentences = self.random.choice(sentences[self.split])
-        chosen = re.sub(r"\[(.*?)\]", lambda match: self.random.choice(match[1].split("|")), sentences).split()
+        chosen = re.sub(r"\[(.*?)\]", lambda match: self.random.choice(match[1].split("|")), sentences)
+        chosen = re.sub("{verb}", lambda _: self.random.choice(VERBS), chosen).split()
         if slips and self.split == "train" and self.random.random() < 0.5:
             chosen = self.slip(chosen)
         chosen = " ".join(chosen)
@@ -143,7 +148,8 @@ class Speaker:
         if kind in ENDS and self.random.random() < 0.7:
             while True:
                 name = "".join(choice(SYLLABLES) for _ in range(choice((1, 2, 2, 3)))).title() + choice(ENDS[kind])
-                if len(name) > 2 and held_out(name) == (self.split == "val") and name.lower() not in LISTED:
+                word = name.split()[0]  # not of a place what is of a name
+                if len(name) > 2 and held_out(word) == (self.split == "val") and word.lower() not in LISTED:
                     return name
         return choice(VALUES[kind][self.split])
 

@@ -53,9 +53,27 @@ def test_words_that_are_held_out_do_not_come_in_as_part_of_another_kind_of_value
     assert not told & held_out
 
 
+def test_a_name_that_is_held_out_is_not_part_of_a_place():
+    words = {}
+    for split in ("train", "val"):
+        speaker = Speaker(split, 0)
+        values = (speaker.value(kind) for kind in ("name", "place") for _ in range(20_000))
+        words[split] = {value.split()[0].lower() for value in values}
+    assert len(words["val"]) > 1000 and not words["train"] & words["val"]
+
+
+def test_no_sentence_of_train_has_a_word_that_is_held_out():
+    held_out = {word.lower() for words in VALUES.values() for word in words["val"]} - {"turkey", "orange"}
+    lists = [*SENTENCES.values(), *(part for kind in KINDS for name, part in kind.items() if name != "values")]
+    said = " ".join(sentence for part in lists for sentence in part["train"]).lower()
+    assert not held_out & set(re.findall(r"[a-z]+", said))
+
+
 def test_swap_exchanges_the_speakers():
     assert swap("what is my name") == "what is your name"
     assert swap("where am i going") == "where are you going"
+    assert swap("which name did i tell you") == "which name did you tell me"
+    assert swap("how do i call myself") == "how do you call yourself"
     assert swap("you told me that your dog is called {x}") == "i told you that my dog is called {x}"
 
 
