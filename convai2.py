@@ -1,8 +1,9 @@
 """
 ConvAI2's own marks on PersonaChat: which of 20 candidates a model would say, and its perplexity.
 
-Dinan et al. 2019, arXiv 1902.00098. PUBLISHED, on the hidden test set: TransferTransfo (arXiv 1901.08149), a GPT of
-117M parameters with a head of its own for ranking, and its authors' code, transfer-learning-conv-ai.
+Dinan et al. 2019, arXiv 1902.00098. PUBLISHED: TransferTransfo (arXiv 1901.08149), a GPT of 117M parameters with a head
+of its own for ranking, on the hidden test set; its authors' code, transfer-learning-conv-ai, on the validation set.
+Their perplexities are a word of ConvAI2's dictionary, without the end; ours a token of GPT-2's, with it.
 """
 
 import math
@@ -73,19 +74,19 @@ def continuation(tokenizer, text):
     return [token for token, supervised in zip(ids, mask, strict=True) if supervised]
 
 
-def marks(model, tokenizer, lines, shown):
+def marks(model, tokenizer, lines, context, shown):
     """Return {hits_1, persona_perplexity, plain_perplexity} over lines as prepare/personachat.py's `examples` has them.
 
     hits_1: the share of lines whose reply has the highest log-likelihood a token of the candidates, which is how ParlAI
     ranks with a model that generates; None where no line has candidates. Perplexity is that of the replies' tokens of
-    GPT-2's vocabulary, the end token too, with the persona before the conversation and without it. shown(n) is called
-    behind each line.
+    GPT-2's vocabulary, the end token too, with the persona before the conversation and without it. context: tokens that
+    a line may have at most, older turns are left out. shown(n) is called behind each line.
     """
     hits = ranked = n = 0
     nll = {"persona_perplexity": 0.0, "plain_perplexity": 0.0}
     for number, (persona, said, reply, candidates) in enumerate(lines, 1):
         replies = [continuation(tokenizer, text) for text in [*candidates[:-1], reply]]
-        room = model.config.block_size - max(map(len, replies)) + 1
+        room = context - max(map(len, replies)) + 1
         system = [{"role": "system", "content": persona}] if persona else []
         scores = loglikelihoods(model, fit_context(tokenizer, system + said, room)[0], replies)
         nll["persona_perplexity"] -= scores[-1]

@@ -144,17 +144,17 @@ class Reply:
 # 3. what it comes to when it is trained: gpt2-conversational-or-qa's table of its first batches
 
 
-def first_batches(config, name):
+def first_batches(config, name, model, tokenizer, context):
     """Fine-tune a model on `dataset`'s training split for so many batches; return [{loss, reward, penalty, bleu}], of
-    each before the step on it. bleu: of the likeliest tokens, reply by reply, against those that were said."""
-    device = pick_device(config.device)
-    model, tokenizer = load_model(name, device)
+    each before the step on it. bleu: of the likeliest tokens, reply by reply, against those that were said. context:
+    tokens in a row."""
+    device = model.transformer.wpe.weight.device
     shards = find_shards(config.data_dir, config.dataset, "train")
     if (template := open_shard(shards[0][0]).template) not in (None, tokenizer.template):
         tokenizer = Tokenizer(template)  # which a base that knows no turns takes as well as any other
         if tokenizer.n_vocab > model.config.vocab_size:
             model.grow_vocab(tokenizer.n_vocab)
-    loader = Loader(shards, config.batch_size, model.config.block_size, config.seed, tokenizer)
+    loader = Loader(shards, config.batch_size, context, config.seed, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)
     batches = []
     with progress(f"training {name}", config.first_batches) as shown:
@@ -180,7 +180,7 @@ class Material:
 
     def __init__(self, config, tokenizer, context):
         """context: of the model that has the least. Raises ValueError where it is too short for what is asked for."""
-        room = context - config.max_new_tokens
+        self.context, room = context, context - config.max_new_tokens
         self.probes = {}  # name -> ([ids of a prompt], [the value to be remembered])
         for name, k in PROBES.items():
             speaker = Speaker("val", config.seed)
@@ -192,6 +192,8 @@ class Material:
             self.probes[name] = prompts, [value for _, value in asked]
         self.loader, self.lines, self.prompts, self.references = None, [], [], []
         if config.convai2:
+            if room < 1:
+                raise ValueError(f"max_new_tokens={config.max_new_tokens}, but the context is {context}: lower it")
             self.lines = examples(Path(config.convai2), config.max_conversations)
             for persona, messages, said, _ in self.lines:
                 system = [{"role": "system", "content": persona}] if persona else []
@@ -225,7 +227,7 @@ def evaluate(config, model, tokenizer, material):
         figures |= likeness(replies, material.references) | manner(replies, tokenizer)
     if material.lines:
         with progress("ranking", len(material.lines)) as shown:
-            figures |= marks(model, tokenizer, material.lines, shown)
+            figures |= marks(model, tokenizer, material.lines, material.context, shown)
         pairs = zip(replies, material.references, strict=True)
         figures["f1"] = sum(f1(*pair) for pair in pairs) / len(replies)
     for name, (prompts, values) in material.probes.items():
@@ -269,8 +271,6 @@ def main(config):
     ):
         if getattr(config, name) < least:
             raise ValueError(f"{name}={getattr(config, name)} is too small")
-    if not (config.dataset or config.convai2 or config.probes):
-        raise ValueError("nothing is asked for: set dataset, convai2 or probes")
     names = [config.base] * bool(config.base) + [config.init_from]
     if len(set(names)) < len(names):
         raise ValueError(f"base={config.base} is the model itself")
@@ -284,8 +284,17 @@ def main(config):
         raise FileNotFoundError(
             f"convai2={config.convai2} does not exist: prepare/personachat.py fetches PersonaChat's"
         )
+    for mode, names_of_no_use in (
+        ("first_batches", ("dtype", "max_conversations", "replies")),
+        ("convai2", ("batch_size", "replies")),
+    ):
+        for name in names_of_no_use:
+            if getattr(config, mode) and name in getattr(config, "given", ()):
+                raise ValueError(f"{name} does nothing with {mode}: leave it out")
     if config.first_batches and (config.convai2 or config.report or not config.dataset):
         raise ValueError("first_batches needs a dataset, and goes with neither convai2 nor report")
+    if not (config.dataset or config.convai2 or config.probes):
+        raise ValueError("nothing is asked for: set dataset, convai2 or probes")
     if config.dataset and not config.convai2:  # before models are fetched
         find_shards(config.data_dir, config.dataset, "train" if config.first_batches else "val")
     device = pick_device(config.device)
@@ -293,18 +302,22 @@ def main(config):
     if device == "cpu":
         keep_freed_memory()
     if config.first_batches:
-        figures = {name: first_batches(config, name) for name in names}
-        print(table_of_batches(figures))
-        return write(config.json, json.dumps(figures, indent=2) + "\n")
-    models = {name: load_model(name, device, dtype, inference=True) for name in names}
+        models = {name: load_model(name, device) for name in names}
+    else:
+        models = {name: load_model(name, device, dtype, inference=True) for name in names}
+    context = min(model.config.block_size for model, _ in models.values())
     for name, (model, tokenizer) in models.items():
         if tokenizer.n_vocab > (n := model.config.vocab_size):
             raise ValueError(f"{name} knows {n} tokens, its tokenizer makes {tokenizer.n_vocab}: another vocabulary")
+    if config.first_batches:
+        figures = {name: first_batches(config, name, *models[name], context) for name in names}
+        print(table_of_batches(figures))
+        return write(config.json, as_json(figures))
     if len({tokenizer.template for _, tokenizer in models.values()}) > 1:
         which = " and ".join(f"{name} {tokenizer.n_vocab} tokens" for name, (_, tokenizer) in models.items())
         raise ValueError(f"the two have different vocabularies, {which}: evaluate each by itself, on shards of its own")
     tokenizer = models[config.init_from][1]
-    material = Material(config, tokenizer, min(model.config.block_size for model, _ in models.values()))
+    material = Material(config, tokenizer, context)
     if material.loader and (lost := material.loader.n_lost):
         print(f"{lost:,} tokens are left out, of exchanges beyond the context")
     figures, replies = {}, {}
@@ -316,21 +329,25 @@ def main(config):
     for label, *cells in rows:
         print(f"{label:46}{''.join(f'{cell:>{width}}' for cell, width in zip(cells, widths, strict=True))}".rstrip())
     if config.convai2:
-        print("published: on ConvAI2's hidden test set, perplexity a token of GPT-1's vocabulary")
+        print("TransferTransfo: on ConvAI2's hidden test set; conv-ai: on its validation set. Their perplexities are a")
+        print("word of ConvAI2's dictionary, without the end; ours a token of GPT-2's, with it")
     if people:
         print("\n".join(f"sacrebleu's {name}: {metric.get_signature()}" for name, metric in METRICS.items()))
-    write(config.json, json.dumps(figures, indent=2) + "\n")
+    write(config.json, as_json(figures))
     if config.report:
         replies |= {"people": material.references} if people else {}
         folders = {name: NANO if name == "nano" else Path(name) for name in names}
         runs = {name: read_run(folder) for name, folder in folders.items() if (folder / "metrics.jsonl").exists()}
         lengths = {name: [len(tokenizer.encode(text)) for text in texts] for name, texts in replies.items() if texts}
-        every = -(-len(material.prompts) // SHOWN) or 1
-        talks = [
-            (tokenizer.parse(prompt), dict(zip(replies, texts, strict=True)))
-            for prompt, *texts in list(zip(material.prompts, *replies.values(), strict=True))[::every]
-        ]
+        talks = list(zip(material.prompts, *replies.values(), strict=True))
+        talks = [talks[i * len(talks) // SHOWN] for i in range(SHOWN)] if len(talks) > SHOWN else talks
+        talks = [(tokenizer.parse(prompt), dict(zip(replies, texts, strict=True))) for prompt, *texts in talks]
         write(config.report, page(" and ".join(names), rows, runs, lengths, talks))
+
+
+def as_json(figures):
+    """Return figures as JSON, which has no infinity and no NaN: null."""
+    return json.dumps(json.loads(json.dumps(figures), parse_constant=lambda _: None), indent=2) + "\n"
 
 
 def write(path, text):

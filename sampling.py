@@ -58,7 +58,7 @@ class ChatSampling(Sampling):
 
 
 # with what the models of another template were shown: gpt2-conversational-or-qa's card
-OF_TEMPLATE = {"user_assistant": {"top_k": 35, "top_p": 0.80}}
+OF_TEMPLATE = {"user_assistant": {"temperature": 1.0, "top_k": 35, "top_p": 0.80, "frequency_penalty": 0.0}}
 
 
 def for_template(config, template):

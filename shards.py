@@ -267,8 +267,12 @@ class Loader:
 
     def counts(self, n_vocab):
         """Return how often each token comes in an epoch, (n_vocab,) float64."""
-        shares = [(part.shard.tokens, part.taken / len(part)) for part in self.parts]
-        return sum(np.bincount(tokens, minlength=n_vocab) * share for tokens, share in shares)
+        counts = np.zeros(n_vocab)
+        for part in self.parts:
+            tokens = part.shard.tokens
+            for at in range(0, len(tokens), 1 << 24):  # bincount takes 8 bytes for each
+                counts += np.bincount(tokens[at : at + (1 << 24)], minlength=n_vocab) * (part.taken / len(part))
+        return counts
 
     def _order(self, epoch):
         """Return the rows of an epoch in their order: [(number of the part, of the row in it)]."""
@@ -286,8 +290,8 @@ class Loader:
         PersonaChat's rows of 1,024 get 98.1% full, and 96.7% by putting the longest first into the fullest row.
         """
         if shard.template not in (None, self.tokenizer.template):
-            which = f"template {shard.template}, the model in {self.tokenizer.template}"
-            raise ValueError(f"{shard.path} is in {which}: prepare it again, or start anew with --template")
+            which = f"template {shard.template}, the model in template {self.tokenizer.template}"
+            raise ValueError(f"{shard.path} is in {which}: prepare it again with --template={self.tokenizer.template}")
         self._check(shard, shard.vocab_size - 1)
         pieces = np.random.default_rng(self.seed).permutation(self._pieces(shard))
         personas = np.unique(pieces[:, :2], axis=0)  # each once, whatever the pieces

@@ -77,7 +77,7 @@ def gpt2_vocab():
 
 
 @functools.cache
-def gpt2_encoding(specials=()):
+def gpt2_encoding(*specials):
     """Return tiktoken's GPT-2 encoding, made without the network that tiktoken.get_encoding("gpt2") needs, with more
     special tokens, if any, from id 50257 on.
 
@@ -104,7 +104,7 @@ class Tokenizer:
             raise ValueError(f"template '{template}' is not one of {', '.join(TEMPLATES)}")
         self.template = template
         self._template = t = TEMPLATES[template]
-        self._bpe = gpt2_encoding(t.specials)
+        self._bpe = gpt2_encoding(*t.specials)
         self.special_ids = {"<|endoftext|>": END_OF_TEXT, **{s: END_OF_TEXT + 1 + i for i, s in enumerate(t.specials)}}
         self._special_bytes = {i: s.encode() for s, i in self.special_ids.items()}
         self.n_vocab = END_OF_TEXT + 1 + len(t.specials)

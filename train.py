@@ -202,7 +202,7 @@ def main(config):
         loaders[split] = Loader(shards, config.batch_size, config.block_size, config.seed, tokenizer)
     steps_per_epoch = loaders["train"].n_rows / (config.batch_size * config.gradient_accumulation_steps)
     if config.max_epochs:
-        config.max_iters = round(config.max_epochs * steps_per_epoch)
+        config.max_iters = max(1, round(config.max_epochs * steps_per_epoch))
     if config.freeze_rare:
         counts = loaders["train"].counts(raw_model.config.vocab_size)
         raw_model.freeze_embeddings(torch.from_numpy(counts < config.freeze_rare).to(device))
@@ -221,9 +221,10 @@ def main(config):
 
     # 6. the optimizer: weight decay on matrices and embeddings only
     params = list(raw_model.parameters())
+    spared = raw_model.transformer.wte.weight if config.freeze_rare else None  # some of it has to stay as it is
     groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if p.dim() >= 2 and p is not spared], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.dim() < 2 or p is spared], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_eps, fused=True)

@@ -65,7 +65,7 @@ def records(path, bad, skip_bad):
                 stream.expect(":")
                 if not isinstance(list_name, str) or list_name not in SPLITS:
                     raise ValueError("it is neither train nor validation")
-                for record in stream.items(skip if skip_bad else None):
+                for record in stream.items(skip if skip_bad else None, SPLITS):
                     number += 1
                     yield list_name, number, record
                 if stream.expect(",", "}") == "}":

@@ -75,7 +75,14 @@ def prepare(config, name, conversations):
 
 
 def next_batch(conversations):
-    return list(itertools.islice(conversations, 1000))
+    """Return the next 1,000 of (split, messages), or fewer that have 4M characters."""
+    batch, size = [], 0
+    for which, messages in conversations:
+        batch.append((which, messages))
+        size += sum(len(message["content"]) for message in messages)
+        if len(batch) == 1000 or size > 4_000_000:
+            break
+    return batch
 
 
 def prepare_text(config, name, texts):
@@ -154,13 +161,14 @@ class JsonStream:
                     self.at += length
                     return value
 
-    def items(self, skip=None):
+    def items(self, skip=None, lists=()):
         """Yield the values of the list that begins here.
 
         skip: is called with the error of an object that cannot be read, and what follows it is read; else it is raised.
+        lists: names of lists that may follow this one, beyond whose beginning nothing is skipped.
         """
-        # where the next object begins, or what follows the list: within a text its quotes would be escaped
-        behind = re.compile(r'\}\s*(?=,\s*\{\s*"|\]\s*,\s*")')
+        # where the next object begins, or the next list: within a text its quotes would be escaped
+        behind = re.compile(r'\}\s*(?=,\s*\{\s*"|\]\s*,\s*")|(?=\]\s*,\s*"(?:' + "|".join(lists) + r')"\s*:)')
         self.expect("[")
         if self.peek() == "]":
             self.at += 1
@@ -169,7 +177,7 @@ class JsonStream:
             try:
                 yield self.value()
             except (ValueError, RecursionError) as error:
-                while skip and not (match := behind.search(self.text, self.at + 1)):
+                while skip and not (match := behind.search(self.text, self.at)):
                     self.at = max(self.at, len(self.text) - 1000)  # white space may be cut
                     if not self._more():
                         skip = None

@@ -19,7 +19,10 @@ class Config:
 
 def paragraphs(source):
     """Yield the paragraphs of a file or a folder, each with the blank line before it, the lines of each joined."""
-    for path in sorted(source.rglob("*.txt")) if source.is_dir() else [source]:
+    paths = sorted(source.rglob("*.txt")) if source.is_dir() else [source]
+    if not paths:
+        raise ValueError(f"{source} has no .txt file in it")
+    for path in paths:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             lines = []
             for line in file:

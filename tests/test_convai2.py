@@ -105,7 +105,7 @@ def test_together_they_may_be_longer_than_the_context_but_not_one_alone(model):
 
 def test_the_marks_are_those_of_brute_force(model, valid):
     lines = personachat.examples(valid)
-    figures = marks(model, TOKENIZER, lines, lambda n: None)
+    figures = marks(model, TOKENIZER, lines, 128, lambda n: None)
     hits = n = 0
     nll = {"persona_perplexity": 0.0, "plain_perplexity": 0.0}
     for persona, said, reply, candidates in lines:
@@ -138,13 +138,13 @@ def test_hits_at_1_by_hand(valid, favourite):
                     logits[0, i, after[token]] = 20.0
             return logits
 
-    figures = marks(Certain(), TOKENIZER, personachat.examples(valid), lambda n: None)
+    figures = marks(Certain(), TOKENIZER, personachat.examples(valid), 128, lambda n: None)
     assert figures["hits_1"] == (1 / 3 if favourite != "no ." else 0)
 
 
 def test_a_file_without_candidates_has_no_hits(model, valid):
     valid.write_text("\n".join(line.split("\t\t")[0] for line in PUBLISHED_FORM.splitlines()))
-    assert marks(model, TOKENIZER, personachat.examples(valid), lambda n: None)["hits_1"] is None
+    assert marks(model, TOKENIZER, personachat.examples(valid), 128, lambda n: None)["hits_1"] is None
 
 
 @pytest.fixture
@@ -166,7 +166,8 @@ def test_evaluate_shows_them_beside_the_published_ones(call, valid):
     assert rows[""] == [str(valid.parent / "model"), "people", "TransferTransfo", "conv-ai"]
     assert rows["ConvAI2: Hits@1 of 20 candidates"][1:] == ["80.7%", "79.0%"]
     assert rows["ConvAI2: perplexity with the persona"][1:] == ["16.28", "20.50"]
-    assert rows["ConvAI2: F1"][1:] == ["19.5%", "16.5%"]
+    assert rows["ConvAI2: F1"][1:] == ["19.5%", "16.5%"] and rows["ConvAI2: F1"][0].endswith("%")
+    assert_refused(call(convai2=valid, replies=5), "replies does nothing with convai2")
 
 
 def test_a_wrong_file_is_one_clear_line(call, valid, tmp_path):
@@ -187,8 +188,17 @@ def test_a_wrong_file_is_one_clear_line(call, valid, tmp_path):
 
 
 def test_the_first_batches_are_those_of_a_training_loop(call, tmp_path, data_dir):
+    """Of a base with a longer context too, so that both see the same rows."""
+    torch.manual_seed(0)
+    save_model(GPT(GPTConfig(block_size=256, n_layer=1, n_head=2, n_embd=32)), TOKENIZER, tmp_path / "longer")
     options = {"data_dir": data_dir, "dataset": "talk", "batch_size": 2, "learning_rate": 1e-2}
     done = call(first_batches=4, json=tmp_path / "figures.json", **options)
+    assert call(first_batches=4, json=tmp_path / "both.json", base=tmp_path / "longer", **options).returncode == 0
+    both = evaluate.json.loads((tmp_path / "both.json").read_text())
+    assert (
+        both[str(tmp_path / "model")]
+        == evaluate.json.loads((tmp_path / "figures.json").read_text())[str(tmp_path / "model")]
+    )
     assert done.returncode == 0, done.stderr
     figures = evaluate.json.loads((tmp_path / "figures.json").read_text())[str(tmp_path / "model")]
     model, tokenizer = load_model(str(tmp_path / "model"))
@@ -238,9 +248,16 @@ def test_bleu_of_a_batch_by_hand(call, tmp_path, data_dir, monkeypatch, predicte
     assert batch["bleu"] == pytest.approx(bleu, abs=0.02)
 
 
-def test_a_rate_that_blows_up_is_shown_as_such(call, data_dir):
-    done = call(data_dir=data_dir, dataset="talk", first_batches=3, batch_size=1, learning_rate=1e4)
+def test_a_rate_that_blows_up_is_shown_as_such(call, data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"data_dir": data_dir, "dataset": "talk", "batch_size": 1, "learning_rate": 1e4}
+    done = call(first_batches=3, json="f.json", **options)
     assert done.returncode == 0, done.stderr
+
+    def no_number(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    evaluate.json.loads(Path("f.json").read_text(), parse_constant=no_number)
 
 
 def test_first_batches_need_a_dataset(call):

@@ -194,6 +194,26 @@ def test_bleu_and_chrf_are_sacrebleus_of_the_same_replies(data_dir, model_dir):
     assert figures["recall_1"] is None
 
 
+def test_progress_is_shown_at_a_terminal_alone(monkeypatch, capsys):
+    for terminal in (False, True):
+        monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
+        with evaluate.progress("predicting", 4) as shown:
+            shown(1)
+            before = capsys.readouterr().err
+        assert ("predicting: 1 of 4, " in before and " s left" in before) == terminal
+        assert capsys.readouterr().err == "\r\033[K" * terminal  # the line is gone
+
+
+def test_bleu_and_chrf_of_replies_that_are_partly_right():
+    """By hand: 8 of 9 words, 5 of 7 pairs, 3 of 5 triples and 1 of 3 fours are there, in as many words."""
+    texts = ["the cat sat on a mat", "hello to you"]
+    references = ["the cat sat on the mat", "hello to you"]
+    precisions = (8 / 9, 5 / 7, 3 / 5, 1 / 3)
+    figures = evaluate.likeness(texts, references)
+    assert figures["bleu"] == pytest.approx(math.prod(precisions) ** 0.25)
+    assert 0.5 < figures["chrf"] < 1
+
+
 def test_what_people_replied_scores_full_marks():
     said = ["hello there, how are you doing today?", "i am fine, thank you very much indeed"]
     assert evaluate.likeness(said, said) == pytest.approx({"bleu": 1, "chrf": 1})
@@ -270,6 +290,8 @@ def test_refusals(evaluated, data_dir, model_dir, tmp_path):
         (["base=model"], [model, "--base=model"]),
         (["there is no such directory"], [model, "--base=out/none", "--dataset="]),
         (["replies=-1"], [model, "--replies=-1"]),
+        (["letters", "65"], ["--init_from=letters", "--dataset=untold", "--first_batches=1"]),
+        (["max_conversations does nothing"], [model, "--dataset=talk", "--first_batches=1", "--max_conversations=9"]),
         (["nothing is asked for", "probes"], [model, "--dataset=", "--probes=0"]),
         (["context, 40", "--probes=0"], ["--init_from=short", "--dataset=", "--max_new_tokens=20"]),
         (["no/figures.json"], [model, "--dataset=talk", "--json=no/figures.json"]),

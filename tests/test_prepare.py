@@ -1219,6 +1219,19 @@ def test_damage_within_the_file_is_placed_and_can_be_skipped(prepare, tmp_path):
     assert "record 4 of train" in done.stderr and "record 10 of train: has no User" in done.stderr
 
 
+@pytest.mark.parametrize("damage", ["a comma", "no brace"])
+def test_damage_at_the_end_of_a_list_costs_nothing_of_the_next(prepare, tmp_path, damage):
+    path = columned_file(tmp_path / "f.json", [columned(i) for i in range(4)], [columned(i) for i in range(50, 53)])
+    end = '"}], "validation"'
+    broken = {"a comma": '"},], "validation"', "no brace": '"], "validation"'}[damage]
+    path.write_text(path.read_text().replace(end, broken))
+    assert_refused(prepare(columned_chat, source=path), "of train")
+    assert prepare(columned_chat, source=path, skip_bad="true").returncode == 0
+    asked = {split: [talk[0]["content"] for talk in talks] for split, talks in read_back("data/columned_chat").items()}
+    assert asked["val"] == [f"question {i} ?" for i in range(50, 53)]
+    assert asked["train"] == [f"question {i} ?" for i in range(4 if damage == "a comma" else 3)]
+
+
 def test_a_file_that_was_cut_is_refused_or_used_as_far_as_it_goes(prepare, tmp_path):
     path = columned_file(tmp_path / "f.json", [columned(i) for i in range(100)], [columned(999)])
     path.write_text(path.read_text()[: path.read_text().index("question 60 ?")])
@@ -1295,6 +1308,11 @@ def test_plain_text_is_divided_by_paragraphs_and_learned_whole(prepare, tmp_path
     assert sorted(found["train"] + found["val"]) == sorted(expected)
     assert 1 <= len(found["val"]) < 20
     assert all(shard.mask(0, len(shard.tokens)).all() for shard in shards.values())
+
+
+def test_a_folder_without_texts_is_refused(prepare, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_refused(prepare(plain_text, source=tmp_path / "empty"), "empty has no .txt file")
 
 
 def test_text_without_a_source_or_a_second_paragraph_is_refused(prepare, tmp_path):

@@ -516,6 +516,6 @@ def test_a_chat_in_locutusques_template_samples_as_its_card_unless_told_otherwis
     from sampling import ChatSampling, for_template
 
     plain = for_template(parse(ChatSampling, []), "user_assistant")
-    assert (plain.top_k, plain.top_p, plain.temperature) == (35, 0.80, ChatSampling.temperature)
+    assert (plain.top_k, plain.top_p, plain.temperature, plain.frequency_penalty) == (35, 0.80, 1.0, 0.0)
     assert for_template(parse(ChatSampling, ["--top_k=50"]), "user_assistant").top_k == 50
     assert for_template(parse(ChatSampling, []), "human_bot") == ChatSampling()
