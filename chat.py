@@ -19,7 +19,7 @@ COMMANDS = """\
 /reset           forget the conversation, keep the persona
 /persona [TEXT]  give the bot a persona, or show it; /persona - takes it away
 /retry           another answer to your last message
-/save FILE       append the conversation to FILE, one JSON line, as prepare/jsonl.py reads it
+/save FILE       append the conversation to FILE, one JSON line, as prepare/jsonl.py and prepare/retry.py read it
 /quit            or Ctrl-D; Ctrl-C cuts an answer short"""
 
 SHORT = {"role": "user", "content": "a"}  # the least that must fit into the context
@@ -43,6 +43,7 @@ class Chat:
         self.model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
         self.engine = Engine(self.model, n_vocab=self.tokenizer.n_vocab)  # keeps what the turns before have computed
         self.config, self.messages, self.replies = for_template(config, self.tokenizer.template), [], 0
+        self.retried = []  # replies that were taken back
         self.dropped = 0  # so many of the oldest turns are out of the model's sight
         self.room = self.model.config.block_size - config.max_new_tokens
         if self.room < len(self.tokenizer.render([SHORT], add_generation_prompt=True)[0]) or config.max_new_tokens < 1:
@@ -91,21 +92,26 @@ class Chat:
     def take_back(self):
         """Forget the last message and its reply; return the message, "" if there is none."""
         if self.messages[-1:] and self.messages[-1]["role"] == "assistant":
-            self.messages.pop()
+            reply = self.messages.pop()["content"]
+            if reply:
+                before = sum(m["role"] != "system" for m in self.messages)
+                self.retried.append({"before": before, "content": reply})
             return self.messages.pop()["content"]
         return ""
 
     def save(self, path):
-        """Append the conversation to `path` as one JSON line."""
+        """Append the conversation to `path` as one JSON line, with the replies that were taken back, each with the
+        number of turns before it: prepare/retry.py learns from both."""
+        record = {"messages": self.messages} | ({"retried": self.retried} if self.retried else {})
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def command(chat, line):
     """Carry out a /command. Return the message to answer now, if there is one."""
     name, _, argument = (part.strip() for part in line.partition(" "))
     if name == "/reset":
-        chat.messages, chat.dropped = [m for m in chat.messages if m["role"] == "system"], 0
+        chat.messages, chat.retried, chat.dropped = [m for m in chat.messages if m["role"] == "system"], [], 0
         print("forgotten")
     elif name == "/persona":
         if argument:

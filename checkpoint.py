@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from download import hub_file
 from linear import FBGEMM, BFloat16Linear, Float16Linear, Int8Linear
-from model import GPT, PRESETS, Conv1D, GPTConfig
+from model import GPT, PRESETS, Conv1D, GPTConfig, RewardModel
 from tokenizer import END_OF_TEXT, Tokenizer
 
 # short name -> repository, sha256 of its model.safetensors
@@ -47,6 +47,8 @@ SUPPORTED = {
 }
 # the layers that weights of a dtype are packed into for inference on a CPU
 PACKED = {torch.bfloat16: BFloat16Linear, torch.float16: Float16Linear, torch.int8: Int8Linear}
+
+SCORE = "score.weight"  # what a reward model has in place of the head
 
 NANO = Path(__file__).with_name("assets") / "nano"  # a small chat model that is part of the project; see its README.md
 
@@ -97,8 +99,9 @@ def pick_dtype(name, device, inference=False):
 
 
 @torch.no_grad()
-def load_model(init_from, device="cpu", dtype=torch.float32, dropout=0.0, inference=False):
-    """Return (GPT, Tokenizer) of `init_from` (see above), with the weights in `dtype` on `device`.
+def load_model(init_from, device="cpu", dtype=torch.float32, dropout=0.0, inference=False, Model=GPT):
+    """Return (GPT, Tokenizer) of `init_from` (see above), with the weights in `dtype` on `device`; or (RewardModel,
+    Tokenizer), if that is the `Model`.
 
     With `inference`, on an x86 CPU, bfloat16, float16 and int8 weights are packed into the layers of linear.py: these
     are the fastest for one row, and can be neither trained nor saved. Raises FileNotFoundError or ConnectionError where
@@ -106,22 +109,23 @@ def load_model(init_from, device="cpu", dtype=torch.float32, dropout=0.0, infere
     """
     if init_from.removeprefix("random:") in PRESETS and init_from.startswith("random:"):
         config, tokenizer = GPTConfig(**PRESETS[init_from.removeprefix("random:")]), Tokenizer()
-        tensors = GPT(config).state_dict()
-        del tensors["lm_head.weight"]  # the embedding's, which it would keep alive
+        tensors = Model(config).state_dict()
+        tensors.pop("lm_head.weight", None)  # the embedding's, which it would keep alive
         read = tensors.pop
     else:
         weights, config, tokenizer = _find(init_from)
-        read = _open_weights(weights, config)
+        read = _open_weights(weights, config, Model)
     config.dropout = dropout
     with torch.device("meta"):
-        model = GPT(config)
+        model = Model(config)
     Linear = PACKED.get(dtype) if inference and FBGEMM and torch.device(device).type == "cpu" else None
     tensors = {}
     # one tensor at a time is read and converted: there is never a second copy of them all
     if Linear:
         mallopt(M_MMAP_THRESHOLD, 1 << 20)  # what is freed goes back at once: int8 peaks at 640 MB, not at 660 to 890
         embedding = read("transformer.wte.weight").float()
-        model.lm_head = Linear(embedding)
+        if Model is GPT:
+            model.lm_head = Linear(embedding)
         tensors["transformer.wte.weight"] = embedding.to(torch.float16 if dtype == torch.int8 else dtype)
         del embedding
         for name, module in list(model.named_modules()):
@@ -146,9 +150,9 @@ def load_model(init_from, device="cpu", dtype=torch.float32, dropout=0.0, infere
 def save_model(model, tokenizer, directory):
     """Write `model` and `tokenizer` as a Hugging Face GPT-2 directory. If that fails, what was there is whole.
 
-    Raises ValueError for a model that was packed for inference.
+    A RewardModel becomes a GPT2ForSequenceClassification. Raises ValueError for a model that was packed for inference.
     """
-    if not isinstance(model.lm_head, torch.nn.Linear):
+    if not isinstance(model.transformer.h[0].mlp.c_fc, Conv1D):
         raise ValueError("a model that was loaded for inference is packed and cannot be saved: load it without")
     c = model.config
     config = {name: value for name, value in SUPPORTED.items() if value is not None} | {
@@ -161,8 +165,10 @@ def save_model(model, tokenizer, directory):
         "embd_pdrop": c.dropout,
         "attn_pdrop": c.dropout,
         "resid_pdrop": c.dropout,
-        "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+        "dtype": str(model.transformer.wpe.weight.dtype).removeprefix("torch."),
     }
+    if isinstance(model, RewardModel):
+        config |= {"architectures": ["GPT2ForSequenceClassification"], "id2label": {0: "kept"}, "label2id": {"kept": 0}}
     ids = {"bos_token_id": END_OF_TEXT, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     texts = tokenizer.files() | {
         "config.json": json.dumps(config | ids, indent=2),
@@ -276,7 +282,7 @@ def _read_config(path):
     return GPTConfig(block_size=shape.pop("n_positions"), **shape)
 
 
-def _open_weights(path, config):
+def _open_weights(path, config, Model):
     """Return read(name) -> tensor for a weights file, under model.py's names; each tensor can be read once.
 
     What the file holds is checked against `config` first. A safetensors file is mapped anew for each tensor, so that
@@ -297,15 +303,19 @@ def _open_weights(path, config):
             read = tensors.pop
         # the base model is saved without the prefix; the causal mask and the tied head are no weights of their own
         stored = {
-            "transformer." + name.removeprefix("transformer."): name
+            name if name == SCORE else "transformer." + name.removeprefix("transformer."): name
             for name in found
             if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"
         }
     except (safetensors.SafetensorError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or no state dict ({error}); fetch or save it again") from error
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
-    del expected["lm_head.weight"]
+        expected = {name: tuple(tensor.shape) for name, tensor in Model(config).state_dict().items()}
+    expected.pop("lm_head.weight", None)
+    if SCORE in expected and SCORE not in stored:
+        raise ValueError(f"{path} is no reward model, it has no {SCORE}")
+    if SCORE in stored and SCORE not in expected:
+        raise ValueError(f"{path} is a reward model: it scores text and writes none")
     for name in sorted(expected.keys() ^ stored.keys()):
         verb = "has" if name in stored else "lacks"
         raise ValueError(f"{path} {verb} the tensor {name}: it is not the model that its config describes")

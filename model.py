@@ -231,7 +231,7 @@ class GPT(nn.Module):
         self.lm_head.weight = self.transformer.wte.weight
 
     def freeze_embeddings(self, frozen):
-        """Leave the embeddings of some tokens as they are, but for weight decay: frozen (V,) bool, on the device."""
+        """Give the embeddings of some tokens no gradient: frozen (V,) bool, on the device."""
         self.learned = (~frozen).nonzero()[:, 0]
         self.transformer.wte.weight.register_hook(lambda grad: grad.masked_fill(frozen[:, None], 0))
 
@@ -348,3 +348,29 @@ class GPT(nn.Module):
         c = self.config
         weights = self.num_parameters() - (c.block_size + (1 - supervised) * c.vocab_size) * c.n_embd
         return 6 * weights + 12 * c.n_layer * c.n_embd * T
+
+
+class RewardModel(GPT):
+    """GPT-2 with a score of the text in place of the head: names and arithmetic of GPT2ForSequenceClassification with
+    one label. State dicts pass both ways."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        del self.lm_head
+        self.score = nn.Linear(config.n_embd, 1, bias=False)
+        nn.init.normal_(self.score.weight, std=0.02)
+
+    def tie_weights(self):
+        """There is no head to share the embedding's weight."""
+
+    def num_parameters(self):
+        return super().num_parameters() + self.score.weight.numel()
+
+    def forward(self, idx, lengths, cache=None, positions=None):
+        """Return the score of each row, (B,), a logit: the higher, the likelier is it that the reply is kept.
+
+        idx: (B, T) int64, padded on the right with anything. lengths: (B,) int64, the tokens of each row, at least 1.
+        cache, positions: as in `hidden`; T and lengths are then of the new tokens.
+        """
+        x = self.hidden(idx, cache, positions)  # (B, T, C)
+        return self.score(x[torch.arange(len(x), device=x.device), lengths - 1])[:, 0]

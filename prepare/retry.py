@@ -1,0 +1,244 @@
+"""Replies that people kept and replies that they did not, to learn a reward from: python prepare/retry.py --source=PATH
+
+PATH is a file of records: .jsonl, .json (a list) or .csv, each also .gz. A record is one of
+
+    {"input_text" or "text": ..., "labels" or "label": 0 or 1}      1: the reply at its end was kept, 0: retried
+    {"prompt": text or messages, "chosen": text, "rejected": text}  a pair
+    {"messages": [...], "retried": [...]}                           what /save in chat.py writes
+    DailyDialog++'s contexts with good and adversarial replies, ConvAI2's wild chats with a score for each utterance
+
+or it is chitchat, whose conversations have ratings: --source=chitchat. The shards are like all others: a conversation
+a reply, supervised where it was kept. Of a pair the reply that was chosen comes first. Equal contexts stay together.
+"""
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import zlib
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import chitchat
+import numpy as np
+
+from corpus import Config as CorpusConfig
+from corpus import JsonStream, divide, existing
+
+from configurator import run
+from download import hub_file
+from shards import ShardWriter
+from tokenizer import Tokenizer
+
+TEXTS, LABELS = ("input_text", "text", "input_ids"), ("labels", "label")  # names of columns, the first one counts
+BAD_REPLIES = {"adversarial": ["adversarial_negative_responses"], "random": ["random_negative_responses"]}
+BAD_REPLIES["both"] = BAD_REPLIES["adversarial"] + BAD_REPLIES["random"]
+
+
+@dataclass
+class Config(CorpusConfig):
+    source: str = ""  # a file of records (see above), or chitchat
+    hub: str = ""  # in its place a dataset's file on the Hugging Face hub: org/name/path/of/the/file.jsonl
+    negatives: str = "adversarial"  # of DailyDialog++: adversarial, random (replies of other dialogs) or both
+
+
+def as_label(value):
+    """Return 0 or 1. Raises ValueError for anything else."""
+    if str(value).strip().lower() in ("0", "1", "0.0", "1.0", "true", "false"):
+        return int(str(value).strip().lower() in ("1", "1.0", "true"))
+    raise ValueError(f"label {value!r:.40} is not 0 or 1")
+
+
+def as_text(value, name):
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} is no text: {value!r:.40}")
+    return value
+
+
+def turns(texts):
+    """Return texts as messages in turn; the next one is the assistant's."""
+    return [{"role": ("user", "assistant")[(len(texts) - i - 1) % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+def examples(record, negatives="adversarial"):
+    """Return (key, [(text or messages, label)]) of a record, the key that of its conversation.
+
+    Raises ValueError where a record is of no known form or its label is not 0 or 1.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"is no object: {record!r:.40}")
+    if {"prompt", "chosen", "rejected"} <= record.keys():
+        prompt = record["prompt"]
+        context = turns([as_text(prompt, "prompt")]) if isinstance(prompt, str) else checked(prompt)
+        pair = [as_text(record[name], name) for name in ("chosen", "rejected")]
+        return beginning(context), [([*context, said(text)], 1 - i) for i, text in enumerate(pair)]
+    if "messages" in record:
+        messages = checked(record["messages"])
+        of = [(messages[: i + 1], 1) for i, m in enumerate(messages[:-1]) if m["role"] == "assistant"]
+        persona = [m for m in messages if m["role"] == "system"]
+        for retried in record.get("retried", ()):
+            context = [m for m in messages if m["role"] != "system"][: retried["before"]]
+            of.append(([*persona, *context, said(as_text(retried["content"], "retried"))], 0))
+        return beginning(messages), of
+    if "positive_responses" in record:
+        context = turns([as_text(text, "context") for text in record["context"]])
+        of = [([*context, said(text)], 1) for text in record["positive_responses"]]
+        bad = itertools.chain(*(record[name] for name in BAD_REPLIES[negatives]))
+        return beginning(context), of + [([*context, said(text)], 0) for text in bad]
+    if "dialog" in record:
+        texts = [utterance["text"] for utterance in record["dialog"]]
+        scores = [utterance["evaluation_score"] for utterance in record["dialog"]]
+        of = [
+            ([*turns(texts[:i]), said(texts[i])], as_label(score))
+            for i, score in enumerate(scores)
+            if score is not None
+        ]
+        return str(texts), of
+    text, label = (next((record[name] for name in names if name in record), None) for names in (TEXTS, LABELS))
+    if text is None or label is None:
+        missing = " nor ".join(TEXTS if text is None else LABELS)
+        raise ValueError(f"has neither {missing}, nor is it a pair, a chat or one of the other forms")
+    text = as_text(text, "text")
+    return text.strip().partition("\n")[0], [(text, as_label(label))]
+
+
+def beginning(messages):
+    """Return what a conversation begins with, up to the first reply: it stays the same while it grows."""
+    return str([m["content"] for m in itertools.takewhile(lambda m: m["role"] != "assistant", messages)])
+
+
+def checked(messages):
+    """Return messages. Raises ValueError where they are none."""
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
+        for m in messages
+    ):
+        raise ValueError(f"messages are not {{'role': ..., 'content': text}}: {messages!r:.60}")
+    return messages
+
+
+def records(path):
+    """Yield (what it is called, record) of a file. Raises ValueError naming the place that cannot be read."""
+    kind, number = Path(path.name.removesuffix(".gz")).suffix, 0
+    what = "line" if kind == ".jsonl" else "record"
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            text = io.TextIOWrapper(file, "utf-8", "replace", newline="" if kind == ".csv" else None)
+            if kind == ".jsonl":
+                found = (json.loads(line) if line.strip() else None for line in text)
+            elif kind == ".json":
+                found = flat(JsonStream(text).items())
+            elif kind == ".csv":
+                found = csv.DictReader(line.replace("\0", "") for line in text)  # csv knows no NUL
+            else:
+                raise ValueError("it is not .jsonl, .json or .csv")
+            for number, record in enumerate(found, 1):
+                if record is not None:
+                    yield f"{what} {number:,}", record
+    except (ValueError, RecursionError, csv.Error, EOFError, OSError, zlib.error) as error:
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+            raise
+        raise ValueError(f"{path}, behind {what} {number:,}: {error}") from error
+
+
+def flat(values):
+    """Yield the values of a list, and those of lists in it."""
+    for value in values:
+        yield from value if isinstance(value, list) else [value]
+
+
+def from_file(path, negatives):
+    """Yield (key, [(text or messages, label)]). Raises ValueError with the place of a record that is not right."""
+    for where, record in records(path):
+        try:
+            key, of = examples(record, negatives)
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"there is no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}, {where}: {reason}") from error
+        if of:
+            yield key, of
+
+
+def from_chitchat():
+    """Yield (key, [(messages, label)]) of chitchat: 1 where a conversation was rated 6 or more of 10 on average, 0
+    where it was 4 or less; each from both sides."""
+    path = metadata.distribution("chitchat-dataset").locate_file("chitchat_dataset/dataset.json")
+    ratings = {key: talk.get("ratings") for key, talk in json.loads(path.read_text(encoding="utf-8")).items()}
+    for key, messages in chitchat.read(path):
+        if not (rating := ratings[key]):
+            continue
+        mean = sum(rating.values()) / len(rating)
+        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        if not 4 < mean < 6:
+            yield key, [(messages[: last + 1], int(mean >= 6))]
+
+
+def main(config):
+    if config.negatives not in BAD_REPLIES:
+        raise ValueError(f"negatives={config.negatives} is not one of {', '.join(BAD_REPLIES)}")
+    if config.hub:
+        if config.hub.count("/") < 2:
+            raise ValueError(f"hub={config.hub} is not org/name/FILE")
+        org, name, file = config.hub.split("/", 2)
+        found = from_file(hub_file(f"{org}/{name}", file, kind="datasets"), config.negatives)
+    elif config.source == "chitchat":
+        found = from_chitchat()
+    elif config.source:
+        found = from_file(existing(config.source), config.negatives)
+    else:
+        raise ValueError("--source=PATH is needed, or --hub=org/name/FILE: replies with labels, or pairs")
+    prepare(config, divide(found))
+
+
+def prepare(config, found):
+    """Write (split, [(text or messages, label)]) into a shard for each split, and print how many of them were kept."""
+    tokenizer = Tokenizer(config.template)
+    folder = Path(config.out_dir or "data/retry")
+    counts = {"train": [0, 0], "val": [0, 0]}  # of label 0, of label 1
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(ShardWriter(folder / f"{split}.bin", tokenizer.n_vocab, tokenizer.template))
+            for split in counts
+        }
+        while batch := list(itertools.islice(found, 1000)):
+            for split, writer in writers.items():
+                replies = [reply for which, of in batch if which == split for reply in of]
+                writer.write(tokenized(tokenizer, replies))
+                for _, label in replies:
+                    counts[split][label] += 1
+        for split, (bad, good) in counts.items():
+            if not (bad and good):
+                raise ValueError(f"{split}.bin would have {good:,} replies that were kept and {bad:,} that were not")
+        for writer in writers.values():
+            writer.finish()  # both are whole before either takes its place
+    for split, (bad, good) in counts.items():
+        n_tokens = writers[split].n_tokens
+        share = good / (good + bad)
+        print(f"{folder / split}.bin: {good + bad:,} replies, {n_tokens:,} tokens, {share:.1%} of them were kept")
+
+
+def tokenized(tokenizer, replies):
+    """Return [(ids, mask)] of [(text or messages, label)]; the mask is 1 on the last reply and its end, or on a whole
+    text, of what was kept, else 0."""
+    rendered = iter(tokenizer.render_batch([content for content, _ in replies if not isinstance(content, str)]))
+    pairs = []
+    for content, label in replies:
+        if isinstance(content, str):
+            ids = np.array(tokenizer.encode(content), np.uint16)
+            start = 0
+        else:
+            ids, mask = next(rendered)
+            start = np.flatnonzero(mask == 0)[-1] + 1  # behind the opener of the last reply
+        pairs.append((ids, (np.arange(len(ids)) >= (start if label else len(ids))).astype(np.uint8)))
+    return pairs
+
+
+if __name__ == "__main__":
+    run(main, Config)

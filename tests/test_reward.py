@@ -1,0 +1,97 @@
+"""The reward model is Hugging Face's GPT2ForSequenceClassification: scores are compared, both ways."""
+
+import json
+
+import pytest
+import torch
+from conftest import assert_refused
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+
+from checkpoint import load_model, save_model
+from model import GPT, GPTConfig, RewardModel
+from tokenizer import END_OF_TEXT, Tokenizer
+
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
+
+
+@pytest.fixture
+def theirs():
+    torch.manual_seed(0)
+    config = GPT2Config(**SHAPE, n_positions=64, num_labels=1, pad_token_id=END_OF_TEXT)
+    return GPT2ForSequenceClassification(config).eval()
+
+
+@pytest.fixture
+def ours():
+    torch.manual_seed(1)
+    return RewardModel(GPTConfig(64, **SHAPE)).eval()
+
+
+def padded_batch():
+    """Return rows of different lengths, padded on the right as Chai's model was trained, and the lengths."""
+    lengths = torch.tensor([20, 1, 13, 7])
+    idx = torch.randint(END_OF_TEXT, (4, 20), generator=torch.Generator().manual_seed(2))
+    return idx.masked_fill(torch.arange(20) >= lengths[:, None], END_OF_TEXT), lengths
+
+
+@torch.no_grad()
+def assert_same_scores(ours, theirs):
+    idx, lengths = padded_batch()
+    expected = theirs(idx, attention_mask=(idx != END_OF_TEXT).long()).logits[:, 0]
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(ours(idx, lengths), expected, atol=1e-4, rtol=0)
+
+
+def test_theirs_loads_as_ours(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(Tokenizer().files()["tokenizer.json"])
+    assert_same_scores(load_model(str(tmp_path), Model=RewardModel)[0].eval(), theirs)
+
+
+def test_ours_loads_as_theirs_and_comes_back(ours, tmp_path):
+    save_model(ours, Tokenizer(), tmp_path)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert (theirs.config.num_labels, theirs.config.pad_token_id) == (1, END_OF_TEXT)
+    assert_same_scores(ours, theirs)
+    assert_same_scores(load_model(str(tmp_path), Model=RewardModel)[0].eval(), theirs)
+
+
+def test_a_score_does_not_depend_on_what_a_row_is_padded_with(ours):
+    idx, lengths = padded_batch()
+    with torch.no_grad():
+        assert torch.equal(ours(idx.masked_fill(idx == END_OF_TEXT, 7), lengths), ours(idx, lengths))
+
+
+def test_rows_behind_one_context_in_a_cache_have_the_scores_of_the_whole(ours):
+    idx, _ = padded_batch()
+    context, replies = idx[:1, :8], idx[:, 8:16].clamp(max=END_OF_TEXT - 1)
+    lengths = torch.tensor([8, 3, 5, 1])
+    with torch.no_grad():
+        cache = ours.kv_cache(4, 16)
+        ours.hidden(context.expand(4, -1), cache, torch.arange(8).expand(4, -1))
+        behind = ours(replies, lengths, cache, torch.arange(8, 16).expand(4, -1))
+        whole = ours(torch.cat([context.expand(4, -1), replies], 1), lengths + 8)
+    torch.testing.assert_close(behind, whole, atol=1e-5, rtol=0)
+
+
+def test_its_parameters_are_counted(ours):
+    assert ours.num_parameters() == sum(p.numel() for p in ours.parameters())
+
+
+def test_a_packed_reward_model_has_the_scores_of_float32_up_to_rounding(ours, tmp_path):
+    save_model(ours, Tokenizer(), tmp_path)
+    packed, _ = load_model(str(tmp_path), dtype=torch.float16, inference=True, Model=RewardModel)
+    idx, lengths = padded_batch()
+    with torch.no_grad():
+        torch.testing.assert_close(packed.eval()(idx, lengths), ours(idx, lengths), atol=2e-3, rtol=0)
+
+
+def test_a_model_of_the_other_kind_is_refused(ours, tmp_path, script):
+    save_model(ours, Tokenizer(), tmp_path / "reward")
+    save_model(GPT(GPTConfig(64, **SHAPE)), Tokenizer(), tmp_path / "chat")
+    with pytest.raises(ValueError, match="is no reward model"):
+        load_model(str(tmp_path / "chat"), Model=RewardModel)
+    assert_refused(script("chat.py", "--init_from=reward", input="hi"), "reward", "is a reward model")
+    assert json.loads((tmp_path / "reward" / "config.json").read_text())["architectures"] == [
+        "GPT2ForSequenceClassification"
+    ]
