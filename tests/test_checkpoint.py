@@ -301,12 +301,14 @@ def test_a_missing_file_is_named(directory, name):
 def test_missing_extra_misshapen_and_integer_tensors_are_named(directory):
     tensors = read(directory)
     lacking = {name: tensor for name, tensor in tensors.items() if name != "transformer.h.1.mlp.c_fc.bias"}
-    extra = tensors | {"score.weight": torch.zeros(1, 32)}
+    extra = tensors | {"classifier.weight": torch.zeros(1, 32)}
+    scoring = tensors | {"score.weight": torch.zeros(1, 32)}
     transposed = tensors | {"transformer.h.0.attn.c_attn.weight": tensors["transformer.h.0.attn.c_attn.weight"].T}
     integer = tensors | {"transformer.ln_f.bias": torch.zeros(32, dtype=torch.int32)}
     for wrong, words in (
         (lacking, r"lacks the tensor transformer\.h\.1\.mlp\.c_fc\.bias"),
-        (extra, r"has the tensor .*score\.weight"),
+        (extra, r"has the tensor .*classifier\.weight"),
+        (scoring, "is a reward model"),
         (transposed, r"transformer\.h\.0\.attn\.c_attn\.weight has shape \(96, 32\), its config says \(32, 96\)"),
         (integer, r"transformer\.ln_f\.bias.*I32"),
     ):
