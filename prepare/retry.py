@@ -4,7 +4,8 @@ PATH is a file of records: .jsonl, .json (a list) or .csv, each also .gz. A reco
 
     {"input_text" or "text": ..., "labels" or "label": 0 or 1}      1: the reply at its end was kept, 0: retried
     {"prompt": text or messages, "chosen": text, "rejected": text}  a pair
-    {"messages": [...], "retried": [...]}                           what /save in chat.py writes
+    {"messages": [...], "retried": [...]}                           what /save in chat.py writes; a reply was kept if
+                                                                    the human went on, so nobody knows of the last one
     DailyDialog++'s contexts with good and adversarial replies, ConvAI2's wild chats with a score for each utterance
 
 or it is chitchat, whose conversations have ratings: --source=chitchat. The shards are like all others: a conversation
@@ -83,8 +84,12 @@ def examples(record, negatives="adversarial"):
         messages = checked(record["messages"])
         of = [(messages[: i + 1], 1) for i, m in enumerate(messages[:-1]) if m["role"] == "assistant"]
         persona = [m for m in messages if m["role"] == "system"]
+        said_before = [m for m in messages if m["role"] != "system"]
         for retried in record.get("retried", ()):
-            context = [m for m in messages if m["role"] != "system"][: retried["before"]]
+            before = retried["before"]
+            if type(before) is not int or not 0 < before <= len(said_before):
+                raise ValueError(f"before={before!r:.40} of a retried reply is not from 1 to {len(said_before)}")
+            context = said_before[:before]
             of.append(([*persona, *context, said(as_text(retried["content"], "retried"))], 0))
         return beginning(messages), of
     if "positive_responses" in record:
@@ -215,7 +220,8 @@ def prepare(config, found):
                     counts[split][label] += 1
         for split, (bad, good) in counts.items():
             if not (bad and good):
-                raise ValueError(f"{split}.bin would have {good:,} replies that were kept and {bad:,} that were not")
+                counted = f"{good:,} replies that were kept and {bad:,} that were not"
+                raise ValueError(f"{split}.bin would have {counted}: more conversations are needed, with both")
         for writer in writers.values():
             writer.finish()  # both are whole before either takes its place
     for split, (bad, good) in counts.items():

@@ -196,6 +196,8 @@ def test_what_chat_saves_is_read(prepare, tmp_path, monkeypatch):
         ({"prompt": "a", "chosen": "", "rejected": "b"}, ["chosen is no text"]),
         ({"messages": [{"role": "bot", "content": "a"}]}, ["messages are not"]),
         ({"messages": [HI, HELLO], "retried": [{"content": "a"}]}, ["before"]),
+        ({"messages": [HI, HELLO], "retried": [{"before": "q", "content": "a"}]}, ["before='q'", "1 to 2"]),
+        ({"messages": [HI, HELLO], "retried": [{"before": 9, "content": "a"}]}, ["before=9"]),
         ({"context": ["a"], "positive_responses": ["b"]}, ["adversarial_negative_responses"]),
         (["a", 1], ["is no object"]),
     ],
