@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -260,8 +259,7 @@ def prepare(config):
 
     import corpus
 
-    path = metadata.distribution("chitchat-dataset").locate_file("chitchat_dataset/dataset.json")
-    talk = [messages for _, messages in chitchat.read(path)]
+    talk = [messages for _, messages in chitchat.read(chitchat.packaged())]
     size = sum(len(message["content"].encode()) for messages in talk for message in messages) / len(talk) / 1e6
     total = max(2, round(config.megabytes / size))
     before = peak_memory("cpu")

@@ -34,15 +34,16 @@ def read(path):
         raise ValueError(f"{path} is not chitchat-dataset's dataset.json: {error!r}") from error
 
 
+def packaged():
+    """Return the path of the package's dataset.json. Raises FileNotFoundError without the package."""
+    try:
+        return metadata.distribution("chitchat-dataset").locate_file("chitchat_dataset/dataset.json")
+    except metadata.PackageNotFoundError:
+        raise FileNotFoundError("the corpus comes in a package: pip install chitchat-dataset==0.9.0") from None
+
+
 def main(config):
-    if config.source:
-        path = existing(config.source)
-    else:
-        try:
-            path = metadata.distribution("chitchat-dataset").locate_file("chitchat_dataset/dataset.json")
-        except metadata.PackageNotFoundError:
-            raise FileNotFoundError("the corpus comes in a package: pip install chitchat-dataset==0.9.0") from None
-    prepare(config, "chitchat", divide(read(path)))
+    prepare(config, "chitchat", divide(read(existing(config.source) if config.source else packaged())))
 
 
 if __name__ == "__main__":

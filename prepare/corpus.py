@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,41 +37,49 @@ def prepare(config, name, conversations):
     Memory does not grow with the corpus. Raises ValueError where a split stays empty; then nothing is written.
     """
     tokenizer = Tokenizer(config.template)
-    folder = Path(config.out_dir or f"data/{name}")
     start = time.perf_counter()
-    try:
-        with ExitStack() as stack:
-            if sys.stderr.isatty():
-                stack.callback(print, file=sys.stderr)  # ends the line of the progress, whatever ends it
-            splits = {}
-            for which in ("train", "val"):
-                writer = ShardWriter(folder / f"{which}.bin", tokenizer.n_vocab, tokenizer.template)
-                splits[which] = Split(stack.enter_context(writer))
-            conversations = iter(conversations)
-            reader = stack.enter_context(ThreadPoolExecutor(1))  # the next batch is read while one is tokenized
+    with ExitStack() as stack:
+        if sys.stderr.isatty():
+            stack.callback(print, file=sys.stderr)  # ends the line of the progress, whatever ends it
+        writers = stack.enter_context(writing(Path(config.out_dir or f"data/{name}"), tokenizer))
+        splits = {which: Split(writer) for which, writer in writers.items()}
+        conversations = iter(conversations)
+        reader = stack.enter_context(ThreadPoolExecutor(1))  # the next batch is read while one is tokenized
+        ahead = reader.submit(next_batch, conversations)
+        while batch := ahead.result():
             ahead = reader.submit(next_batch, conversations)
-            while batch := ahead.result():
-                ahead = reader.submit(next_batch, conversations)
-                for which, split in splits.items():
-                    split.add([messages for w, messages in batch if w == which], tokenizer)
-                if sys.stderr.isatty():
-                    n = sum(split.writer.n_tokens for split in splits.values())
-                    rate = n / (time.perf_counter() - start)
-                    print(f"\r{n / 1e6:.1f}M tokens, {rate:,.0f}/s", end="", file=sys.stderr)
             for which, split in splits.items():
-                if not split.writer.n_conversations:
-                    raise ValueError(f"no conversation is left for {which}.bin: at least two different ones are needed")
-            for split in splits.values():
-                split.writer.finish()  # both are whole before either takes its place
-    except OSError as error:
-        if error.errno and not error.filename:
-            error.filename = str(folder)  # a full disk does not say where it is
-        raise
+                split.add([messages for w, messages in batch if w == which], tokenizer)
+            if sys.stderr.isatty():
+                n = sum(split.writer.n_tokens for split in splits.values())
+                rate = n / (time.perf_counter() - start)
+                print(f"\r{n / 1e6:.1f}M tokens, {rate:,.0f}/s", end="", file=sys.stderr)
+        for which, split in splits.items():
+            if not split.writer.n_conversations:
+                raise ValueError(f"no conversation is left for {which}.bin: at least two different ones are needed")
     for split in splits.values():
         print(split.report())
     ids, mask = tokenizer.render(splits["train"].shown)
     print(f"A conversation as the model sees it, {len(ids)} tokens, learning «what is between these»:")
     print(marked(tokenizer, ids, mask))
+
+
+@contextmanager
+def writing(folder, tokenizer):
+    """Yield {"train": ShardWriter, "val": ShardWriter}, whose shards appear in `folder` together, or neither."""
+    try:
+        with ExitStack() as stack:
+            writers = {
+                split: stack.enter_context(ShardWriter(folder / f"{split}.bin", tokenizer.n_vocab, tokenizer.template))
+                for split in ("train", "val")
+            }
+            yield writers
+            for writer in writers.values():
+                writer.finish()  # both are whole before either takes its place
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(folder)  # a full disk does not say where it is
+        raise
 
 
 def next_batch(conversations):

@@ -18,20 +18,18 @@ import io
 import itertools
 import json
 import zlib
-from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import chitchat
 import numpy as np
+from jsonl import problem
 
 from corpus import Config as CorpusConfig
-from corpus import JsonStream, divide, existing
+from corpus import JsonStream, divide, existing, writing
 
 from configurator import run
 from download import hub_file
-from shards import ShardWriter
 from tokenizer import Tokenizer
 
 TEXTS, LABELS = ("input_text", "text", "input_ids"), ("labels", "label")  # names of columns, the first one counts
@@ -48,9 +46,10 @@ class Config(CorpusConfig):
 
 def as_label(value):
     """Return 0 or 1. Raises ValueError for anything else."""
-    if str(value).strip().lower() in ("0", "1", "0.0", "1.0", "true", "false"):
-        return int(str(value).strip().lower() in ("1", "1.0", "true"))
-    raise ValueError(f"label {value!r:.40} is not 0 or 1")
+    labels = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+    if (label := labels.get(str(value).strip().lower())) is None:
+        raise ValueError(f"label {value!r:.40} is not 0 or 1")
+    return label
 
 
 def as_text(value, name):
@@ -76,12 +75,17 @@ def examples(record, negatives="adversarial"):
     if not isinstance(record, dict):
         raise ValueError(f"is no object: {record!r:.40}")
     if {"prompt", "chosen", "rejected"} <= record.keys():
-        prompt = record["prompt"]
-        context = turns([as_text(prompt, "prompt")]) if isinstance(prompt, str) else checked(prompt)
+        context = record["prompt"]
+        if isinstance(context, str):
+            context = turns([as_text(context, "prompt")])
         pair = [as_text(record[name], name) for name in ("chosen", "rejected")]
+        if what := problem([*context, said(pair[0])] if isinstance(context, list) else context):
+            raise ValueError(f"prompt: {what}")
         return beginning(context), [([*context, said(text)], 1 - i) for i, text in enumerate(pair)]
     if "messages" in record:
-        messages = checked(record["messages"])
+        messages = record["messages"]
+        if what := problem(messages):
+            raise ValueError(what)
         of = [(messages[: i + 1], 1) for i, m in enumerate(messages[:-1]) if m["role"] == "assistant"]
         persona = [m for m in messages if m["role"] == "system"]
         said_before = [m for m in messages if m["role"] != "system"]
@@ -117,16 +121,6 @@ def examples(record, negatives="adversarial"):
 def beginning(messages):
     """Return what a conversation begins with, up to the first reply: it stays the same while it grows."""
     return str([m["content"] for m in itertools.takewhile(lambda m: m["role"] != "assistant", messages)])
-
-
-def checked(messages):
-    """Return messages. Raises ValueError where they are none."""
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
-        for m in messages
-    ):
-        raise ValueError(f"messages are not {{'role': ..., 'content': text}}: {messages!r:.60}")
-    return messages
 
 
 def records(path):
@@ -174,7 +168,7 @@ def from_file(path, negatives):
 def from_chitchat():
     """Yield (key, [(messages, label)]) of chitchat: 1 where a conversation was rated 6 or more of 10 on average, 0
     where it was 4 or less; each from both sides."""
-    path = metadata.distribution("chitchat-dataset").locate_file("chitchat_dataset/dataset.json")
+    path = chitchat.packaged()
     ratings = {key: talk.get("ratings") for key, talk in json.loads(path.read_text(encoding="utf-8")).items()}
     for key, messages in chitchat.read(path):
         if not (rating := ratings[key]):
@@ -207,11 +201,7 @@ def prepare(config, found):
     tokenizer = Tokenizer(config.template)
     folder = Path(config.out_dir or "data/retry")
     counts = {"train": [0, 0], "val": [0, 0]}  # of label 0, of label 1
-    with ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(ShardWriter(folder / f"{split}.bin", tokenizer.n_vocab, tokenizer.template))
-            for split in counts
-        }
+    with writing(folder, tokenizer) as writers:
         while batch := list(itertools.islice(found, 1000)):
             for split, writer in writers.items():
                 replies = [reply for which, of in batch if which == split for reply in of]
@@ -222,8 +212,6 @@ def prepare(config, found):
             if not (bad and good):
                 counted = f"{good:,} replies that were kept and {bad:,} that were not"
                 raise ValueError(f"{split}.bin would have {counted}: more conversations are needed, with both")
-        for writer in writers.values():
-            writer.finish()  # both are whole before either takes its place
     for split, (bad, good) in counts.items():
         n_tokens = writers[split].n_tokens
         share = good / (good + bad)
