@@ -366,11 +366,10 @@ class RewardModel(GPT):
     def num_parameters(self):
         return super().num_parameters() + self.score.weight.numel()
 
-    def forward(self, idx, lengths, cache=None, positions=None):
+    def forward(self, idx, lengths):
         """Return the score of each row, (B,), a logit: the higher, the likelier is it that the reply is kept.
 
         idx: (B, T) int64, padded on the right with anything. lengths: (B,) int64, the tokens of each row, at least 1.
-        cache, positions: as in `hidden`; T and lengths are then of the new tokens.
         """
-        x = self.hidden(idx, cache, positions)  # (B, T, C)
+        x = self.hidden(idx)  # (B, T, C)
         return self.score(x[torch.arange(len(x), device=x.device), lengths - 1])[:, 0]

@@ -105,7 +105,7 @@ class Tokenizer:
         self.template = template
         self._template = t = TEMPLATES[template]
         self._bpe = gpt2_encoding(*t.specials)
-        self.special_ids = {"<|endoftext|>": END_OF_TEXT, **{s: END_OF_TEXT + 1 + i for i, s in enumerate(t.specials)}}
+        self.special_ids = {s: self._bpe.encode_single_token(s) for s in ("<|endoftext|>", *t.specials)}
         self._special_bytes = {i: s.encode() for s, i in self.special_ids.items()}
         self.n_vocab = END_OF_TEXT + 1 + len(t.specials)
         self.eos_id = self.special_ids[t.end]

@@ -60,15 +60,11 @@ def held_out(word):
     return zlib.crc32(word.lower().encode()) % 10 == 0
 
 
-# the words that GPT-2 has a token for
-WORDS = [
-    token[1:].decode()
-    for token in sorted(gpt2_encoding().token_byte_values())
-    if re.fullmatch(b" [A-Za-z][a-z]{2,}", token)
-]
+TOKENS = sorted(gpt2_encoding().token_byte_values())
+# the words that GPT-2 has a token for, and what it has tokens for inside of words
+WORDS = [token[1:].decode() for token in TOKENS if re.fullmatch(b" [A-Za-z][a-z]{2,}", token)]
 WORDS = [word for word in WORDS if word.lower() not in LISTED and not held_out(word)]
-# those it has for what is inside of words
-ENDINGS = [token.decode() for token in sorted(gpt2_encoding().token_byte_values()) if re.fullmatch(b"[a-z]{2,}", token)]
+ENDINGS = [token.decode() for token in TOKENS if re.fullmatch(b"[a-z]{2,}", token)]
 VERBS = [word for word in WORDS if word.islower() and word.endswith("ed")]
 SWAP = {
     "i": "you",

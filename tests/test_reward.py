@@ -62,18 +62,6 @@ def test_a_score_does_not_depend_on_what_a_row_is_padded_with(ours):
         assert torch.equal(ours(idx.masked_fill(idx == END_OF_TEXT, 7), lengths), ours(idx, lengths))
 
 
-def test_rows_behind_one_context_in_a_cache_have_the_scores_of_the_whole(ours):
-    idx, _ = padded_batch()
-    context, replies = idx[:1, :8], idx[:, 8:16].clamp(max=END_OF_TEXT - 1)
-    lengths = torch.tensor([8, 3, 5, 1])
-    with torch.no_grad():
-        cache = ours.kv_cache(4, 16)
-        ours.hidden(context.expand(4, -1), cache, torch.arange(8).expand(4, -1))
-        behind = ours(replies, lengths, cache, torch.arange(8, 16).expand(4, -1))
-        whole = ours(torch.cat([context.expand(4, -1), replies], 1), lengths + 8)
-    torch.testing.assert_close(behind, whole, atol=1e-5, rtol=0)
-
-
 def test_its_parameters_are_counted(ours):
     assert ours.num_parameters() == sum(p.numel() for p in ours.parameters())
 
