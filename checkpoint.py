@@ -55,6 +55,10 @@ NANO = Path(__file__).with_name("assets") / "nano"  # a small chat model that is
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 
 
+class NoScore(ValueError):
+    """A reward model was asked for, and what is there is none."""
+
+
 def pick_device(name):
     """Return the device of a `device` knob; 'auto' is CUDA, else Apple's MPS, else the CPU. Raises ValueError for one
     that this machine has not."""
@@ -313,7 +317,7 @@ def _open_weights(path, config, Model):
         expected = {name: tuple(tensor.shape) for name, tensor in Model(config).state_dict().items()}
     expected.pop("lm_head.weight", None)
     if SCORE in expected and SCORE not in stored:
-        raise ValueError(f"{path} is no reward model, it has no {SCORE}")
+        raise NoScore(f"{path} is no reward model, it has no {SCORE}")
     if SCORE in stored and SCORE not in expected:
         raise ValueError(f"{path} is a reward model: it scores text and writes none")
     for name in sorted(expected.keys() ^ stored.keys()):

@@ -6,46 +6,16 @@ of its own for ranking, on the hidden test set; its authors' code, transfer-lear
 Their perplexities are a word of ConvAI2's dictionary, without the end; ours a token of GPT-2's, with it.
 """
 
-import math
-
 import torch
 
 from metrics import perplexity
+from model import Branches
 from tokenizer import fit_context
 
 PUBLISHED = {
     "TransferTransfo": {"persona_perplexity": 16.28, "hits_1": 0.807, "f1": 0.195},
     "conv-ai": {"persona_perplexity": 20.5, "hits_1": 0.79, "f1": 0.165},
 }
-
-
-class Branches:
-    """A context and, behind it in the same row, continuations that see it and not each other.
-
-    `idx` (1, T) int64 and `positions` (1, T) are what GPT.hidden takes; this itself stands in the place of its KVCache,
-    and keeps nothing. In one pass all continuations cost the tokens they have, and the context only once.
-    """
-
-    def __init__(self, context, continuations, model):
-        """context: ids, one at least; continuations: a list of ids each."""
-        wpe = model.transformer.wpe.weight
-        n, lengths = len(context), [len(ids) - 1 for ids in continuations]  # the last id is only a target
-        idx = [*context, *(token for ids in continuations for token in ids[:-1])]
-        positions = [*range(n), *(n + i for length in lengths for i in range(length))]
-        branch = [0] * n + [number for number, length in enumerate(lengths, 1) for _ in range(length)]
-        self.idx, self.positions, self.branch = (torch.tensor([x], device=wpe.device) for x in (idx, positions, branch))
-        self.kv = torch.empty(
-            0, dtype=model.kv_dtype or wpe.dtype, device=wpe.device
-        )  # attention computes in its dtype
-
-    def mask(self, positions):
-        """Return what is added to attention's scores, (1, 1, T, T)."""
-        of, seen = self.branch[0, :, None], self.branch[0]
-        hidden = ~(((seen == 0) | (seen == of)).tril())
-        return torch.zeros_like(hidden, dtype=self.kv.dtype).masked_fill_(hidden, -math.inf)[None, None]
-
-    def update(self, layer, positions, kv):
-        return kv
 
 
 @torch.no_grad()
@@ -57,7 +27,7 @@ def loglikelihoods(model, context, continuations):
     longest = len(context) + max(map(len, continuations)) - 1
     if longest > model.config.block_size:
         raise ValueError(f"{longest} tokens, but the model has {model.config.block_size} positions")
-    branches = Branches(context, continuations, model)
+    branches = Branches(context, [ids[:-1] for ids in continuations], model)  # the last one is only a target
     hidden = model.hidden(branches.idx, branches, branches.positions)[0]  # (T, C)
     at, first = [], len(context)
     for ids in continuations:  # where each of its tokens is predicted

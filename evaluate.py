@@ -7,14 +7,12 @@ whether it remembers what it was told, with names, facts and sentences that prep
 """
 
 import json
-import random
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from checkpoint import NANO, default_model, keep_freed_memory, load_model, pick_device, pick_dtype, replacing
@@ -24,7 +22,7 @@ from generate import generate
 from metrics import METRICS, f1, likeness, manner, perplexity, predict, remembers
 from report import BATCH_COLUMNS, FIGURES, page, read_run, table, table_of_batches
 from sampling import ChatSampling, Sampling, for_template
-from shards import Loader, find_shards, open_shard
+from shards import Loader, find_shards, open_shard, openings
 from tokenizer import END_OF_TEXT, Tokenizer, fit_context
 
 sys.path.append(str(Path(__file__).with_name("prepare")))
@@ -91,30 +89,6 @@ def rates(sums):
 
 
 # 2. what the model says itself
-
-
-def openings(shards, tokenizer, n, room, seed):
-    """Return ([ids of a prompt, at most `room`], [what a person replied there]), at most `n` of them: each a turn of
-    another conversation, both drawn by the seed."""
-    draw = random.Random(seed)
-    shards = [shard for shard in shards if shard.template]  # text without turns has no replies
-    first = np.cumsum([0, *(len(shard.offsets) - 1 for shard in shards)])  # the number of each shard's first one
-    prompts, replies = [], []
-    for number in np.random.default_rng(seed).permutation(first[-1]):
-        if len(prompts) == n:
-            break
-        which = np.searchsorted(first, number, side="right") - 1
-        shard, i = shards[which], number - first[which]
-        start, stop = shard.offsets[i : i + 2].tolist()
-        stop = min(stop, start + 4 * room)  # a conversation may be a book
-        ids, mask = shard.tokens[start:stop].tolist(), shard.mask(start, stop).tolist()
-        begins = [at for at in range(1, min(len(ids), room + 1)) if mask[at] and not mask[at - 1]]
-        spans = [(at, ids.index(tokenizer.eos_id, at)) for at in begins if tokenizer.eos_id in ids[at:]]
-        if spans:
-            at, end = draw.choice(spans)
-            prompts.append(ids[:at])
-            replies.append(tokenizer.decode(ids[at:end]).strip())
-    return prompts, replies
 
 
 def reply(model, tokenizer, prompts, sampling, seed, what):

@@ -23,13 +23,16 @@ PREFILL_TOKENS = 4096  # of prompts, padding included, that are computed at once
 RECORD_AT = 32  # recording takes as long as some 50 steps gain: only after so many steps of a shape is it done
 
 
-def generate(model, prompts, *, seed=None, stop_ids=(), stop_strings=(), logit_bias=None, tokenizer=None, **sampling):
+def generate(
+    model, prompts, *, seed=None, stop_ids=(), stop_strings=(), logit_bias=None, tokenizer=None, engine=None, **sampling
+):
     """Return for each prompt, a list of ids, the list of new ids, without what stopped it.
 
     `sampling` are the fields of Sampling, the rest as in Engine.add; prompt i has the seed `seed` + i. Given the
     `tokenizer`, no id beyond its vocabulary is chosen, if the model has embeddings for more. With
     `stop_strings` (which need the `tokenizer`) a row ends where one of them appears in its text, and loses the ids
-    that reach into it. Raises ValueError as Engine.add and Sampling do.
+    that reach into it. engine: one of this model to go on with, which has computed what prompts begin with; else one is
+    made. Raises ValueError as Engine.add and Sampling do.
     """
     if stop_strings and tokenizer is None:
         raise ValueError("stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)")
@@ -37,23 +40,28 @@ def generate(model, prompts, *, seed=None, stop_ids=(), stop_strings=(), logit_b
     new = [[] for _ in prompts]
     ends = [[] for _ in prompts]  # for each new id, how many characters the text then has
     texts = [TextStream(tokenizer, stop_strings) for _ in prompts] if stop_strings else []
-    size = max(map(len, prompts), default=0) + max(options.max_new_tokens, 1)
-    engine = Engine(model, min(len(prompts), BATCH_ROWS), size, n_vocab=tokenizer and tokenizer.n_vocab)
+    if engine is None:
+        size = max(map(len, prompts), default=0) + max(options.max_new_tokens, 1)
+        engine = Engine(model, min(len(prompts), BATCH_ROWS), size, n_vocab=tokenizer and tokenizer.n_vocab)
     waiting, at = list(reversed(range(len(prompts)))), {}  # at: row of the engine -> index of its prompt
-    while waiting or engine.running:
-        while waiting and len(engine.running) < len(engine.rows):
-            i = waiting.pop()
-            row_seed = None if seed is None else seed + i
-            at[engine.add(prompts[i], options, seed=row_seed, stop_ids=stop_ids, logit_bias=logit_bias)] = i
-        for row, token, *_ in engine.step():
-            i = at[row]
-            new[i].append(token)
-            if texts:
-                texts[i].push(token)
-                ends[i].append(texts[i].length + texts[i].within_character)
-                if (stop := texts[i].stopped_at) is not None:
-                    new[i] = [t for t, end in zip(new[i], ends[i], strict=True) if end <= stop]
-                    engine.end(row)
+    try:
+        while waiting or engine.running:
+            while waiting and len(engine.running) < len(engine.rows):
+                i = waiting.pop()
+                row_seed = None if seed is None else seed + i
+                at[engine.add(prompts[i], options, seed=row_seed, stop_ids=stop_ids, logit_bias=logit_bias)] = i
+            for row, token, *_ in engine.step():
+                i = at[row]
+                new[i].append(token)
+                if texts:
+                    texts[i].push(token)
+                    ends[i].append(texts[i].length + texts[i].within_character)
+                    if (stop := texts[i].stopped_at) is not None:
+                        new[i] = [t for t, end in zip(new[i], ends[i], strict=True) if end <= stop]
+                        engine.end(row)
+    finally:
+        for row in at:
+            engine.end(row)
     return new
 
 

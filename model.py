@@ -76,6 +76,34 @@ class KVCache:
         return self.layers[layer]
 
 
+class Branches:
+    """A context and, behind it in the same row, continuations that see it and not each other.
+
+    `idx` (1, T) int64 and `positions` (1, T) are what GPT.hidden takes; this itself stands in the place of its KVCache,
+    and keeps nothing. In one pass all continuations cost the tokens they have, and the context only once.
+    """
+
+    def __init__(self, context, continuations, model):
+        """context: ids, one at least; continuations: a list of ids each."""
+        wpe = model.transformer.wpe.weight
+        n, lengths = len(context), list(map(len, continuations))
+        idx = [*context, *(token for ids in continuations for token in ids)]
+        positions = [*range(n), *(n + i for length in lengths for i in range(length))]
+        branch = [0] * n + [number for number, length in enumerate(lengths, 1) for _ in range(length)]
+        self.idx, self.positions, self.branch = (torch.tensor([x], device=wpe.device) for x in (idx, positions, branch))
+        # attention computes in its dtype
+        self.kv = torch.empty(0, dtype=model.kv_dtype or wpe.dtype, device=wpe.device)
+
+    def mask(self, positions):
+        """Return what is added to attention's scores, (1, 1, T, T)."""
+        of, seen = self.branch[0, :, None], self.branch[0]
+        hidden = ~(((seen == 0) | (seen == of)).tril())
+        return torch.zeros_like(hidden, dtype=self.kv.dtype).masked_fill_(hidden, -math.inf)[None, None]
+
+    def update(self, layer, positions, kv):
+        return kv
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -365,6 +393,14 @@ class RewardModel(GPT):
 
     def num_parameters(self):
         return super().num_parameters() + self.score.weight.numel()
+
+    @torch.no_grad()
+    def shorten(self, block_size):
+        """Leave the model the first `block_size` positions."""
+        self.transformer.wpe = nn.Embedding.from_pretrained(
+            self.transformer.wpe.weight[:block_size].clone(), freeze=False
+        )
+        self.config.block_size = block_size
 
     def forward(self, idx, lengths):
         """Return the score of each row, (B,), a logit: the higher, the likelier is it that the reply is kept.

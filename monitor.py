@@ -34,7 +34,8 @@ class Log:
             for line in path.read_text().splitlines() if path.exists() else ():
                 with contextlib.suppress(ValueError):  # a line that a kill cut short
                     record = json.loads(line)
-                    if record["iter"] + ("val_loss" in record) <= first_iter:  # the evaluation there comes again
+                    evaluation = any(name.startswith("val_") for name in record)  # the one there comes again
+                    if record["iter"] + evaluation <= first_iter:
                         kept.append(line + "\n")
         with replacing(path) as part:
             part.write_text("".join(kept))

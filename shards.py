@@ -14,6 +14,7 @@ import contextlib
 import functools
 import math
 import os
+import random
 import struct
 import tempfile
 from collections import defaultdict
@@ -189,6 +190,30 @@ def find_shards(data_dir, dataset, split):
             raise FileNotFoundError(f"no {folder}/{split}*.bin: make it with a script in prepare/, or set --dataset")
         found += [(path, share) for path in paths]
     return found
+
+
+def openings(shards, tokenizer, n, room, seed):
+    """Return ([ids of a prompt, at most `room`], [what a person replied there]), at most `n` of them: each a turn of
+    another conversation, both drawn by the seed."""
+    draw = random.Random(seed)
+    shards = [shard for shard in shards if shard.template]  # text without turns has no replies
+    first = np.cumsum([0, *(len(shard.offsets) - 1 for shard in shards)])  # the number of each shard's first one
+    prompts, replies = [], []
+    for number in np.random.default_rng(seed).permutation(first[-1]):
+        if len(prompts) == n:
+            break
+        which = np.searchsorted(first, number, side="right") - 1
+        shard, i = shards[which], number - first[which]
+        start, stop = shard.offsets[i : i + 2].tolist()
+        stop = min(stop, start + 4 * room)  # a conversation may be a book
+        ids, mask = shard.tokens[start:stop].tolist(), shard.mask(start, stop).tolist()
+        begins = [at for at in range(1, min(len(ids), room + 1)) if mask[at] and not mask[at - 1]]
+        spans = [(at, ids.index(tokenizer.eos_id, at)) for at in begins if tokenizer.eos_id in ids[at:]]
+        if spans:
+            at, end = draw.choice(spans)
+            prompts.append(ids[:at])
+            replies.append(tokenizer.decode(ids[at:end]).strip())
+    return prompts, replies
 
 
 @dataclass

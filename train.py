@@ -4,7 +4,6 @@ From OpenAI's weights or from scratch, on one device or, under torchrun, on many
 torchrun --nproc_per_node=4 train.py config/finetune_chat.py
 """
 
-import contextlib
 import gc
 import math
 import os
@@ -17,16 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import keep_freed_memory, load_model, load_tensors, pick_device, pick_dtype, replacing, save_model
+from checkpoint import load_model, save_model
 from configurator import run
 from generate import generate
 from induction import set_induction_heads
@@ -34,6 +28,17 @@ from model import GPT, GPTConfig, move
 from monitor import Log, StopSignal, Trouble, peak_flops
 from shards import Loader, find_shards
 from tokenizer import Tokenizer
+from training import (
+    WHOLE,
+    adamw,
+    join,
+    learning_rate,
+    moments,
+    precision,
+    run_to_resume,
+    save_state,
+    set_moments,
+)
 
 
 @dataclass
@@ -85,15 +90,6 @@ class Config:
     seed: int = 1337  # of the initialisation, the order of the data and dropout
 
 
-def learning_rate(config, it):
-    """Return the learning rate of step `it`: a linear rise over the warmup, then the schedule's fall to min_lr."""
-    if it < config.warmup_iters:
-        return config.learning_rate * (it + 1) / (config.warmup_iters + 1)
-    done = (it - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)  # 0 to 1
-    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.lr_schedule]
-    return config.min_lr + left * (config.learning_rate - config.min_lr)
-
-
 def check(config):
     """Raise ValueError for a knob that is out of range."""
     if config.lr_schedule not in ("cosine", "linear", "constant"):
@@ -115,60 +111,24 @@ def check(config):
 
 def main(config):
     check(config)
+    last = Path(config.out_dir) / "last"
 
     # 1. the processes: one alone, or as many as torchrun started
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(config.device)
-    device_type = torch.device(device).type
-    if device_type == "cpu":
-        keep_freed_memory()
-    if config.gradient_accumulation_steps % world_size:
-        steps = config.gradient_accumulation_steps
-        raise ValueError(f"gradient_accumulation_steps={steps} is not a multiple of the {world_size} processes")
-    if world_size > 1:
-        if device_type == "cuda":
-            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        hour = timedelta(hours=1)  # the first process may fetch gigabytes
-        store, *_ = next(dist.rendezvous("env://", timeout=hour))
-        # torchrun keeps the store over its restarts: a new start must not find addresses of the dead (pytorch 135712)
-        restart = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=restart, rank=rank, world_size=world_size, timeout=hour)
+    world = join(config, "gradient_accumulation_steps")
+    rank, world_size, device, master = world.rank, world.size, world.device, world.master
     sharded = config.strategy == "fsdp" and world_size > 1
-    master = rank == 0  # prints and writes
 
-    # 2. the precision: weights stay float32, autocast computes in less; float16 needs its gradients scaled
-    dtype = pick_dtype(config.dtype, device)
-    if config.dtype == "auto" and device_type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        dtype = torch.bfloat16  # 1.7 times the tokens/s of float32 where the CPU multiplies bfloat16 (BENCHMARKS.md)
-    if dtype == torch.float16 and device_type != "cuda":
-        raise ValueError(f"dtype=float16 trains on CUDA only; on {device_type} take bfloat16 or float32")
-    autocast = torch.autocast(device_type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    # 2. the precision
+    dtype, autocast, scaler = precision(config.dtype, device)
     if dtype == torch.float16 and sharded:
         raise ValueError("strategy=fsdp trains in bfloat16 or float32: set dtype")
-    scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
-    torch.backends.cuda.matmul.fp32_precision = "tf32"  # where float32 is multiplied on a GPU at all
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
 
     # 3. the model and its tokenizer
-    torch.manual_seed(config.seed)
-    last = Path(config.out_dir) / "last"
-    resume = config.init_from == "resume"
-    if world_size > 1 and store.check(["begun"]):  # by this very job, which torchrun --max_restarts started again
-        resume = (last / "state.pt").exists()
-    if not resume and (last / "state.pt").exists():
-        raise ValueError(f"{last} holds a run: --init_from=resume goes on with it; a new one needs another --out_dir")
-    if world_size > 1:
-        dist.barrier()  # all have looked
-        store.set("begun", "1")
-    state = {"iter": 0, "best_val_loss": math.inf}
-    if resume:
-        if not (last / "state.pt").exists():
-            raise FileNotFoundError(f"no {last / 'state.pt'} to resume from: start with --init_from=gpt2 or scratch")
-        state = load_tensors(last / "state.pt")
+    state = run_to_resume(config, world)
+    if state is not None:
         tokenizer = Tokenizer(state["template"])
         model = GPT(GPTConfig(**state["config"] | {"dropout": config.dropout}))
         model.load_state_dict(state.pop("model"))
@@ -179,11 +139,8 @@ def main(config):
         if config.induction_heads:
             set_induction_heads(model)
     else:
-        if world_size > 1 and not master:
-            dist.barrier()  # the first process fetches the weights, the others find them
-        model, _ = load_model(config.init_from, dropout=config.dropout)
-        if world_size > 1 and master:
-            dist.barrier()
+        with world.one_by_one():
+            model, _ = load_model(config.init_from, dropout=config.dropout)
         tokenizer = Tokenizer(config.template)
         if tokenizer.n_vocab > model.config.vocab_size:
             model.grow_vocab(tokenizer.n_vocab)
@@ -191,6 +148,7 @@ def main(config):
         raise ValueError(
             f"block_size={config.block_size}, but the model's context is {model.config.block_size}: lower it"
         )
+    state = state or {"iter": 0, "best_val_loss": math.inf}
     raw_model = model.to(device)
     raw_model.gradient_checkpointing = config.gradient_checkpointing
     raw_model.label_smoothing = config.label_smoothing
@@ -219,20 +177,10 @@ def main(config):
     elif world_size > 1:
         model = DistributedDataParallel(model)  # with device_ids it would move the targets to the GPU
 
-    # 6. the optimizer: weight decay on matrices and embeddings only
-    params = list(raw_model.parameters())
+    # 6. the optimizer
     spared = raw_model.transformer.wte.weight if config.freeze_rare else None  # some of it has to stay as it is
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2 and p is not spared], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() < 2 or p is spared], "weight_decay": 0.0},
-    ]
-    betas = (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_eps, fused=True)
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # a checkpoint knows nothing of shards
-    if state.get("optimizer"):
-        # the moments alone: the knobs are those of this call
-        groups = get_optimizer_state_dict(raw_model, optimizer)
-        set_optimizer_state_dict(raw_model, optimizer, groups | {"state": state.pop("optimizer")}, options=whole)
+    optimizer = adamw(raw_model, config, spared)
+    set_moments(raw_model, optimizer, state.pop("optimizer", {}))
     if state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
 
@@ -247,9 +195,7 @@ def main(config):
             with autocast:
                 loss = raw_model(x.to(device), y, documents=documents.to(device))[1]
             sums += torch.tensor([loss.item() * n, n], dtype=torch.float64)
-        if world_size > 1:
-            dist.all_reduce(sums)
-        if sums[1] == 0:
+        if world.sum(sums)[1] == 0:
             raise ValueError(f"no supervised token in the first {config.eval_iters} batches: raise eval_iters")
         return (sums[0] / sums[1]).item()
 
@@ -257,7 +203,7 @@ def main(config):
         """Return the model, a sharded one as a whole on the first process's CPU."""
         if not sharded:
             return raw_model
-        weights = get_model_state_dict(raw_model, options=whole)
+        weights = get_model_state_dict(raw_model, options=WHOLE)
         with torch.device("meta"):
             model = GPT(raw_model.config)
         if master:
@@ -267,24 +213,20 @@ def main(config):
 
     def save_last(it, model):
         """Write last/: the weights for others, and in one file all that a resumed run needs, so that both agree."""
-        # before the first step there are none, and asking for them would make a step
-        moments = get_optimizer_state_dict(raw_model, optimizer, options=whole) if optimizer.state else {"state": {}}
+        optimizer_state = moments(raw_model, optimizer)
         if not master:
             return
         save_model(model, tokenizer, last)
-        with replacing(last / "state.pt") as path:
-            torch.save(
-                {
-                    "iter": it,
-                    "best_val_loss": state["best_val_loss"],
-                    "template": tokenizer.template,
-                    "config": asdict(raw_model.config),
-                    "model": model.state_dict(),
-                    "optimizer": moments["state"],
-                    "scaler": scaler.state_dict(),
-                },
-                path,
-            )
+        save_state(
+            last,
+            iter=it,
+            best_val_loss=state["best_val_loss"],
+            template=tokenizer.template,
+            config=asdict(raw_model.config),
+            model=model.state_dict(),
+            optimizer=optimizer_state,
+            scaler=scaler.state_dict(),
+        )
 
     # 7. the log: lines on the screen and in metrics.jsonl, which a resumed run continues from where it was saved
     stop, trouble = StopSignal(), Trouble()
@@ -292,7 +234,7 @@ def main(config):
     peak = peak_flops(device) if dtype != torch.float32 else None
     if master:
         print(f"{raw_model.num_parameters():,} parameters on {device}, {str(dtype).removeprefix('torch.')}")
-        if device_type == "cuda" and not peak:
+        if torch.device(device).type == "cuda" and not peak:
             print(f"no MFU: the peak rate of {torch.cuda.get_device_name(device)} in {dtype} is not in PEAK_FLOPS")
         for split, loader in loaders.items():
             rows = f"{loader.n_rows:,} rows of {config.block_size}, {loader.fill:.1%} full"
@@ -341,10 +283,8 @@ def main(config):
 
         # the loss is the sum over the supervised tokens of all micro-batches and processes, over their number
         batches, ahead = ahead.result(), reader.submit(step_batches, it + 1)
-        total = torch.tensor([sum(n for *_, n in batches), int(stop.asked)])
-        if world_size > 1:
-            dist.all_reduce(total)  # on the CPU, through gloo: no wait for the GPU
-        total, stopping = total.tolist()
+        # on the CPU, through gloo: no wait for the GPU
+        total, stopping = world.sum(torch.tensor([sum(n for *_, n in batches), int(stop.asked)])).tolist()
         if stopping:
             if norm is not None and not scaler.is_enabled():
                 trouble.check("gradient norm", norm.item(), it)
@@ -374,9 +314,7 @@ def main(config):
         optimizer.zero_grad(set_to_none=True)
 
         if (it + 1) % config.log_interval == 0:
-            if world_size > 1:
-                dist.all_reduce(loss_sum)
-            loss = loss_sum.item()
+            loss = world.sum(loss_sum).item()
             seconds = (time.perf_counter() - clock) / (it + 1 - clock_iter)
             clock, clock_iter = time.perf_counter(), it + 1
             if master:

@@ -13,10 +13,10 @@ from conftest import assert_refused, small_talk, write_shards
 import evaluate
 from checkpoint import load_model, save_model
 from configurator import run
-from evaluate import Config, Material, Reply, openings, predictions, reply
+from evaluate import Config, Material, Reply, predictions, reply
 from metrics import distinct, remembers, repeated_4grams
 from model import GPT, GPTConfig
-from shards import Loader, find_shards, open_shard
+from shards import Loader, find_shards, open_shard, openings
 from tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer()

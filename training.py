@@ -1,0 +1,155 @@
+"""
+What train.py, train_reward.py and train_ppo.py have in common: the processes, the precision, the run to go on with, the
+optimizer and its learning rate.
+"""
+
+import contextlib
+import math
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from checkpoint import keep_freed_memory, load_tensors, pick_device, pick_dtype, replacing
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # a checkpoint knows nothing of shards
+
+
+@dataclass
+class World:
+    """The processes that train together, one alone or as many as torchrun started, and this one's place among them."""
+
+    rank: int
+    size: int
+    device: str
+    store: dist.Store | None
+
+    @property
+    def master(self):
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def one_by_one(self):
+        """The first process alone does what follows, then the others: it fetches the weights, they find them."""
+        if self.size > 1 and not self.master:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.master:
+            dist.barrier()
+
+    def sum(self, tensor):
+        """Add up a tensor over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def join(config, *divided):
+    """Return the World of this process, and set the machine up for training. Raises ValueError for a device that is
+    not there, or one of the `divided` knobs that the processes cannot share equally."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, store = pick_device(config.device), None
+    device_type = torch.device(device).type
+    if device_type == "cpu":
+        keep_freed_memory()
+    for name in divided:
+        if getattr(config, name) % size:
+            raise ValueError(f"{name}={getattr(config, name)} is not a multiple of the {size} processes")
+    if size > 1:
+        if device_type == "cuda":
+            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        hour = timedelta(hours=1)  # the first process may fetch gigabytes
+        store, *_ = next(dist.rendezvous("env://", timeout=hour))
+        # torchrun keeps the store over its restarts: a new start must not find addresses of the dead (pytorch 135712)
+        restart = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=restart, rank=rank, world_size=size, timeout=hour)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # where float32 is multiplied on a GPU at all
+    torch.manual_seed(config.seed)
+    return World(rank, size, device, store)
+
+
+def precision(name, device):
+    """Return (dtype, autocast, scaler) of a `dtype` knob: weights stay float32, autocast computes in less, and float16
+    needs its gradients scaled. Raises ValueError for float16 where it cannot train."""
+    device_type, dtype = torch.device(device).type, pick_dtype(name, device)
+    if name == "auto" and device_type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        dtype = torch.bfloat16  # 1.7 times the tokens/s of float32 where the CPU multiplies bfloat16 (BENCHMARKS.md)
+    if dtype == torch.float16 and device_type != "cuda":
+        raise ValueError(f"dtype=float16 trains on CUDA only; on {device_type} take bfloat16 or float32")
+    autocast = torch.autocast(device_type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    return dtype, autocast, torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
+
+
+def run_to_resume(config, world):
+    """Return what the run in `out_dir` last saved, None for a new one.
+
+    Raises ValueError where a new one would meet another there, FileNotFoundError where there is none to resume.
+    """
+    state = Path(config.out_dir) / "last" / "state.pt"
+    resume = config.init_from == "resume"
+    if world.size > 1 and world.store.check(["begun"]):  # by this very job, which torchrun --max_restarts started again
+        resume = state.exists()
+    if not resume and state.exists():
+        raise ValueError(
+            f"{state.parent} holds a run: --init_from=resume goes on with it; a new one needs another --out_dir"
+        )
+    if world.size > 1:
+        dist.barrier()  # all have looked
+        world.store.set("begun", "1")
+    if not resume:
+        return None
+    if not state.exists():
+        raise FileNotFoundError(f"no {state} to resume from: start with another --init_from, the name of a model")
+    return load_tensors(state)
+
+
+def save_state(last, **state):
+    """Write all that a resumed run needs into one file in the folder `last`: tensors and plain values."""
+    with replacing(last / "state.pt") as path:
+        torch.save(state, path)
+
+
+def learning_rate(config, it):
+    """Return the learning rate of step `it`: a linear rise over the warmup, then the schedule's fall to min_lr."""
+    if it < config.warmup_iters:
+        return config.learning_rate * (it + 1) / (config.warmup_iters + 1)
+    done = (it - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)  # 0 to 1
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.lr_schedule]
+    return config.min_lr + left * (config.learning_rate - config.min_lr)
+
+
+def adamw(model, config, spared=None):
+    """Return AdamW over the model's parameters: weight decay on matrices and embeddings only, but not on `spared`."""
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2 and p is not spared], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.dim() < 2 or p is spared], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_eps, fused=True)
+
+
+def moments(model, optimizer):
+    """Return the optimizer's state by the names of the parameters, {} before the first step; to the first process, but
+    all have to ask."""
+    if not optimizer.state:
+        return {}  # asking for it would make a step
+    return get_optimizer_state_dict(model, optimizer, options=WHOLE).get("state", {})
+
+
+def set_moments(model, optimizer, state):
+    """Restore what `moments` returned; the knobs stay those of this call."""
+    if state:
+        groups = get_optimizer_state_dict(model, optimizer)
+        set_optimizer_state_dict(model, optimizer, groups | {"state": state}, options=WHOLE)
