@@ -1,11 +1,12 @@
 """
-Measure: python bench.py decode|train|prepare|fidelity|candidates [--knob=value ...]
+Measure: python bench.py decode|train|prepare|fidelity|candidates|best_of [--knob=value ...]
 
     decode      how fast a model reads prompts and writes: tokens a second, bytes of weights a second, memory, start-up
     train       how fast it learns: tokens and supervised tokens a second, beside nanoGPT's and transformers' loop
     prepare     how fast conversations become a shard, beside tiktoken alone, and in how much memory
     fidelity    what a dtype costs: how far its next-token distributions are from float32's, on real text
     candidates  what ranking the candidates of a line of PersonaChat costs, beside scoring its reply alone
+    best_of     what choosing the best of several replies costs, beside one reply, and how much better it is
 
 Progress goes to stderr; the last line on stdout is the result as one JSON object.
 """
@@ -21,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,12 @@ from torch.nn.utils.rnn import pad_sequence
 from checkpoint import keep_freed_memory, load_model, pick_device, pick_dtype
 from configurator import run
 from convai2 import continuation, loglikelihoods
-from generate import Engine
+from generate import Engine, generate
 from model import PRESETS, move
 from monitor import peak_flops
-from sampling import Sampling
-from shards import Loader, find_shards, open_shard
+from reward import best_of, load_judge, scores_behind
+from sampling import ChatSampling, Sampling
+from shards import Loader, find_shards, open_shard, openings
 from tokenizer import Tokenizer, fit_context, gpt2_encoding
 
 sys.path.append(str(Path(__file__).with_name("prepare")))
@@ -94,6 +96,19 @@ class Candidates:
     source: str = ""  # PersonaChat's or ConvAI2's archive, folder or valid file; candidates it lacks are other replies
     lines: int = 50  # of it, drawn at random
     init_from: str = "random:gpt2"  # as for chat.py
+    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+
+
+@dataclass
+class BestOf(ChatSampling):
+    init_from: str = "nano"  # as for chat.py
+    reward: str = "out/reward"  # a reward model, as for chat.py
+    n: int = 8  # replies to choose from
+    most: int = 16  # the curve of rewards goes up to the best of so many
+    data_dir: str = "data"  # where the shards are
+    dataset: str = "personachat"  # whose held-out people are replied to: this data set's val*.bin
+    prompts: int = 50  # so many of them
     dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
@@ -358,6 +373,49 @@ def candidates(config):
     }
 
 
+def best_of_n(config):
+    """Return the time of the best of `n` replies, their scores included, as a multiple of that of one reply (`ratio`),
+    and the mean reward of the best of 1, 2, 4, ... replies (`rewards`), with the standard deviation of one."""
+    at_least_1(config, "n", "most", "prompts")
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device, inference=True)
+    model, tokenizer = load_model(config.init_from, device, dtype, inference=True)
+    judge = load_judge(config.reward, tokenizer, device, dtype=dtype, inference=True)
+    shards = [open_shard(path) for path, _ in find_shards(config.data_dir, config.dataset, "val")]
+    prompts, _ = openings(shards, tokenizer, config.prompts, model.config.block_size - config.max_new_tokens, 0)
+    options = {field.name: getattr(config, field.name) for field in fields(Sampling)}
+    options |= {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
+    engines = [Engine(model, rows, n_vocab=tokenizer.n_vocab) for rows in (1, config.n, config.most)]
+    seconds, drawn, n_tokens = [0.0, 0.0], [], 0
+    for number, prompt in enumerate([prompts[0], *prompts]):  # the first time does not count
+        seed = number * config.most
+        for which in (0, 1) if number % 2 else (1, 0):
+            t0 = time.perf_counter()
+            if which:
+                chosen = best_of(engines[1], judge, tokenizer, prompt, config.n, seed=seed, **options)
+                n_tokens += sum(len(ids) for _, ids in chosen) * (number > 0)
+            else:
+                generate(model, [prompt], engine=engines[0], tokenizer=tokenizer, seed=seed, **options)
+            seconds[which] += (time.perf_counter() - t0) * (number > 0)
+        if not number:
+            continue
+        replies = generate(model, [prompt] * config.most, engine=engines[2], tokenizer=tokenizer, seed=seed, **options)
+        drawn.append(scores_behind(judge, prompt, replies))
+        print(f"{number} prompts", file=sys.stderr)
+    drawn = torch.stack(drawn)  # (prompts, most)
+    best = drawn.cummax(1).values.mean(0).tolist()
+    return {
+        "tokens_per_s": n_tokens / seconds[1],
+        "seconds": seconds[1],
+        "seconds_of_one": seconds[0],
+        "ratio": seconds[1] / seconds[0],
+        "rewards": {
+            n: round(best[n - 1], 4) for n in (2**k for k in range(config.most.bit_length())) if n <= config.most
+        },
+        "std": drawn.std().item(),
+    }
+
+
 def at_least_1(config, *names):
     """Raise ValueError for a knob below 1."""
     for name in names:
@@ -375,7 +433,7 @@ def peak_memory(device):
 
 
 MODES = {"decode": (decode, Decode), "train": (train, Train), "prepare": (prepare, Prepare)}
-MODES |= {"fidelity": (fidelity, Fidelity), "candidates": (candidates, Candidates)}
+MODES |= {"fidelity": (fidelity, Fidelity), "candidates": (candidates, Candidates), "best_of": (best_of_n, BestOf)}
 
 
 def main():

@@ -6,12 +6,13 @@ When the input is not a terminal, each line of it is a message and gets one line
 import contextlib
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from checkpoint import default_model, load_model, pick_device, pick_dtype
 from configurator import run
 from generate import Engine, stream
-from sampling import ChatSampling, for_template
+from reward import best_of, load_judge
+from sampling import ChatSampling, Sampling, for_template
 from tokenizer import fit_context
 
 COMMANDS = """\
@@ -19,6 +20,7 @@ COMMANDS = """\
 /reset           forget the conversation, keep the persona
 /persona [TEXT]  give the bot a persona, or show it; /persona - takes it away
 /retry           another answer to your last message
+/why             the replies that the last one was chosen from, with --best_of, and their scores
 /save FILE       append the conversation to FILE, one JSON line, as prepare/jsonl.py and prepare/retry.py read it
 /quit            or Ctrl-D; Ctrl-C cuts an answer short"""
 
@@ -29,6 +31,8 @@ SHORT = {"role": "user", "content": "a"}  # the least that must fit into the con
 class Config(ChatSampling):
     init_from: str = default_model()  # nano, a directory, gpt2[-medium|-large|-xl], distilgpt2 or org/name on the hub
     persona: str = ""  # who the bot is, in sentences: "i am a zookeeper. i like tea."
+    best_of: int = 1  # take the best of so many replies, by
+    reward: str = ""  # a reward model of train_reward.py: a directory or org/name on the hub
     seed: int = 1337  # the same seed and messages give the same replies
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16, int8; auto is float16 on an x86 CPU, bfloat16 on CUDA
@@ -40,8 +44,16 @@ class Chat:
     def __init__(self, config):
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device, inference=True)
+        if config.best_of < 1 or (config.best_of > 1) != bool(config.reward):
+            knobs = f"best_of={config.best_of} and reward={config.reward or '(none)'}"
+            raise ValueError(f"{knobs} go together: --best_of=8 --reward=out/reward")
         self.model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
-        self.engine = Engine(self.model, n_vocab=self.tokenizer.n_vocab)  # keeps what the turns before have computed
+        self.judge = None
+        if config.reward:
+            self.judge = load_judge(config.reward, self.tokenizer, device, dtype=dtype, inference=True)
+        # keeps what the turns before have computed
+        self.engine = Engine(self.model, config.best_of, n_vocab=self.tokenizer.n_vocab)
+        self.choice = []  # [(score, text)] that the last reply was chosen from
         self.config, self.messages, self.replies = for_template(config, self.tokenizer.template), [], 0
         self.retried = []  # replies that were taken back
         self.dropped = 0  # so many of the oldest turns are out of the model's sight
@@ -71,16 +83,13 @@ class Chat:
         self.messages = messages
         self.replies += 1
         reply, held = "", ""  # held: white space that is shown only if something follows
+        stops = {"stop_ids": self.tokenizer.stop_ids, "stop_strings": self.tokenizer.stop_strings}
         try:
-            for piece in stream(
-                self.engine,
-                self.tokenizer,
-                prompt,
-                c,
-                stop_ids=self.tokenizer.stop_ids,
-                stop_strings=self.tokenizer.stop_strings,
-                seed=c.seed + self.replies,
-            ):
+            if self.judge:
+                pieces = self.choose(prompt, **stops)
+            else:
+                pieces = stream(self.engine, self.tokenizer, prompt, c, seed=c.seed + self.replies, **stops)
+            for piece in pieces:
                 held += piece if reply else piece.lstrip()
                 shown = held.rstrip()
                 reply, held = reply + shown, held[len(shown) :]
@@ -88,6 +97,15 @@ class Chat:
                     yield shown
         finally:
             self.messages.append({"role": "assistant", "content": reply})
+
+    def choose(self, prompt, **stops):
+        """Yield the best reply to a prompt, whole."""
+        c = self.config
+        options = {field.name: getattr(c, field.name) for field in fields(Sampling)} | stops
+        seed = c.seed + self.replies * c.best_of
+        found = best_of(self.engine, self.judge, self.tokenizer, prompt, c.best_of, seed=seed, **options)
+        self.choice = [(score, self.tokenizer.decode(ids)) for score, ids in found]
+        yield self.choice[0][1]
 
     def take_back(self):
         """Forget the last message and its reply; return the message, "" if there is none."""
@@ -112,6 +130,7 @@ def command(chat, line):
     name, _, argument = (part.strip() for part in line.partition(" "))
     if name == "/reset":
         chat.messages, chat.retried, chat.dropped = [m for m in chat.messages if m["role"] == "system"], [], 0
+        chat.choice = []
         print("forgotten")
     elif name == "/persona":
         if argument:
@@ -121,6 +140,11 @@ def command(chat, line):
         if message := chat.take_back():
             return message
         print("there is no message to answer again")
+    elif name == "/why":
+        for score, text in chat.choice:
+            print(f"{score:7.3f}  {' '.join(text.split())}")
+        if not chat.choice:
+            print("nothing was chosen: start with --best_of=8 --reward=DIR, and say something")
     elif name == "/save" and argument:
         if all(message["role"] != "assistant" for message in chat.messages):
             print("there is nothing to save yet")

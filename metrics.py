@@ -9,6 +9,7 @@ import string
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from sacrebleu.metrics import BLEU, CHRF
 
@@ -58,6 +59,28 @@ def predict(model, x, y, documents, device):
         likeliest.append(logits.argmax(-1))
         nll.append(logits.logsumexp(-1) - logits.gather(1, target[:, None])[:, 0])
     return Prediction(targets, torch.cat(likeliest), torch.cat(nll), follows.to(device))
+
+
+# scores of replies
+
+
+def auc(scores, labels):
+    """Return the area under the ROC curve: how likely it is that a reply of label 1 has a higher score than one of
+    label 0, both drawn at random; equal scores count half. scores (n,), labels (n,) of 0 and 1, both kinds there."""
+    scores, labels = np.asarray(scores), np.asarray(labels, bool)
+    _, which, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = counts.cumsum() - (counts - 1) / 2  # of each different score, from 1 on; equal ones share their mean
+    n = labels.sum()
+    return ((ranks[which][labels].sum() - n * (n + 1) / 2) / (n * (len(labels) - n))).item()
+
+
+def calibration_error(probabilities, labels, bins=10):
+    """Return the expected calibration error (Guo et al. 2017, arXiv 1706.04599): how far the mean probability is from
+    the share of label 1, in bins of equal width, weighted by how many are in each."""
+    probabilities, labels = np.asarray(probabilities), np.asarray(labels)
+    which = np.minimum((probabilities * bins).astype(int), bins - 1)
+    gaps = np.bincount(which, probabilities - labels, bins)
+    return (np.abs(gaps).sum() / len(labels)).item()
 
 
 # replies

@@ -251,6 +251,12 @@ class Tokenizer:
         texts = [(role, self.decode(body).removeprefix(t.before).removesuffix(t.after)) for role, body in turns if body]
         return [{"role": role, "content": text} for role, text in texts]
 
+    def last_reply(self, ids):
+        """Return where in `ids` the content of the last reply begins, 0 where there is none."""
+        openers = (self._later["assistant"], self._first["assistant"])
+        ends = (at + len(o) for at in range(len(ids) - 1, -1, -1) for o in openers if ids[at : at + len(o)] == o)
+        return next(ends, 0)
+
     def cut(self, ids, room):
         """Return the pieces in which a conversation's `ids` fit into `room`: [(n, start, stop)], ids[:n] +
         ids[start:stop] each, where n ids are the persona.

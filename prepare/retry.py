@@ -98,9 +98,13 @@ def examples(record, negatives="adversarial"):
         return beginning(messages), of
     if "positive_responses" in record:
         context = turns([as_text(text, "context") for text in record["context"]])
-        of = [([*context, said(text)], 1) for text in record["positive_responses"]]
-        bad = itertools.chain(*(record[name] for name in BAD_REPLIES[negatives]))
-        return beginning(context), of + [([*context, said(text)], 0) for text in bad]
+        good = record["positive_responses"]
+        bad = [text for name in BAD_REPLIES[negatives] for text in record[name]]
+        # in turn, so that as many of one as of the other are pairs
+        of = [
+            (text, label) for pair in itertools.zip_longest(good, bad) for text, label in zip(pair, (1, 0), strict=True)
+        ]
+        return beginning(context), [([*context, said(text)], label) for text, label in of if text is not None]
     if "dialog" in record:
         texts = [utterance["text"] for utterance in record["dialog"]]
         scores = [utterance["evaluation_score"] for utterance in record["dialog"]]

@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel
 
 import bench
 from checkpoint import save_model
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, RewardModel
 from shards import open_shard
 from tokenizer import Tokenizer
 
@@ -200,3 +200,19 @@ def test_candidates_are_scored_together_and_alone(directory, here, tmp_path):
     assert result["ratio"] == pytest.approx(result["seconds"] / result["seconds_alone"], rel=1e-3)
     assert result["tokens_per_s"] > 0
     assert_refused(here("candidates", "--source=nothing.txt"), "source=nothing.txt does not exist")
+
+
+# the best of several replies
+
+
+def test_the_best_of_n_replies_is_timed_beside_one_and_rewards_rise_with_n(directory, here, tmp_path):
+    judge = RewardModel(GPTConfig(64, n_layer=1, n_head=2, n_embd=32))
+    save_model(judge, Tokenizer(), tmp_path / "judge")
+    write_shards(tmp_path / "data" / "talk", small_talk(5), small_talk(8, seed=1))
+    knobs = ["--reward=judge", "--dataset=talk", "--n=3", "--most=5", "--prompts=4", "--max_new_tokens=8"]
+    result = result_of(here("best_of", f"--init_from={directory}", *knobs, "--device=cpu"))
+    assert result["ratio"] == pytest.approx(result["seconds"] / result["seconds_of_one"], rel=1e-3)
+    rewards = list(result["rewards"].values())
+    assert list(result["rewards"]) == ["1", "2", "4"]
+    assert rewards == sorted(rewards) and rewards[0] < rewards[-1] and result["std"] > 0
+    assert_refused(here("best_of", f"--init_from={directory}", "--reward=judge", "--n=0"), "n=0")

@@ -1,0 +1,12 @@
+# A chat model made of GPT-2 124M, trained for the reward of out/reward, on one GPU with 12 GB. First:
+#   python train.py config/finetune_chat.py && python train_reward.py config/train_reward.py
+init_from = "out/chat"
+reward = "out/reward"
+out_dir = "out/ppo"
+dataset = "personachat"
+
+rollouts = 256
+batch_size = 32
+max_new_tokens = 64
+max_iters = 200
+learning_rate = 1e-5

@@ -1,0 +1,15 @@
+# The model in the box, trained for the reward of out/reward, on two CPU cores. First:
+#   python prepare/personachat.py && python train_reward.py config/train_reward_nano.py
+init_from = "nano"
+reward = "out/reward"
+out_dir = "out/ppo"
+dataset = "personachat"
+
+rollouts = 64
+batch_size = 32
+max_new_tokens = 32
+max_prompt = 128
+max_iters = 60
+learning_rate = 2e-4
+eval_interval = 10
+dtype = "float32"  # bfloat16 is no faster in a model this narrow

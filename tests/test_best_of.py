@@ -1,0 +1,163 @@
+"""Best-of-N: the candidates are those of the engine, the scores those of the reward model, and the best one is said."""
+
+import io
+import itertools
+
+import pytest
+import torch
+
+import chat
+import generate
+from checkpoint import load_model, save_model
+from generate import Engine
+from model import GPT, GPTConfig, RewardModel
+from reward import best_of, scores
+from tokenizer import Tokenizer
+
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
+HI = [{"role": "user", "content": "hi there, how are you today?"}]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """In a folder with a GPT, and a reward model whose scores differ widely, in each template."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for template in ("human_bot", "user_assistant"):
+        tokenizer = Tokenizer(template)
+        torch.manual_seed(0)
+        save_model(GPT(GPTConfig(128, tokenizer.n_vocab, **SHAPE)), tokenizer, f"gpt-{template}")
+        judge = RewardModel(GPTConfig(96, tokenizer.n_vocab, **SHAPE))
+        with torch.no_grad():
+            judge.score.weight.normal_()
+        save_model(judge, tokenizer, f"judge-{template}")
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def loaded(template="human_bot"):
+    policy, tokenizer = load_model(f"gpt-{template}")
+    judge, _ = load_model(f"judge-{template}", Model=RewardModel)
+    return policy, judge.eval(), tokenizer
+
+
+def knobs(**given):
+    options = {"init_from": "gpt-human_bot", "device": "cpu", "dtype": "float32", "max_new_tokens": 12, "seed": 3}
+    return chat.Config(
+        **options | {"best_of": 4, "reward": "judge-human_bot", "temperature": 1.0, "top_p": 1.0} | given
+    )
+
+
+@pytest.mark.parametrize("template", ["human_bot", "user_assistant"])
+def test_the_candidates_are_drawn_as_ever_and_have_the_scores_of_whole_texts(template):
+    policy, judge, tokenizer = loaded(template)
+    prompt, _ = tokenizer.render(HI, add_generation_prompt=True)
+    options = {"max_new_tokens": 12, "stop_ids": tokenizer.stop_ids, "seed": 5}
+    found = best_of(Engine(policy, 4), judge, tokenizer, prompt, 4, **options)
+    alone = [generate.generate(policy, [prompt], tokenizer=tokenizer, **options | {"seed": 5 + i})[0] for i in range(4)]
+    assert sorted(ids for _, ids in found) == sorted(alone) and len({tuple(ids) for ids in alone}) == 4
+    expected = scores(judge, [prompt + ids for _, ids in found])
+    assert [score for score, _ in found] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert all(a >= b for (a, _), (b, _) in itertools.pairwise(found))
+
+
+def test_the_prompt_is_computed_once_by_the_policy_and_once_by_the_judge(monkeypatch):
+    policy, judge, tokenizer = loaded()
+    prompt, _ = tokenizer.render(HI * 3, add_generation_prompt=True)
+    computed = {"policy": 0, "judge": 0}
+
+    def count(name, model):
+        hidden = model.hidden
+        monkeypatch.setattr(model, "hidden", lambda idx, *rest: (add(name, idx), hidden(idx, *rest))[1])
+
+    def add(name, idx):
+        computed[name] += idx.numel()
+
+    count("policy", policy), count("judge", judge)
+    found = best_of(Engine(policy, 8, record=False), judge, tokenizer, prompt, 8, max_new_tokens=6, seed=0)
+    new = sum(len(ids) for _, ids in found)
+    assert computed["judge"] == len(prompt) + new
+    assert len(prompt) + new - 8 <= computed["policy"] <= len(prompt) + 8 + new
+
+
+def test_the_best_reply_is_said_and_the_next_turn_goes_on_from_it():
+    talk = chat.Chat(knobs())
+    for message in ("hi", "and you?"):
+        said = "".join(talk.reply(message))
+        assert talk.messages[-1] == {"role": "assistant", "content": said}
+        assert len(talk.choice) == 4
+        assert said == talk.choice[0][1].strip()
+        assert talk.choice == sorted(talk.choice, key=lambda pair: -pair[0])
+    again = chat.Chat(knobs())
+    assert "".join(again.reply("hi")) == talk.messages[1]["content"]  # the seed decides
+
+
+def test_a_higher_best_of_finds_no_worse_replies():
+    few, many = chat.Chat(knobs(best_of=2)), chat.Chat(knobs(best_of=16))
+    means = []
+    for talk in (few, many):
+        for n in range(12):
+            list(talk.reply(f"message {n}"))
+            means.append(talk.choice[0][0])
+            talk.messages = []
+    assert sum(means[12:]) > sum(means[:12])
+
+
+def test_why_shows_the_candidates(capsys):
+    talk = chat.Chat(knobs())
+    chat.command(talk, "/why")
+    assert "nothing was chosen" in capsys.readouterr().out
+    list(talk.reply("hi"))
+    capsys.readouterr()
+    chat.command(talk, "/why")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert [float(line.split()[0]) for line in lines] == pytest.approx([s for s, _ in talk.choice], abs=1e-3)
+    assert " ".join(talk.choice[0][1].split()) in lines[0]
+    chat.command(talk, "/reset")
+    chat.command(talk, "/why")
+    assert "nothing was chosen" in capsys.readouterr().out
+
+
+def test_an_answer_that_was_cut_short_leaves_the_engine_free(monkeypatch):
+    talk = chat.Chat(knobs())
+    step, calls = Engine.step, itertools.count()
+
+    def interrupted(engine):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(talk.reply("hi"))
+    assert talk.engine.running == []
+    talk.take_back()
+    assert "".join(talk.reply("hi")) == talk.messages[-1]["content"]
+
+
+def test_piped_messages_are_answered_too(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hi\nhow are you\n")))
+    chat.main(knobs())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.startswith("Bot:") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"reward": ""}, ["best_of=4 and reward=(none)", "--best_of=8 --reward="]),
+        ({"best_of": 1}, ["best_of=1 and reward=judge-human_bot"]),
+        ({"best_of": 0, "reward": ""}, ["best_of=0"]),
+        ({"reward": "gpt-human_bot"}, ["gpt-human_bot", "is no reward model"]),
+        ({"reward": "judge-user_assistant"}, ["judge-user_assistant", "another vocabulary"]),
+        ({"reward": "nowhere"}, ["nowhere"]),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_in_a_sentence(given, words):
+    with pytest.raises((ValueError, FileNotFoundError)) as refused:
+        chat.Chat(knobs(**given))
+    for word in words:
+        assert word in str(refused.value)

@@ -1,0 +1,341 @@
+"""PPO: its pieces by hand, its first step, a run that is resumed, rewards with a known best, and what it refuses."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_refused, small_talk, write_shards
+from safetensors.torch import load_file
+
+import train_ppo
+from checkpoint import load_model, save_model
+from model import GPT, GPTConfig, RewardModel
+from reward import scores, seen
+from tokenizer import Tokenizer
+from train_ppo import (
+    ActorCritic,
+    Rollout,
+    adapted,
+    advantages_and_returns,
+    make_reward,
+    policy_losses,
+    roll_out,
+    tokens_of,
+    value_losses,
+    whiten,
+)
+
+TOKENIZER = Tokenizer()
+SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 32}
+TINY = {"init_from": "start", "reward": "length:4", "out_dir": "out", "dataset": "talk", "device": "cpu"}
+TINY |= {"dtype": "float32", "rollouts": 8, "batch_size": 4, "max_new_tokens": 8, "max_prompt": 64, "epochs": 2}
+TINY |= {"max_iters": 4, "eval_interval": 2, "eval_replies": 8, "normalize_on": 8, "learning_rate": 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch, data_dir):
+    """In a folder with data/talk, a GPT to start from and a reward model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    save_model(model(), TOKENIZER, "start")
+    torch.manual_seed(1)
+    save_model(RewardModel(GPTConfig(128, **SHAPE)), TOKENIZER, "reward")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def model(std=0.3):
+    """Return a GPT whose distributions are far from flat, and which ends replies sooner or later."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(128, **SHAPE)).eval()
+    with torch.no_grad():
+        gpt.transformer.wte.weight.normal_(std=std)
+        gpt.transformer.ln_f.bias.normal_(std=0.5)
+        gpt.transformer.wte.weight[TOKENIZER.eos_id] = gpt.transformer.ln_f.bias
+    return gpt
+
+
+def fit(**knobs):
+    config = train_ppo.Config(**TINY | knobs)
+    train_ppo.main(config)
+    return Path(config.out_dir)
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- pieces
+
+
+def test_advantages_by_hand():
+    # two replies of three tokens and of one; gamma 0.5, lambda 0.25
+    rewards = torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, 0.0]])
+    values = torch.tensor([[0.5, 1.0, 0.25], [1.0, 7.0, 7.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    third = 2 - 0.25
+    second = (0 + 0.5 * 0.25 - 1) + 0.5 * 0.25 * third
+    first = (1 + 0.5 * 1 - 0.5) + 0.5 * 0.25 * second
+    advantages, returns = advantages_and_returns(rewards, values, mask, 0.5, 0.25)
+    torch.testing.assert_close(advantages, torch.tensor([[first, second, third], [2.0, 0.0, 0.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[first + 0.5, second + 1, 2.0], [3.0, 0.0, 0.0]]))
+
+
+def test_with_gamma_and_lambda_1_returns_are_the_sums_of_what_comes():
+    draw = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(5, 9, generator=draw), torch.randn(5, 9, generator=draw)
+    mask = torch.arange(9) < torch.tensor([9, 1, 4, 6, 2])[:, None]
+    _, returns = advantages_and_returns(rewards * mask, values, mask, 1.0, 1.0)
+    for row, n in enumerate([9, 1, 4, 6, 2]):
+        expected = [rewards[row, t:n].sum().item() for t in range(n)]
+        assert returns[row, :n].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_whitening_looks_at_reply_tokens_only():
+    x = torch.tensor([[1.0, 2.0, 100.0], [3.0, 6.0, -100.0]])
+    mask = torch.tensor([[True, True, False], [True, True, False]])
+    numbers = np.array([1.0, 2.0, 3.0, 6.0])
+    expected = (numbers - numbers.mean()) / numbers.std()
+    found = whiten(x, mask)
+    assert found[mask].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert (found[~mask] == 0).all()
+
+
+def test_losses_by_hand():
+    ratio = torch.tensor([1.0, 1.5, 1.5, 0.5, 0.5])
+    advantages = torch.tensor([2.0, 1.0, -1.0, 1.0, -1.0])
+    found, ratios = policy_losses(ratio.log(), torch.zeros(5), advantages, 0.2)
+    torch.testing.assert_close(ratios, ratio)
+    # where the ratio has moved as the advantage wants, nothing more is won; where it has not, all is lost
+    assert found.tolist() == pytest.approx([-2.0, -1.2, 1.5, -0.5, 0.8])
+    values, old = torch.tensor([1.0, 1.0, 0.05]), torch.tensor([0.0, 2.0, 0.0])
+    found = value_losses(values, old, torch.tensor([1.0, 3.0, 1.0]), 0.2)
+    assert found.tolist() == pytest.approx([0.5 * 0.8**2, 0.5 * 2**2, 0.5 * 0.95**2])
+
+
+def test_the_price_of_kl_rises_above_the_target_and_falls_below():
+    config = train_ppo.Config(kl_target=6.0, rollouts=100, kl_horizon=1000)
+    assert adapted(0.1, 6.6, config) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
+    assert adapted(0.1, 60.0, config) == pytest.approx(0.1 * (1 + 0.2 * 0.1))  # no further than 0.2
+    assert adapted(0.1, 0.0, config) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
+
+
+# ---- the distribution
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_log_probabilities_are_of_the_distribution_that_was_drawn_from(temperature):
+    """Of many replies of one token, each comes as often as its probability says."""
+    policy = model(std=0.4)
+    config = train_ppo.Config(max_new_tokens=1, temperature=temperature)
+    prompt = TOKENIZER.render([{"role": "user", "content": "hi"}], add_generation_prompt=True)[0]
+    rollout = roll_out(policy, TOKENIZER, [prompt] * 4000, config, seed=0)
+    drawn = np.array([reply[0] for reply in rollout.replies])
+    common, counts = np.unique(drawn, return_counts=True)
+    common = common[counts.argsort()[-5:]]
+    critic = ActorCritic(policy, TOKENIZER.n_vocab, temperature)
+    for token in common.tolist():
+        idx, *where = tokens_of(Rollout([prompt], [[token]], None), [0], "cpu")
+        p = critic(idx, *where)[0].exp().item()
+        share = (drawn == token).mean()
+        assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / 4000) and p > 0.001
+
+
+def test_log_probabilities_entropies_and_values_are_those_of_each_token():
+    policy = model()
+    critic = ActorCritic(policy, 50000, 0.7)  # as if the tokenizer knew fewer tokens than there are embeddings
+    with torch.no_grad():
+        critic.value.weight.normal_()
+    rollout = Rollout([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]], None)
+    logprobs, entropy, values = critic(*tokens_of(rollout, [1, 0], "cpu"))
+    expected = []
+    for b in (1, 0):
+        for n, token in enumerate(rollout.replies[b]):
+            before = torch.tensor([rollout.prompts[b] + rollout.replies[b][:n]])
+            distribution = torch.distributions.Categorical(logits=policy(before)[0][0, -1, :50000] / 0.7)
+            value = policy.hidden(before)[0, -1] @ critic.value.weight[0]
+            expected += [distribution.log_prob(torch.tensor(token)), distribution.entropy(), value]
+    found = torch.stack([logprobs, entropy, values], 1).flatten()
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_values_are_0_at_the_start():
+    critic = ActorCritic(model(), TOKENIZER.n_vocab, 1.0)
+    assert (critic(*tokens_of(Rollout([[5]], [[6, 7]], None), [0], "cpu"))[2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_the_first_minibatch_ratios_are_1_and_the_kl_is_0_exactly(dtype, monkeypatch):
+    ratios = []
+
+    def watched(logprobs, old, *rest):
+        losses, ratio = policy_losses(logprobs, old, *rest)
+        ratios.append(ratio.detach())
+        return losses, ratio
+
+    monkeypatch.setattr(train_ppo, "policy_losses", watched)
+    first = next(r for r in records(fit(dtype=dtype, max_iters=1)) if "kl" in r)
+    assert first["kl"] == 0
+    assert (ratios[0] == 1).all()
+    assert len(ratios) == 2 * 8 // 4 and (ratios[1] != 1).any()
+
+
+def test_a_reply_that_does_not_end_or_goes_on_with_another_turn_has_not_ended(monkeypatch):
+    ids = [TOKENIZER.encode(" fine"), TOKENIZER.encode(" ok\n[Human]: hi"), TOKENIZER.encode(" a b c d e f g h")[:8]]
+    monkeypatch.setattr(train_ppo, "generate", lambda *_, **__: ids)
+    rollout = roll_out(None, TOKENIZER, [[1]] * 3, train_ppo.Config(max_new_tokens=8), 0)
+    assert rollout.ended.tolist() == [True, False, False]
+    assert [reply[-1] == TOKENIZER.eos_id for reply in rollout.replies] == [True, True, False]
+
+
+# ---- rewards
+
+
+def test_toy_rewards_by_hand():
+    end = TOKENIZER.eos_id
+    tea = [*TOKENIZER.encode(" tea tea now"), end]
+    rollout = Rollout([[1]] * 3, [tea, [*TOKENIZER.encode("tea"), end], [end]], None)
+    share = make_reward("share:tea", TOKENIZER, "cpu", torch.no_grad())(rollout)
+    assert share.tolist() == pytest.approx([2 / 3, 1, 0])
+    length = make_reward("length:2", TOKENIZER, "cpu", torch.no_grad())(rollout)
+    assert length.tolist() == pytest.approx([1 - 1 / 2, 1 - (1 - len(TOKENIZER.encode("tea")) / 2), 0])
+
+
+def test_a_learned_reward_is_the_models_score_of_the_whole_without_its_end():
+    judge, _ = load_model("reward", Model=RewardModel)
+    rollout = Rollout([[5, 6, 7]], [[8, 9, TOKENIZER.eos_id]], None)
+    found = make_reward("reward", TOKENIZER, "cpu", torch.no_grad())(rollout)
+    expected = judge.eval()(torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([5]))
+    torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=0)
+    assert torch.equal(found, scores(judge, [seen(rollout.rows()[0], TOKENIZER, 128)]))
+
+
+# ---- runs
+
+
+class StopsAfter:
+    """In place of a StopSignal: asks to stop after so many iterations."""
+
+    def __init__(self, iterations):
+        self.left = iterations + 1
+
+    @property
+    def asked(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+def without_times(out):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records(out)]
+
+
+def assert_same_weights(a, b):
+    a, b = (load_file(folder / "model.safetensors") for folder in (a, b))
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.mark.parametrize("reward", ["length:4", "reward"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(reward, monkeypatch):
+    whole = fit(out_dir="whole", reward=reward)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ppo, "StopSignal", lambda: StopsAfter(3))
+        halves = fit(out_dir="halves", reward=reward)
+    assert torch.load(halves / "last" / "state.pt", weights_only=True)["iter"] == 3
+    fit(out_dir="halves", reward=reward, init_from="resume")
+    assert_same_weights(whole / "last", halves / "last")
+    assert without_times(whole) == without_times(halves)
+
+
+def test_two_processes_are_one_process():
+    knobs = {"max_iters": 2, "epochs": 1, "batch_size": 8, "out_dir": "two"}
+    whole = fit(**knobs | {"out_dir": "one"})
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    knobs = [f"--{name}={value}" for name, value in (TINY | knobs).items()]
+    done = subprocess.run([*run, ROOT / "train_ppo.py", *knobs], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    ones, twos = without_times(whole), without_times(Path("two"))
+    for one, two in zip(ones, twos, strict=True):
+        assert one == pytest.approx(two, abs=1e-3, rel=1e-2)
+
+
+def test_the_log_has_what_is_to_be_watched(capsys):
+    out = fit()
+    steps = [r for r in records(out) if "reward" in r]
+    evaluations = [r for r in records(out) if "val_reward" in r]
+    names = {"reward", "score", "kl", "kl_coef", "entropy", "clip_fraction", "explained_variance", "length", "ended"}
+    assert all(names <= step.keys() for step in steps) and len(steps) == 4
+    assert [r["iter"] for r in evaluations] == [0, 2, 4]
+    assert (evaluations[0]["val_kl"], steps[0]["kl"]) == (0, 0)
+    shown = capsys.readouterr().out
+    assert shown.count("[Human]:") >= 4  # a sample a line
+    assert "best held-out reward" in shown
+    best = max(r["val_reward"] for r in evaluations)
+    assert f"the best held-out reward is {best:.4f}" in shown
+
+
+def test_what_it_wrote_talks(script):
+    fit(max_iters=1)
+    done = script("chat.py", "--init_from=out", "--max_new_tokens=20", input="hi\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Bot:")
+
+
+def test_the_weights_of_the_highest_held_out_reward_are_kept(monkeypatch):
+    saved, save = [], train_ppo.save_model
+    monkeypatch.setattr(train_ppo, "save_model", lambda *args: (saved.append(str(args[2])), save(*args)))
+    gains = iter([0.5, 0.7, 0.6, 0.9, 0.6, 0.8])
+    monkeypatch.setattr(train_ppo, "make_reward", lambda *_: lambda r: torch.full((len(r.replies),), next(gains)))
+    fit(max_iters=2, eval_interval=1, epochs=1)  # rewards: at the start, held out, of a step, held out, ...
+    assert saved == ["out/reference", "out", "out/last", "out", "out/last", "out/last"]
+
+
+def test_a_kl_that_runs_away_ends_the_run_and_the_checkpoint_stays():
+    with pytest.raises(ValueError, match=r"runs away\. Lower learning_rate"):
+        fit(learning_rate=0.3, kl_target=0.01, max_iters=20)
+    load_model("out/last")
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"reward": "start"}, ["start", "is no reward model"]),
+        ({"reward": "share:"}, ["reward=share: is neither"]),
+        ({"reward": "length:no"}, ["reward=length:no is neither"]),
+        ({"reward": "length:0"}, ["reward=length:0 is neither"]),
+        ({"reward": "nowhere"}, ["no such directory"]),
+        ({"reward": "other"}, ["another vocabulary"]),
+        ({"init_from": "resume"}, ["out/last/state.pt to resume from"]),
+        ({"init_from": "reward"}, ["is a reward model"]),
+        ({"rollouts": 6}, ["rollouts=6 is not a multiple of batch_size=4"]),
+        ({"temperature": 0.0}, ["temperature=0.0 is not above 0"]),
+        ({"max_prompt": 125}, ["the model's context is 128"]),
+        ({"max_prompt": 1}, ["has a prompt of 1 tokens"]),
+        ({"dataset": "nowhere"}, ["no data/nowhere/train*.bin"]),
+        ({"dataset": "theirs"}, ["is in template user_assistant"]),
+        ({"lr_schedule": "step"}, ["lr_schedule=step"]),
+        ({"eval_replies": 1}, ["eval_replies=1"]),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(knobs, words):
+    theirs = Tokenizer("user_assistant")
+    write_shards("data/theirs", small_talk(10), small_talk(5), "user_assistant")
+    save_model(RewardModel(GPTConfig(128, theirs.n_vocab, **SHAPE)), theirs, "other")
+    with pytest.raises((ValueError, FileNotFoundError)) as refused:
+        fit(**knobs)
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_a_mistake_ends_in_a_sentence_and_status_2(script):
+    assert_refused(script("train_ppo.py", "--init_from=start", "--dataset=talk"), "out/reward")

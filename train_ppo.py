@@ -1,0 +1,488 @@
+"""Train a chat model for reward, by PPO: python train_ppo.py config/ppo_chat.py
+
+Its own replies to what people said in a corpus are scored by a reward model (train_reward.py) and made likelier or less
+likely, while it is kept near to what it was. On one device or, under torchrun, on many.
+
+Schulman et al. 2017 (arXiv 1707.06347); for language models Ziegler et al. 2019 (arXiv 1909.08593), whose details Huang
+et al. 2023 have written down (lm-human-preference-details). Other than theirs, all means are over reply tokens only.
+"""
+
+import copy
+import math
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpoint import default_model, load_model, save_model
+from configurator import run
+from generate import generate
+from metrics import repeated_4grams
+from monitor import Log, StopSignal
+from reward import load_judge, pad, scores, seen
+from shards import find_shards, open_shard, openings
+from training import adamw, join, learning_rate, moments, precision, run_to_resume, save_state, set_moments
+
+
+@dataclass
+class Config:
+    # where from, where to
+    init_from: str = default_model()  # the chat model to start from: a directory, nano, org/name; or resume
+    reward: str = "out/reward"  # a reward model; or share:WORD or length:N, of which the best that can be had is 1
+    out_dir: str = "out/ppo"  # the weights with the highest held-out reward; the latest and the trainer's in its last/
+    data_dir: str = "data"  # where the datasets are
+    dataset: str = "personachat"  # folders of data_dir with train*.bin and val*.bin, whose people are replied to: a,b
+    # the rollout
+    rollouts: int = 64  # replies in an iteration, over all processes together
+    max_new_tokens: int = 48  # tokens in a reply, at most
+    max_prompt: int = 256  # tokens before it, at most
+    temperature: float = 0.7  # of the distribution that is drawn from, and whose probabilities are trained
+    no_end: float = -1.0  # the score, in standard deviations, of a reply that does not end or goes on with another turn
+    # the update
+    max_iters: int = 200  # iterations
+    epochs: int = 4  # over the replies of an iteration
+    batch_size: int = 16  # replies in a step, over all processes together
+    clip: float = 0.2  # the ratio of new to old probabilities is rewarded up to 1 + clip and down to 1 - clip
+    value_clip: float = 0.2  # how far values move in an iteration
+    value_coef: float = 0.1  # weight of the values' loss
+    gamma: float = 1.0  # discount of a token later
+    lam: float = 0.95  # of generalized advantage estimation: 1 trusts what came, 0 the values
+    kl_coef: float = 0.15  # price of a nat of KL from the model at the start; adapted to
+    kl_target: float = 6.0  # nats a reply
+    kl_horizon: int = 10_000  # replies over which it is adapted
+    learning_rate: float = 1e-5  # at its highest
+    lr_schedule: str = "linear"  # cosine or linear, down to min_lr at max_iters; or constant
+    min_lr: float = 0.0  # learning rate at the end
+    warmup_iters: int = 0  # iterations over which the learning rate rises from 0
+    weight_decay: float = 0.0  # on matrices, not on biases and LayerNorms
+    beta1: float = 0.9  # decay of the gradient's mean
+    beta2: float = 0.999  # decay of the gradient's square's mean
+    adam_eps: float = 1e-5  # added to the root of the latter
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    # looking on
+    normalize_on: int = 256  # replies of the model at the start whose rewards get mean 0 and standard deviation 1
+    eval_interval: int = 20  # iterations from one evaluation and checkpoint to the next
+    eval_replies: int = 200  # replies to held-out people in an evaluation
+    log_interval: int = 1  # iterations from one line to the next
+    wandb_log: bool = False  # log to Weights & Biases too
+    wandb_project: str = "nanochatgpt"  # its project
+    wandb_run_name: str = ""  # and run
+    # the machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # what autocast computes in: float32, bfloat16, float16 (CUDA only); auto: what is fastest
+    seed: int = 1337  # of the prompts and the replies
+
+
+# what a reply is, and what it is worth
+
+
+@dataclass
+class Rollout:
+    """Replies of the policy. prompts: their ids; replies: ids too, each with its end where it ended by itself."""
+
+    prompts: list
+    replies: list
+    ended: torch.Tensor  # (B,) bool; not if the reply went on with another turn
+
+    def rows(self):
+        return [prompt + reply for prompt, reply in zip(self.prompts, self.replies, strict=True)]
+
+
+def roll_out(model, tokenizer, prompts, config, seed):
+    """Return the Rollout of a policy; prompt i has the seed `seed` + i. Nothing but temperature shapes the draw: the
+    probabilities that are trained are those that were drawn from."""
+    options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+    replies = generate(model, prompts, tokenizer=tokenizer, seed=seed, stop_ids=(tokenizer.eos_id,), **options)
+    whole = [len(ids) < config.max_new_tokens for ids in replies]
+    texts = [tokenizer.decode(ids) for ids in replies]
+    ended = [end and not any(o in text for o in tokenizer.stop_strings) for end, text in zip(whole, texts, strict=True)]
+    replies = [ids + [tokenizer.eos_id] * end for ids, end in zip(replies, whole, strict=True)]
+    return Rollout(prompts, replies, torch.tensor(ended))
+
+
+def make_reward(name, tokenizer, device, autocast):
+    """Return reward(rollout) -> (B,) float32, in its own unit.
+
+    name: a reward model's directory or org/name; share:WORD, the share of the reply's tokens that are this word's;
+    length:N, 1 for a reply of N tokens and less by 1/N for each one off. Raises ValueError where it is none of these or
+    knows other tokens than the policy.
+    """
+    kind, colon, value = name.partition(":")
+
+    def contents(rollout):
+        return [[token for token in reply if token != tokenizer.eos_id] for reply in rollout.replies]
+
+    if kind == "share" and value:
+        word = {*tokenizer.encode(value), *tokenizer.encode(f" {value}")}
+        return lambda r: torch.tensor([sum(t in word for t in ids) / max(1, len(ids)) for ids in contents(r)])
+    if kind == "length" and value.isdecimal() and int(value):
+        return lambda r: torch.tensor([1 - abs(len(ids) / int(value) - 1) for ids in contents(r)])
+    if colon:
+        raise ValueError(f"reward={name} is neither a reward model nor share:WORD or length:N")
+    judge = load_judge(name, tokenizer, device)
+
+    def learned(rollout):
+        with autocast:
+            return scores(judge, [seen(ids, tokenizer, judge.config.block_size) for ids in rollout.rows()])
+
+    return learned
+
+
+# the policy and its values
+
+
+class ActorCritic(nn.Module):
+    """A policy and, on its last hidden state, the value: the reward that is expected from here on, 0 at the start."""
+
+    def __init__(self, policy, n_vocab, temperature):
+        super().__init__()
+        self.policy, self.n_vocab, self.temperature = policy, n_vocab, temperature
+        self.value = nn.Linear(policy.config.n_embd, 1)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
+    def forward(self, idx, rows, positions, targets):
+        """Return (logprobs, entropy, values), (N,) float32 each, of N tokens of the replies in idx (B, T).
+
+        rows, positions (N,): behind which position of which row each stands; targets (N,): what it is. logprobs and
+        entropy are of the distribution that `roll_out` draws from, in nats.
+        """
+        hidden = self.policy.hidden(idx)[rows, positions]  # (N, C)
+        logits = self.policy.lm_head(hidden)[:, : self.n_vocab].float() / self.temperature
+        logprobs = logits.log_softmax(-1)  # (N, n_vocab)
+        with torch.no_grad():
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(1, targets[:, None])[:, 0], entropy, self.value(hidden)[:, 0].float()
+
+
+def tokens_of(rollout, rows, device):
+    """Return (idx, rows, positions, targets) of some rows of a Rollout, as ActorCritic takes them."""
+    prompts, replies = [rollout.prompts[b] for b in rows], [rollout.replies[b] for b in rows]
+    idx, _ = pad([prompt + reply for prompt, reply in zip(prompts, replies, strict=True)], device)
+    lengths = torch.tensor([len(reply) for reply in replies])
+    starts = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    of = torch.arange(len(rows)).repeat_interleave(lengths)
+    positions = torch.cat([torch.arange(n) for n in lengths.tolist()]) + starts[of]
+    targets = torch.tensor([token for reply in replies for token in reply])
+    return idx, *(t.to(device) for t in (of, positions, targets))
+
+
+# PPO's pieces; all of (B, R), R tokens in the longest reply, mask (B, R) bool where there are any
+
+
+def masked_mean(x, mask):
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x, mask, world=None):
+    """Return x with mean 0 and variance 1 over the reply tokens, of all processes together; 0 elsewhere."""
+    x = x.double() * mask
+    sums = torch.stack([x.sum(), x.square().sum(), mask.sum()])
+    total, squares, n = world.sum(sums) if world else sums
+    mean = total / n
+    return ((x - mean) * (squares / n - mean.square() + 1e-8).rsqrt() * mask).float()
+
+
+def advantages_and_returns(rewards, values, mask, gamma, lam):
+    """Return generalized advantage estimates (Schulman et al. 2016, arXiv 1506.02438) and what the values are to be.
+
+    Nothing comes after a reply's last token.
+    """
+    following, advantage, found = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0]), []
+    for t in reversed(range(values.size(1))):
+        here = mask[:, t].float()
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        advantage = (delta + gamma * lam * advantage) * here
+        following = values[:, t] * here
+        found.append(advantage)
+    found = torch.stack(found[::-1], 1)
+    return found, (found + values) * mask
+
+
+def policy_losses(logprobs, old, advantages, clip):
+    """Return (the clipped objective's losses, ratios of new to old probabilities), (N,) each."""
+    ratio = (logprobs - old).exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)), ratio
+
+
+def value_losses(values, old, returns, clip):
+    """Return half the squared errors (N,) of values that may move by `clip`."""
+    clipped = old + (values - old).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
+
+
+def adapted(kl_coef, kl, config):
+    """Return the price of KL after an iteration with this much: up where it was above its target, and down below."""
+    error = min(max(kl / config.kl_target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * config.rollouts / config.kl_horizon)
+
+
+def check(config):
+    """Raise ValueError for a knob that is out of range."""
+    if config.lr_schedule not in ("cosine", "linear", "constant"):
+        raise ValueError(f"lr_schedule={config.lr_schedule} is not one of cosine, linear, constant")
+    positive = ["rollouts", "max_new_tokens", "max_prompt", "epochs", "batch_size", "eval_interval", "log_interval"]
+    for name in [*positive, "max_iters", "warmup_iters", "grad_clip", "seed", "kl_coef"]:
+        if getattr(config, name) < (name in positive):
+            raise ValueError(f"{name}={getattr(config, name)} is too small")
+    for name in ("temperature", "kl_target", "kl_horizon", "clip", "value_clip"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name}={getattr(config, name)} is not above 0")
+    for name in ("normalize_on", "eval_replies"):
+        if getattr(config, name) < 2:
+            raise ValueError(f"{name}={getattr(config, name)} is too small: a mean needs some")
+    if config.rollouts % config.batch_size:
+        raise ValueError(f"rollouts={config.rollouts} is not a multiple of batch_size={config.batch_size}")
+
+
+def main(config):
+    check(config)
+    last, reference_dir = Path(config.out_dir) / "last", Path(config.out_dir) / "reference"
+
+    # 1. the processes and the precision
+    world = join(config, "rollouts", "batch_size")
+    device = world.device
+    dtype, autocast, scaler = precision(config.dtype, device)
+
+    # 2. the policy, the model that it has to stay near to, and what it is paid by
+    state = run_to_resume(config, world)
+    with world.one_by_one():
+        reference, tokenizer = load_model(config.init_from if state is None else str(reference_dir), device)
+        if tokenizer.n_vocab > (n := reference.config.vocab_size):
+            raise ValueError(f"{config.init_from} knows {n} tokens, its tokenizer makes {tokenizer.n_vocab}")
+        if state is None and world.master:
+            save_model(reference, tokenizer, reference_dir)
+    reference.requires_grad_(False).eval()
+    raw_model = ActorCritic(copy.deepcopy(reference).requires_grad_(), tokenizer.n_vocab, config.temperature).to(device)
+    policy = raw_model.policy
+    frozen = ActorCritic(reference, tokenizer.n_vocab, config.temperature).to(device)
+    reward = make_reward(config.reward, tokenizer, device, autocast)
+    if (longest := config.max_prompt + config.max_new_tokens) > (n := policy.config.block_size):
+        raise ValueError(f"max_prompt and max_new_tokens are {longest} together, but the model's context is {n}")
+    shards = {}
+    for split in ("train", "val"):
+        shards[split] = [open_shard(path) for path, _ in find_shards(config.data_dir, config.dataset, split)]
+        for shard in shards[split]:
+            if shard.template != tokenizer.template:
+                raise ValueError(f"{shard.path} is in template {shard.template}, the model's is {tokenizer.template}")
+
+    def prompts(split, n, *seed):
+        """Return n prompts of a split, a function of the seed: the turns of different people, as far as there are."""
+        found, seed = [], int(np.random.SeedSequence((config.seed, *seed)).generate_state(1)[0])
+        while len(found) < n:
+            more, _ = openings(shards[split], tokenizer, n - len(found), config.max_prompt, seed + len(found))
+            if not more:
+                raise ValueError(f"no reply in {config.dataset}'s {split} has a prompt of {config.max_prompt} tokens")
+            found += more
+        return found
+
+    def play(model, prompts, seed):
+        """Return the Rollout of a model and its rewards."""
+        with autocast:
+            rollout = roll_out(model, tokenizer, prompts, config, seed)
+        return rollout, reward(rollout).float()
+
+    # 3. the unit of rewards: what the model at the start gets
+    if state is None:
+        _, first = play(reference, prompts("train", config.normalize_on, 0), config.seed)
+        state = {"iter": 0, "kl_coef": config.kl_coef, "best_reward": -math.inf}
+        state |= {"mean": first.mean().item(), "std": max(first.std().item(), 1e-3)}
+    else:
+        raw_model.load_state_dict(state.pop("model"))
+    if state["iter"] > config.max_iters:
+        raise ValueError(f"{last} is at iter {state['iter']}, beyond max_iters={config.max_iters}: raise it")
+    model = DistributedDataParallel(raw_model) if world.size > 1 else raw_model
+    optimizer = adamw(raw_model, config)
+    set_moments(raw_model, optimizer, state.pop("optimizer", {}))
+    if state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
+
+    def in_parts(rows):
+        """Return the rows of an iteration in the parts that steps are made on."""
+        return rows.split(config.batch_size // world.size)
+
+    @torch.no_grad()
+    def measure(rollout):
+        """Return (logprobs, the reference's, values, mask), (B, R) each, on the CPU.
+
+        In the very parts of the first epoch: the same numbers come out there to the bit.
+        """
+        lengths = torch.tensor([len(reply) for reply in rollout.replies])
+        mask = torch.arange(max(lengths)) < lengths[:, None]  # (B, R)
+        found = torch.zeros(3, *mask.shape)
+        for rows in in_parts(torch.arange(len(lengths))):
+            tokens = tokens_of(rollout, rows.tolist(), device)
+            with autocast:
+                logprobs, _, values = raw_model(*tokens)
+                flat = torch.stack([logprobs, frozen(*tokens)[0], values]).cpu()
+            part = torch.zeros(3, len(rows), mask.size(1))
+            part[:, mask[rows]] = flat
+            found[:, rows] = part
+        return *found, mask
+
+    def evaluate():
+        """Return figures of replies to held-out people."""
+        rollout, rewards = play(policy, prompts("val", config.eval_replies, 1), config.seed)
+        logprobs, theirs, _, mask = measure(rollout)
+        texts = [tokenizer.decode(ids) for ids in rollout.replies]
+        return {
+            "val_reward": rewards.mean().item(),
+            "val_gain": (rewards.mean().item() - state["mean"]) / state["std"],
+            "val_kl": ((logprobs - theirs) * mask).sum(1).mean().item(),
+            "val_length": mask.sum(1).float().mean().item(),
+            "val_ended": rollout.ended.float().mean().item(),
+            "val_repeated_4grams": repeated_4grams(texts),
+        }
+
+    def save_last(it):
+        """Write last/: the weights for others, and in one file all that a resumed run needs, so that both agree."""
+        optimizer_state = moments(raw_model, optimizer)
+        if world.master:
+            save_model(policy, tokenizer, last)
+            names = ("kl_coef", "best_reward", "mean", "std")
+            save_state(
+                last,
+                iter=it,
+                **{name: state[name] for name in names},
+                template=tokenizer.template,
+                config=asdict(policy.config),
+                model=raw_model.state_dict(),
+                optimizer=optimizer_state,
+                scaler=scaler.state_dict(),
+            )
+
+    stop = StopSignal()
+    if world.master:
+        log = Log(config, first_iter=state["iter"])
+        print(f"{policy.num_parameters():,} parameters on {device}, {str(dtype).removeprefix('torch.')}")
+        print(f"the reward of {config.init_from}: {state['mean']:.4f}, standard deviation {state['std']:.4f}")
+
+    for it in range(state["iter"], config.max_iters + 1):
+        if it % config.eval_interval == 0 or it == config.max_iters:
+            if world.master:  # the others wait where they next meet
+                found = evaluate()
+                log(iter=it, **found)
+                print(
+                    f"iter {it}: held-out reward {found['val_reward']:.4f} ({found['val_gain']:+.2f} standard "
+                    f"deviations), KL {found['val_kl']:.2f}, length {found['val_length']:.1f}, ended "
+                    f"{found['val_ended']:.0%}, repeated 4-grams {found['val_repeated_4grams']:.2%}"
+                )
+                if found["val_reward"] > state["best_reward"]:
+                    state["best_reward"] = found["val_reward"]
+                    save_model(policy, tokenizer, config.out_dir)
+            save_last(it)
+        if it == config.max_iters:
+            if world.master:
+                print(
+                    f"the best held-out reward is {state['best_reward']:.4f}, its weights are in {config.out_dir}; "
+                    f"talk to them: python chat.py --init_from={config.out_dir}"
+                )
+            break
+        if world.sum(torch.tensor(int(stop.asked))):
+            save_last(it)
+            if world.master:
+                print(f"stopped at iter {it}, saved to {last}; go on with the same command and --init_from=resume")
+            break
+        start = time.perf_counter()
+
+        # 4. rollout: this process's share of the iteration's prompts, replies, and what they are worth
+        share = config.rollouts // world.size
+        mine = slice(world.rank * share, (world.rank + 1) * share)
+        seed = int(np.random.SeedSequence((config.seed, it, 2)).generate_state(1)[0])
+        rollout, rewards = play(policy, prompts("train", config.rollouts, it, 3)[mine], seed + mine.start)
+        score = (rewards - state["mean"]) / state["std"]
+        score[~rollout.ended] = config.no_end
+
+        # 5. advantages: the score comes with the last token, the price of KL with each
+        old, theirs, old_values, mask = measure(rollout)
+        kl = old - theirs
+        token_rewards = -state["kl_coef"] * kl * mask
+        token_rewards[torch.arange(len(mask)), mask.sum(1) - 1] += score
+        advantages, returns = advantages_and_returns(token_rewards, old_values, mask, config.gamma, config.lam)
+        advantages = whiten(advantages, mask, world)
+        sums = [rewards.sum(), score.sum(), (kl * mask).sum(), mask.sum(), rollout.ended.sum()]
+        sums = world.sum(torch.stack([x.double() for x in sums])) / config.rollouts
+        mean_reward, mean_score, mean_kl, length, ended = sums.tolist()
+        if not mean_kl < 10 * config.kl_target:
+            raise ValueError(
+                f"the KL is {mean_kl:.1f} nats at iter {it}, its target {config.kl_target}: it runs away. Lower "
+                f"learning_rate, or raise kl_coef; the checkpoints are from before"
+            )
+
+        # 6. the update; where the KL is beyond twice its target, at a lower rate
+        lr = learning_rate(config, it) * min(1.0, 2 * config.kl_target / max(mean_kl, 1e-9))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        seen_sums = torch.zeros(5, dtype=torch.float64)  # of tokens: policy loss, value loss, entropy, clipped; all
+        for epoch in range(config.epochs):
+            order = torch.arange(share)
+            if epoch:
+                draw = torch.Generator().manual_seed(seed + epoch)
+                order = torch.randperm(share, generator=draw)
+            for rows in in_parts(order):
+                here = mask[rows]  # (b, R)
+                old_part, advantage, value, wanted = (
+                    x[rows][here].to(device) for x in (old, advantages, old_values, returns)
+                )  # (N,) each
+                total = world.sum(here.sum().double()).item()
+                with autocast:
+                    logprobs, entropy, values = model(*tokens_of(rollout, rows.tolist(), device))
+                policy_loss, ratio = policy_losses(logprobs, old_part, advantage, config.clip)
+                value_loss = value_losses(values, value, wanted, config.value_clip)
+                loss = (policy_loss + config.value_coef * value_loss).sum() / total
+                scaler.scale(loss * world.size).backward()  # the processes' mean is taken
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                clipped = (ratio - 1).abs() > config.clip
+                parts = [policy_loss, value_loss, entropy, clipped, torch.ones_like(ratio)]
+                seen_sums += torch.stack([x.detach().double().sum() for x in parts]).cpu()
+        kl_coef = state["kl_coef"]
+        state["kl_coef"] = adapted(kl_coef, mean_kl, config)
+
+        # 7. the log
+        if (it + 1) % config.log_interval == 0:
+            policy_loss, value_loss, entropy, clipped, n = world.sum(seen_sums).tolist()
+            spread, error = returns[mask].double(), (returns - old_values)[mask].double()
+            moments_of = [x for t in (spread, error) for x in (t.sum(), t.square().sum())]
+            s, ss, e, ee, m = world.sum(torch.stack([*moments_of, mask.sum().double()])).tolist()
+            explained = 1 - (ee / m - (e / m) ** 2) / max(ss / m - (s / m) ** 2, 1e-12)
+            if world.master:
+                seconds = time.perf_counter() - start
+                log(
+                    iter=it + 1,
+                    reward=mean_reward,
+                    score=mean_score,
+                    kl=mean_kl,
+                    kl_coef=kl_coef,
+                    entropy=entropy / n,
+                    clip_fraction=clipped / n,
+                    explained_variance=explained,
+                    policy_loss=policy_loss / n,
+                    value_loss=value_loss / n,
+                    length=length,
+                    ended=ended,
+                    lr=lr,
+                    seconds=seconds,
+                )
+                left = timedelta(seconds=round(seconds * (config.max_iters - it - 1)))
+                print(
+                    f"iter {it + 1}/{config.max_iters}: reward {mean_reward:.4f} (score {mean_score:+.2f}), KL "
+                    f"{mean_kl:.2f} x {kl_coef:.3f}, entropy {entropy / n:.2f}, clipped {clipped / n:.1%}, explained "
+                    f"{explained:.2f}, length {length:.1f}, ended {ended:.0%}, {left} left"
+                )
+                print(f"  {' '.join(tokenizer.decode(rollout.rows()[0]).split())[-200:]}")
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main, Config)
