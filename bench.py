@@ -36,7 +36,7 @@ from convai2 import continuation, loglikelihoods
 from generate import Engine, generate
 from model import PRESETS, move
 from monitor import peak_flops
-from reward import best_of, load_judge, scores_behind
+from reward import best_of, load_reward_model, scores_behind
 from sampling import ChatSampling, Sampling
 from shards import Loader, find_shards, open_shard, openings
 from tokenizer import Tokenizer, fit_context, gpt2_encoding
@@ -380,9 +380,12 @@ def best_of_n(config):
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device, inference=True)
     model, tokenizer = load_model(config.init_from, device, dtype, inference=True)
-    judge = load_judge(config.reward, tokenizer, device, dtype=dtype, inference=True)
+    reward_model = load_reward_model(config.reward, tokenizer, device, dtype=dtype, inference=True)
     shards = [open_shard(path) for path, _ in find_shards(config.data_dir, config.dataset, "val")]
-    prompts, _ = openings(shards, tokenizer, config.prompts, model.config.block_size - config.max_new_tokens, 0)
+    room = model.config.block_size - config.max_new_tokens
+    prompts, _ = openings(shards, tokenizer, config.prompts, room, 0)
+    if not prompts:
+        raise ValueError(f"no reply in {config.dataset} has a prompt of at most {room} tokens: lower max_new_tokens")
     options = {field.name: getattr(config, field.name) for field in fields(Sampling)}
     options |= {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
     engines = [Engine(model, rows, n_vocab=tokenizer.n_vocab) for rows in (1, config.n, config.most)]
@@ -392,7 +395,7 @@ def best_of_n(config):
         for which in (0, 1) if number % 2 else (1, 0):
             t0 = time.perf_counter()
             if which:
-                chosen = best_of(engines[1], judge, tokenizer, prompt, config.n, seed=seed, **options)
+                chosen = best_of(engines[1], reward_model, tokenizer, prompt, config.n, seed=seed, **options)
                 n_tokens += sum(len(ids) for _, ids in chosen) * (number > 0)
             else:
                 generate(model, [prompt], engine=engines[0], tokenizer=tokenizer, seed=seed, **options)
@@ -400,7 +403,7 @@ def best_of_n(config):
         if not number:
             continue
         replies = generate(model, [prompt] * config.most, engine=engines[2], tokenizer=tokenizer, seed=seed, **options)
-        drawn.append(scores_behind(judge, prompt, replies))
+        drawn.append(scores_behind(reward_model, tokenizer, prompt, replies))
         print(f"{number} prompts", file=sys.stderr)
     drawn = torch.stack(drawn)  # (prompts, most)
     best = drawn.cummax(1).values.mean(0).tolist()

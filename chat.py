@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 from checkpoint import default_model, load_model, pick_device, pick_dtype
 from configurator import run
 from generate import Engine, stream
-from reward import best_of, load_judge
+from reward import best_of, load_reward_model
 from sampling import ChatSampling, Sampling, for_template
-from tokenizer import fit_context
+from tokenizer import TextStream, fit_context
 
 COMMANDS = """\
 /help            this list
@@ -44,13 +44,15 @@ class Chat:
     def __init__(self, config):
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device, inference=True)
-        if config.best_of < 1 or (config.best_of > 1) != bool(config.reward):
+        if config.best_of < 1:
+            raise ValueError(f"best_of={config.best_of} is too small: 1 takes the first reply")
+        if (config.best_of > 1) != bool(config.reward):
             knobs = f"best_of={config.best_of} and reward={config.reward or '(none)'}"
             raise ValueError(f"{knobs} go together: --best_of=8 --reward=out/reward")
         self.model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
-        self.judge = None
+        self.reward_model = None
         if config.reward:
-            self.judge = load_judge(config.reward, self.tokenizer, device, dtype=dtype, inference=True)
+            self.reward_model = load_reward_model(config.reward, self.tokenizer, device, dtype=dtype, inference=True)
         # keeps what the turns before have computed
         self.engine = Engine(self.model, config.best_of, n_vocab=self.tokenizer.n_vocab)
         self.choice = []  # [(score, text)] that the last reply was chosen from
@@ -85,7 +87,7 @@ class Chat:
         reply, held = "", ""  # held: white space that is shown only if something follows
         stops = {"stop_ids": self.tokenizer.stop_ids, "stop_strings": self.tokenizer.stop_strings}
         try:
-            if self.judge:
+            if self.reward_model:
                 pieces = self.choose(prompt, **stops)
             else:
                 pieces = stream(self.engine, self.tokenizer, prompt, c, seed=c.seed + self.replies, **stops)
@@ -103,9 +105,15 @@ class Chat:
         c = self.config
         options = {field.name: getattr(c, field.name) for field in fields(Sampling)} | stops
         seed = c.seed + self.replies * c.best_of
-        found = best_of(self.engine, self.judge, self.tokenizer, prompt, c.best_of, seed=seed, **options)
-        self.choice = [(score, self.tokenizer.decode(ids)) for score, ids in found]
+        found = best_of(self.engine, self.reward_model, self.tokenizer, prompt, c.best_of, seed=seed, **options)
+        self.choice = [(score, self.shown(ids)) for score, ids in found]
         yield self.choice[0][1]
+
+    def shown(self, ids):
+        """Return the text of a reply; of one that was cut for its length without what may begin a marker."""
+        text = TextStream(self.tokenizer, self.tokenizer.stop_strings)
+        certain = "".join(map(text.push, ids))
+        return certain if len(ids) == self.config.max_new_tokens else certain + text.rest()
 
     def take_back(self):
         """Forget the last message and its reply; return the message, "" if there is none."""

@@ -32,7 +32,7 @@ def generate(
     `tokenizer`, no id beyond its vocabulary is chosen, if the model has embeddings for more. With
     `stop_strings` (which need the `tokenizer`) a row ends where one of them appears in its text, and loses the ids
     that reach into it. engine: one of this model to go on with, which has computed what prompts begin with; else one is
-    made. Raises ValueError as Engine.add and Sampling do.
+    made. None of its rows may run. Raises ValueError as Engine.add and Sampling do.
     """
     if stop_strings and tokenizer is None:
         raise ValueError("stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)")
@@ -43,6 +43,8 @@ def generate(
     if engine is None:
         size = max(map(len, prompts), default=0) + max(options.max_new_tokens, 1)
         engine = Engine(model, min(len(prompts), BATCH_ROWS), size, n_vocab=tokenizer and tokenizer.n_vocab)
+    elif engine.running:
+        raise ValueError(f"{len(engine.running)} rows of the engine are running: end them first")
     waiting, at = list(reversed(range(len(prompts)))), {}  # at: row of the engine -> index of its prompt
     try:
         while waiting or engine.running:

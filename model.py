@@ -96,9 +96,9 @@ class Branches:
 
     def mask(self, positions):
         """Return what is added to attention's scores, (1, 1, T, T)."""
-        of, seen = self.branch[0, :, None], self.branch[0]
-        hidden = ~(((seen == 0) | (seen == of)).tril())
-        return torch.zeros_like(hidden, dtype=self.kv.dtype).masked_fill_(hidden, -math.inf)[None, None]
+        query, key = self.branch[0, :, None], self.branch[0]
+        masked = ~(((key == 0) | (key == query)).tril())
+        return torch.zeros_like(masked, dtype=self.kv.dtype).masked_fill_(masked, -math.inf)[None, None]
 
     def update(self, layer, positions, kv):
         return kv
@@ -408,4 +408,9 @@ class RewardModel(GPT):
         idx: (B, T) int64, padded on the right with anything. lengths: (B,) int64, the tokens of each row, at least 1.
         """
         x = self.hidden(idx)  # (B, T, C)
-        return self.score(x[torch.arange(len(x), device=x.device), lengths - 1])[:, 0]
+        return self.score_of(x[torch.arange(len(x), device=x.device), lengths - 1])
+
+    def score_of(self, x):
+        """Return the scores (N,) float32 of final hidden states (N, C): in float32, since in 16 bits many are equal."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.score.weight.float())[:, 0]

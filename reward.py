@@ -4,25 +4,31 @@ A reward model at work: what it sees of a text, the scores of many texts, and th
 
 import torch
 
-from checkpoint import load_model
+from checkpoint import NoScore, load_model
 from generate import generate
 from model import Branches, RewardModel
 
 TOKENS = 4096  # in a batch, padding included
 
 
-def load_judge(name, tokenizer, device, **how):
+def load_reward_model(name, tokenizer, device, **how):
     """Return the RewardModel of that name, to score what this tokenizer writes; `how` goes to load_model. Raises
     ValueError where it is none, or knows other tokens."""
-    model, theirs = load_model(name, device, Model=RewardModel, **how)
+    try:
+        model, theirs = load_model(name, device, Model=RewardModel, **how)
+    except (FileNotFoundError, NoScore) as error:
+        raise ValueError(f"reward={name}: {str(error).partition(';')[0]}. Make one by train_reward.py") from error
     if theirs.template != tokenizer.template or model.config.vocab_size < tokenizer.n_vocab:
         which = f"{model.config.vocab_size} tokens, in template {theirs.template}"
         ours = f"{tokenizer.n_vocab} in template {tokenizer.template}"
-        raise ValueError(f"reward={name} knows {which}; the model that talks {ours}: another vocabulary")
+        raise ValueError(
+            f"reward={name} knows {which}; the model that talks {ours}: another vocabulary. Train one on shards in "
+            f"template {tokenizer.template}"
+        )
     return model.eval()
 
 
-def seen(ids, tokenizer, size):
+def scored(ids, tokenizer, size):
     """Return what is scored of a text's ids: the last `size`, without its end where that is what rows are padded with,
     as transformers does it, and so Chai's model was trained."""
     ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.pad_id else ids
@@ -40,34 +46,35 @@ def pad(rows, device="cpu"):
 
 @torch.no_grad()
 def scores(model, rows):
-    """Return the scores of texts, (n,) float32 on the CPU; rows are `seen` ids. Those of equal length go together."""
+    """Return the scores of texts, (n,) float32 on the CPU; rows are `scored` ids. Those of equal length go together."""
     device, found = model.transformer.wpe.weight.device, torch.empty(len(rows))
     order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
     while order:
         together = max(1, TOKENS // len(rows[order[-1]]))
         batch, order = order[-together:], order[:-together]
-        found[batch] = model(*pad([rows[n] for n in batch], device)).float().cpu()
+        found[batch] = model(*pad([rows[n] for n in batch], device)).cpu()
     return found
 
 
 @torch.no_grad()
-def scores_behind(model, context, replies):
-    """Return the scores, (n,) float32 on the CPU, of replies (ids each) behind the ids of one context, in one pass that
-    computes the context once. Of what is too long the context's beginning is left out, and then the replies'."""
-    size = model.config.block_size
-    replies = [ids[-(size - 1) :] for ids in replies]
+def scores_behind(model, tokenizer, context, replies):
+    """Return the scores, (n,) float32 on the CPU, of replies behind the ids of one context, in one pass that computes
+    the context once. replies: ids, without the end; it is scored where `scored` leaves it. Of what is too long the
+    context's beginning is left out, and then the replies'."""
+    size, end = model.config.block_size, [] if tokenizer.eos_id == tokenizer.pad_id else [tokenizer.eos_id]
+    replies = [(ids + end)[-(size - 1) :] for ids in replies]
     context = context[-(size - max(map(len, replies))) :]
     branches = Branches(context, replies, model)
     hidden = model.hidden(branches.idx, branches, branches.positions)[0]  # (T, C)
     ends = torch.tensor([len(ids) for ids in replies], device=hidden.device).cumsum(0) + len(context) - 1
     # behind a reply of no tokens stands what is before it: the end of the context
     ends[[n for n, ids in enumerate(replies) if not ids]] = len(context) - 1
-    return model.score(hidden[ends])[:, 0].float().cpu()
+    return model.score_of(hidden[ends]).cpu()
 
 
-def best_of(engine, judge, tokenizer, prompt, n, **how):
+def best_of(engine, reward_model, tokenizer, prompt, n, **how):
     """Return [(score, ids)] of n replies to one prompt, the best first; `how` goes to `generate`, and no row of the
     engine may run. The prompt is computed once, and the replies are decoded together, and scored together."""
     replies = generate(engine.model, [prompt] * n, engine=engine, tokenizer=tokenizer, **how)
-    found = scores_behind(judge, prompt, replies).tolist()
+    found = scores_behind(reward_model, tokenizer, prompt, replies).tolist()
     return sorted(zip(found, replies, strict=True), key=lambda pair: -pair[0])

@@ -192,11 +192,19 @@ def find_shards(data_dir, dataset, split):
     return found
 
 
+def _check_template(shard, tokenizer):
+    if shard.template not in (None, tokenizer.template):
+        which = f"template {shard.template}, the model in template {tokenizer.template}"
+        raise ValueError(f"{shard.path} is in {which}: prepare it again with --template={tokenizer.template}")
+
+
 def openings(shards, tokenizer, n, room, seed):
     """Return ([ids of a prompt, at most `room`], [what a person replied there]), at most `n` of them: each a turn of
-    another conversation, both drawn by the seed."""
+    another conversation, both drawn by the seed. Raises ValueError for a shard in another template."""
     draw = random.Random(seed)
     shards = [shard for shard in shards if shard.template]  # text without turns has no replies
+    for shard in shards:
+        _check_template(shard, tokenizer)
     first = np.cumsum([0, *(len(shard.offsets) - 1 for shard in shards)])  # the number of each shard's first one
     prompts, replies = [], []
     for number in np.random.default_rng(seed).permutation(first[-1]):
@@ -314,9 +322,7 @@ class Loader:
 
         PersonaChat's rows of 1,024 get 98.1% full, and 96.7% by putting the longest first into the fullest row.
         """
-        if shard.template not in (None, self.tokenizer.template):
-            which = f"template {shard.template}, the model in template {self.tokenizer.template}"
-            raise ValueError(f"{shard.path} is in {which}: prepare it again with --template={self.tokenizer.template}")
+        _check_template(shard, self.tokenizer)
         self._check(shard, shard.vocab_size - 1)
         pieces = np.random.default_rng(self.seed).permutation(self._pieces(shard))
         personas = np.unique(pieces[:, :2], axis=0)  # each once, whatever the pieces

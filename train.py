@@ -31,9 +31,11 @@ from tokenizer import Tokenizer
 from training import (
     WHOLE,
     adamw,
+    check_knobs,
     join,
     learning_rate,
     moments,
+    optimizer_step,
     precision,
     run_to_resume,
     save_state,
@@ -92,13 +94,9 @@ class Config:
 
 def check(config):
     """Raise ValueError for a knob that is out of range."""
-    if config.lr_schedule not in ("cosine", "linear", "constant"):
-        raise ValueError(f"lr_schedule={config.lr_schedule} is not one of cosine, linear, constant")
     positive = ["n_layer", "n_head", "n_embd", "batch_size", "block_size", "gradient_accumulation_steps"]
     positive += ["eval_interval", "eval_iters", "log_interval"]
-    for name in [*positive, "max_iters", "warmup_iters", "grad_clip", "adam_eps", "freeze_rare", "seed"]:
-        if getattr(config, name) < (name in positive):
-            raise ValueError(f"{name}={getattr(config, name)} is too small")
+    check_knobs(config, positive, ["max_iters", "warmup_iters", "grad_clip", "adam_eps", "freeze_rare", "seed"])
     if not 0 <= config.max_epochs < math.inf:
         raise ValueError(f"max_epochs={config.max_epochs} is not 0 or more")
     if not 0 <= config.label_smoothing < 1:
@@ -278,8 +276,6 @@ def main(config):
 
         # dropout's noise is a function of (seed, step, rank), as the data is: nothing of it need be saved
         torch.manual_seed(int(np.random.SeedSequence((config.seed, it, rank)).generate_state(1)[0]))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, it)
 
         # the loss is the sum over the supervised tokens of all micro-batches and processes, over their number
         batches, ahead = ahead.result(), reader.submit(step_batches, it + 1)
@@ -306,12 +302,8 @@ def main(config):
                 loss = model(move(x, device), y, documents=move(documents, device))[1] * (n / max(1, total))
             loss_sum += loss.detach()
             scaler.scale(loss * world_size).backward()  # the processes' mean is taken
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+        norm = optimizer_step(raw_model, optimizer, scaler, learning_rate(config, it), config.grad_clip)
         norm = norm.full_tensor() if sharded else norm
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
 
         if (it + 1) % config.log_interval == 0:
             loss = world.sum(loss_sum).item()

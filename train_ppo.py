@@ -10,7 +10,7 @@ et al. 2023 have written down (lm-human-preference-details). Other than theirs, 
 import copy
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,9 +25,22 @@ from configurator import run
 from generate import generate
 from metrics import repeated_4grams
 from monitor import Log, StopSignal
-from reward import load_judge, pad, scores, seen
+from reward import load_reward_model, pad, scored, scores
 from shards import find_shards, open_shard, openings
-from training import adamw, join, learning_rate, moments, precision, run_to_resume, save_state, set_moments
+from training import (
+    adamw,
+    check_knobs,
+    join,
+    learning_rate,
+    moments,
+    optimizer_step,
+    precision,
+    run_to_resume,
+    save_state,
+    set_moments,
+)
+
+RUNAWAY = 10  # a run ends where its KL is so many times the target
 
 
 @dataclass
@@ -35,7 +48,7 @@ class Config:
     # where from, where to
     init_from: str = default_model()  # the chat model to start from: a directory, nano, org/name; or resume
     reward: str = "out/reward"  # a reward model; or share:WORD or length:N, of which the best that can be had is 1
-    out_dir: str = "out/ppo"  # the weights with the highest held-out reward; the latest and the trainer's in its last/
+    out_dir: str = "out/ppo"  # the weights with the highest held-out score; the latest and the trainer's in its last/
     data_dir: str = "data"  # where the datasets are
     dataset: str = "personachat"  # folders of data_dir with train*.bin and val*.bin, whose people are replied to: a,b
     # the rollout
@@ -53,7 +66,7 @@ class Config:
     value_coef: float = 0.1  # weight of the values' loss
     gamma: float = 1.0  # discount of a token later
     lam: float = 0.95  # of generalized advantage estimation: 1 trusts what came, 0 the values
-    kl_coef: float = 0.15  # price of a nat of KL from the model at the start; adapted to
+    kl_coef: float = 0.15  # what a nat of KL from the model at the start costs of the score; it is adapted to
     kl_target: float = 6.0  # nats a reply
     kl_horizon: int = 10_000  # replies over which it is adapted
     learning_rate: float = 1e-5  # at its highest
@@ -100,8 +113,11 @@ def roll_out(model, tokenizer, prompts, config, seed):
     options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     replies = generate(model, prompts, tokenizer=tokenizer, seed=seed, stop_ids=(tokenizer.eos_id,), **options)
     whole = [len(ids) < config.max_new_tokens for ids in replies]
-    texts = [tokenizer.decode(ids) for ids in replies]
-    ended = [end and not any(o in text for o in tokenizer.stop_strings) for end, text in zip(whole, texts, strict=True)]
+    markers = set(tokenizer.stop_ids)
+    ended = [
+        end and not markers & set(ids) and not any(o in tokenizer.decode(ids) for o in tokenizer.stop_strings)
+        for end, ids in zip(whole, replies, strict=True)
+    ]
     replies = [ids + [tokenizer.eos_id] * end for ids, end in zip(replies, whole, strict=True)]
     return Rollout(prompts, replies, torch.tensor(ended))
 
@@ -125,11 +141,11 @@ def make_reward(name, tokenizer, device, autocast):
         return lambda r: torch.tensor([1 - abs(len(ids) / int(value) - 1) for ids in contents(r)])
     if colon:
         raise ValueError(f"reward={name} is neither a reward model nor share:WORD or length:N")
-    judge = load_judge(name, tokenizer, device)
+    model = load_reward_model(name, tokenizer, device)
 
     def learned(rollout):
         with autocast:
-            return scores(judge, [seen(ids, tokenizer, judge.config.block_size) for ids in rollout.rows()])
+            return scores(model, [scored(ids, tokenizer, model.config.block_size) for ids in rollout.rows()])
 
     return learned
 
@@ -153,12 +169,15 @@ class ActorCritic(nn.Module):
         rows, positions (N,): behind which position of which row each stands; targets (N,): what it is. logprobs and
         entropy are of the distribution that `roll_out` draws from, in nats.
         """
-        hidden = self.policy.hidden(idx)[rows, positions]  # (N, C)
-        logits = self.policy.lm_head(hidden)[:, : self.n_vocab].float() / self.temperature
+        hidden = self.policy.hidden(idx)[rows, positions].float()  # (N, C)
+        # in float32: of GPT-2's logits, around -100, 16 bits leave steps of a half
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self.policy.lm_head(hidden)[:, : self.n_vocab] / self.temperature
+            values = self.value(hidden)[:, 0]
         logprobs = logits.log_softmax(-1)  # (N, n_vocab)
         with torch.no_grad():
             entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(1, targets[:, None])[:, 0], entropy, self.value(hidden)[:, 0].float()
+        return logprobs.gather(1, targets[:, None])[:, 0], entropy, values
 
 
 def tokens_of(rollout, rows, device):
@@ -176,10 +195,6 @@ def tokens_of(rollout, rows, device):
 # PPO's pieces; all of (B, R), R tokens in the longest reply, mask (B, R) bool where there are any
 
 
-def masked_mean(x, mask):
-    return (x * mask).sum() / mask.sum()
-
-
 def whiten(x, mask, world=None):
     """Return x with mean 0 and variance 1 over the reply tokens, of all processes together; 0 elsewhere."""
     x = x.double() * mask
@@ -187,6 +202,14 @@ def whiten(x, mask, world=None):
     total, squares, n = world.sum(sums) if world else sums
     mean = total / n
     return ((x - mean) * (squares / n - mean.square() + 1e-8).rsqrt() * mask).float()
+
+
+def token_rewards(score, logprobs, ref_logprobs, mask, kl_coef):
+    """Return what each token is rewarded with, (B, R): less its share of the KL from the reference, and with the last
+    one of a reply its score (B,)."""
+    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    rewards[torch.arange(len(mask)), mask.sum(1) - 1] += score
+    return rewards
 
 
 def advantages_and_returns(rewards, values, mask, gamma, lam):
@@ -205,33 +228,39 @@ def advantages_and_returns(rewards, values, mask, gamma, lam):
     return found, (found + values) * mask
 
 
-def policy_losses(logprobs, old, advantages, clip):
+def policy_losses(logprobs, old_logprobs, advantages, clip):
     """Return (the clipped objective's losses, ratios of new to old probabilities), (N,) each."""
-    ratio = (logprobs - old).exp()
+    ratio = (logprobs - old_logprobs).exp()
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)), ratio
 
 
-def value_losses(values, old, returns, clip):
+def value_losses(values, old_values, returns, clip):
     """Return half the squared errors (N,) of values that may move by `clip`."""
-    clipped = old + (values - old).clamp(-clip, clip)
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
 
 
-def adapted(kl_coef, kl, config):
-    """Return the price of KL after an iteration with this much: up where it was above its target, and down below."""
+def adapted_kl_coef(kl_coef, kl, config):
+    """Return the KL coefficient after an iteration with this much KL: up where it was above its target, and down
+    below (Ziegler et al. 2019, section 2.2)."""
     error = min(max(kl / config.kl_target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * config.rollouts / config.kl_horizon)
 
 
+def check_kl(kl, it, config):
+    """Raise ValueError where the KL is no number or far beyond its target."""
+    if not kl < RUNAWAY * config.kl_target:
+        raise ValueError(
+            f"the KL is {kl:.1f} nats at iter {it}, its target {config.kl_target}: it runs away. Lower learning_rate, "
+            "or raise kl_coef; the checkpoints are from before"
+        )
+
+
 def check(config):
     """Raise ValueError for a knob that is out of range."""
-    if config.lr_schedule not in ("cosine", "linear", "constant"):
-        raise ValueError(f"lr_schedule={config.lr_schedule} is not one of cosine, linear, constant")
     positive = ["rollouts", "max_new_tokens", "max_prompt", "epochs", "batch_size", "eval_interval", "log_interval"]
-    for name in [*positive, "max_iters", "warmup_iters", "grad_clip", "seed", "kl_coef"]:
-        if getattr(config, name) < (name in positive):
-            raise ValueError(f"{name}={getattr(config, name)} is too small")
-    for name in ("temperature", "kl_target", "kl_horizon", "clip", "value_clip"):
+    check_knobs(config, positive, ["max_iters", "warmup_iters", "grad_clip", "adam_eps", "seed", "kl_coef"])
+    for name in ("temperature", "kl_target", "clip", "value_clip"):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name}={getattr(config, name)} is not above 0")
     for name in ("normalize_on", "eval_replies"):
@@ -239,6 +268,8 @@ def check(config):
             raise ValueError(f"{name}={getattr(config, name)} is too small: a mean needs some")
     if config.rollouts % config.batch_size:
         raise ValueError(f"rollouts={config.rollouts} is not a multiple of batch_size={config.batch_size}")
+    if config.kl_horizon < config.rollouts:
+        raise ValueError(f"kl_horizon={config.kl_horizon} is less than an iteration's rollouts={config.rollouts}")
 
 
 def main(config):
@@ -252,25 +283,30 @@ def main(config):
 
     # 2. the policy, the model that it has to stay near to, and what it is paid by
     state = run_to_resume(config, world)
+    if state is None:
+        state = {"iter": 0, "kl_coef": config.kl_coef, "best_score": -math.inf, "name": config.init_from}
+        state |= {"reward": config.reward, "temperature": config.temperature, "kl_coef_at_first": config.kl_coef}
+    for name in ("reward", "temperature"):
+        if getattr(config, name) != state[name]:
+            raise ValueError(f"{name}={getattr(config, name)}, but the run in {config.out_dir} is for {state[name]}")
+    if config.kl_coef != state["kl_coef_at_first"]:
+        state["kl_coef"] = state["kl_coef_at_first"] = config.kl_coef
+    new = "model" not in state
     with world.one_by_one():
-        reference, tokenizer = load_model(config.init_from if state is None else str(reference_dir), device)
-        if tokenizer.n_vocab > (n := reference.config.vocab_size):
-            raise ValueError(f"{config.init_from} knows {n} tokens, its tokenizer makes {tokenizer.n_vocab}")
-        if state is None and world.master:
-            save_model(reference, tokenizer, reference_dir)
-    reference.requires_grad_(False).eval()
-    raw_model = ActorCritic(copy.deepcopy(reference).requires_grad_(), tokenizer.n_vocab, config.temperature).to(device)
+        start, tokenizer = load_model(config.init_from if new else str(reference_dir), device)
+        if tokenizer.n_vocab > (n := start.config.vocab_size):
+            raise ValueError(f"{state['name']} knows {n} tokens, its tokenizer makes {tokenizer.n_vocab}")
+        if new and world.master:
+            save_model(start, tokenizer, reference_dir)
+    raw_model = ActorCritic(copy.deepcopy(start), tokenizer.n_vocab, config.temperature).to(device)
+    reference = ActorCritic(start.eval(), tokenizer.n_vocab, config.temperature).to(device).requires_grad_(False)
     policy = raw_model.policy
-    frozen = ActorCritic(reference, tokenizer.n_vocab, config.temperature).to(device)
     reward = make_reward(config.reward, tokenizer, device, autocast)
     if (longest := config.max_prompt + config.max_new_tokens) > (n := policy.config.block_size):
         raise ValueError(f"max_prompt and max_new_tokens are {longest} together, but the model's context is {n}")
     shards = {}
     for split in ("train", "val"):
         shards[split] = [open_shard(path) for path, _ in find_shards(config.data_dir, config.dataset, split)]
-        for shard in shards[split]:
-            if shard.template != tokenizer.template:
-                raise ValueError(f"{shard.path} is in template {shard.template}, the model's is {tokenizer.template}")
 
     def prompts(split, n, *seed):
         """Return n prompts of a split, a function of the seed: the turns of different people, as far as there are."""
@@ -278,23 +314,34 @@ def main(config):
         while len(found) < n:
             more, _ = openings(shards[split], tokenizer, n - len(found), config.max_prompt, seed + len(found))
             if not more:
-                raise ValueError(f"no reply in {config.dataset}'s {split} has a prompt of {config.max_prompt} tokens")
+                at_most = f"a prompt of at most {config.max_prompt} tokens"
+                raise ValueError(f"no reply in {config.dataset}'s {split} has {at_most}: raise max_prompt")
             found += more
         return found
 
     def play(model, prompts, seed):
-        """Return the Rollout of a model and its rewards."""
-        with autocast:
-            rollout = roll_out(model, tokenizer, prompts, config, seed)
-        return rollout, reward(rollout).float()
+        """Return the Rollout of a model, its rewards (B,) and scores (B,): the rewards in standard deviations from what
+        the model at the start gets, and `no_end` where a reply has not ended."""
+        rollout = roll_out(model, tokenizer, prompts, config, seed)
+        rewards = reward(rollout).float()
+        score = (rewards - state["mean"]) / state["std"]
+        return rollout, rewards, score.masked_fill(~rollout.ended, config.no_end)
 
     # 3. the unit of rewards: what the model at the start gets
-    if state is None:
-        _, first = play(reference, prompts("train", config.normalize_on, 0), config.seed)
-        state = {"iter": 0, "kl_coef": config.kl_coef, "best_reward": -math.inf}
-        state |= {"mean": first.mean().item(), "std": max(first.std().item(), 1e-3)}
+    if world.master:
+        print(f"{policy.num_parameters():,} parameters on {device}, {str(dtype).removeprefix('torch.')}")
+    if new:
+        state |= {"mean": 0.0, "std": 1.0}
+        unit = torch.zeros(2, dtype=torch.float64)
+        if world.master:  # a token that came out otherwise on another GPU would give it another unit
+            _, first, _ = play(start, prompts("train", config.normalize_on, 0), config.seed)
+            unit[0], unit[1] = first.mean(), first.std()
+        state["mean"], std = world.sum(unit).tolist()
+        state["std"] = max(std, 1e-3)
     else:
         raw_model.load_state_dict(state.pop("model"))
+    if world.master:
+        print(f"the reward of {state['name']}: {state['mean']:.4f}, standard deviation {state['std']:.4f}")
     if state["iter"] > config.max_iters:
         raise ValueError(f"{last} is at iter {state['iter']}, beyond max_iters={config.max_iters}: raise it")
     model = DistributedDataParallel(raw_model) if world.size > 1 else raw_model
@@ -320,24 +367,24 @@ def main(config):
             tokens = tokens_of(rollout, rows.tolist(), device)
             with autocast:
                 logprobs, _, values = raw_model(*tokens)
-                flat = torch.stack([logprobs, frozen(*tokens)[0], values]).cpu()
+                ref_logprobs, *_ = reference(*tokens)
             part = torch.zeros(3, len(rows), mask.size(1))
-            part[:, mask[rows]] = flat
+            part[:, mask[rows]] = torch.stack([logprobs, ref_logprobs, values]).cpu()
             found[:, rows] = part
         return *found, mask
 
     def evaluate():
         """Return figures of replies to held-out people."""
-        rollout, rewards = play(policy, prompts("val", config.eval_replies, 1), config.seed)
-        logprobs, theirs, _, mask = measure(rollout)
-        texts = [tokenizer.decode(ids) for ids in rollout.replies]
+        rollout, rewards, score = play(policy, prompts("val", config.eval_replies, 1), config.seed)
+        logprobs, ref_logprobs, _, mask = measure(rollout)
         return {
             "val_reward": rewards.mean().item(),
             "val_gain": (rewards.mean().item() - state["mean"]) / state["std"],
-            "val_kl": ((logprobs - theirs) * mask).sum(1).mean().item(),
+            "val_score": score.mean().item(),
+            "val_kl": ((logprobs - ref_logprobs) * mask).sum(1).mean().item(),
             "val_length": mask.sum(1).float().mean().item(),
             "val_ended": rollout.ended.float().mean().item(),
-            "val_repeated_4grams": repeated_4grams(texts),
+            "val_repeated_4grams": repeated_4grams([tokenizer.decode(ids) for ids in rollout.replies]),
         }
 
     def save_last(it):
@@ -345,13 +392,11 @@ def main(config):
         optimizer_state = moments(raw_model, optimizer)
         if world.master:
             save_model(policy, tokenizer, last)
-            names = ("kl_coef", "best_reward", "mean", "std")
+            names = ("kl_coef", "kl_coef_at_first", "best_score", "mean", "std", "name", "reward", "temperature")
             save_state(
                 last,
                 iter=it,
                 **{name: state[name] for name in names},
-                template=tokenizer.template,
-                config=asdict(policy.config),
                 model=raw_model.state_dict(),
                 optimizer=optimizer_state,
                 scaler=scaler.state_dict(),
@@ -360,28 +405,27 @@ def main(config):
     stop = StopSignal()
     if world.master:
         log = Log(config, first_iter=state["iter"])
-        print(f"{policy.num_parameters():,} parameters on {device}, {str(dtype).removeprefix('torch.')}")
-        print(f"the reward of {config.init_from}: {state['mean']:.4f}, standard deviation {state['std']:.4f}")
 
     for it in range(state["iter"], config.max_iters + 1):
         if it % config.eval_interval == 0 or it == config.max_iters:
             if world.master:  # the others wait where they next meet
                 found = evaluate()
+                check_kl(found["val_kl"], it, config)  # before anything is saved over
                 log(iter=it, **found)
                 print(
                     f"iter {it}: held-out reward {found['val_reward']:.4f} ({found['val_gain']:+.2f} standard "
                     f"deviations), KL {found['val_kl']:.2f}, length {found['val_length']:.1f}, ended "
                     f"{found['val_ended']:.0%}, repeated 4-grams {found['val_repeated_4grams']:.2%}"
                 )
-                if found["val_reward"] > state["best_reward"]:
-                    state["best_reward"] = found["val_reward"]
+                if found["val_score"] > state["best_score"]:
+                    state["best_score"] = found["val_score"]
                     save_model(policy, tokenizer, config.out_dir)
             save_last(it)
         if it == config.max_iters:
             if world.master:
                 print(
-                    f"the best held-out reward is {state['best_reward']:.4f}, its weights are in {config.out_dir}; "
-                    f"talk to them: python chat.py --init_from={config.out_dir}"
+                    f"the best held-out score is {state['best_score']:+.2f} standard deviations, its weights are in "
+                    f"{config.out_dir}; talk to them: python chat.py --init_from={config.out_dir}"
                 )
             break
         if world.sum(torch.tensor(int(stop.asked))):
@@ -395,31 +439,22 @@ def main(config):
         share = config.rollouts // world.size
         mine = slice(world.rank * share, (world.rank + 1) * share)
         seed = int(np.random.SeedSequence((config.seed, it, 2)).generate_state(1)[0])
-        rollout, rewards = play(policy, prompts("train", config.rollouts, it, 3)[mine], seed + mine.start)
-        score = (rewards - state["mean"]) / state["std"]
-        score[~rollout.ended] = config.no_end
+        rollout, rewards, score = play(policy, prompts("train", config.rollouts, it, 3)[mine], seed + mine.start)
 
-        # 5. advantages: the score comes with the last token, the price of KL with each
-        old, theirs, old_values, mask = measure(rollout)
-        kl = old - theirs
-        token_rewards = -state["kl_coef"] * kl * mask
-        token_rewards[torch.arange(len(mask)), mask.sum(1) - 1] += score
-        advantages, returns = advantages_and_returns(token_rewards, old_values, mask, config.gamma, config.lam)
-        advantages = whiten(advantages, mask, world)
-        sums = [rewards.sum(), score.sum(), (kl * mask).sum(), mask.sum(), rollout.ended.sum()]
+        # 5. advantages
+        old_logprobs, ref_logprobs, old_values, mask = measure(rollout)
+        kl = (old_logprobs - ref_logprobs) * mask
+        sums = [rewards.sum(), score.sum(), kl.sum(), mask.sum(), rollout.ended.sum()]
         sums = world.sum(torch.stack([x.double() for x in sums])) / config.rollouts
         mean_reward, mean_score, mean_kl, length, ended = sums.tolist()
-        if not mean_kl < 10 * config.kl_target:
-            raise ValueError(
-                f"the KL is {mean_kl:.1f} nats at iter {it}, its target {config.kl_target}: it runs away. Lower "
-                f"learning_rate, or raise kl_coef; the checkpoints are from before"
-            )
+        check_kl(mean_kl, it, config)
+        rewards = token_rewards(score, old_logprobs, ref_logprobs, mask, state["kl_coef"])
+        advantages, returns = advantages_and_returns(rewards, old_values, mask, config.gamma, config.lam)
+        advantages = whiten(advantages, mask, world)
 
         # 6. the update; where the KL is beyond twice its target, at a lower rate
         lr = learning_rate(config, it) * min(1.0, 2 * config.kl_target / max(mean_kl, 1e-9))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        seen_sums = torch.zeros(5, dtype=torch.float64)  # of tokens: policy loss, value loss, entropy, clipped; all
+        token_sums = torch.zeros(5, dtype=torch.float64)  # of tokens: policy loss, value loss, entropy, clipped; all
         for epoch in range(config.epochs):
             order = torch.arange(share)
             if epoch:
@@ -427,30 +462,25 @@ def main(config):
                 order = torch.randperm(share, generator=draw)
             for rows in in_parts(order):
                 here = mask[rows]  # (b, R)
-                old_part, advantage, value, wanted = (
-                    x[rows][here].to(device) for x in (old, advantages, old_values, returns)
-                )  # (N,) each
+                parts = (x[rows][here].to(device) for x in (old_logprobs, advantages, old_values, returns))
+                logprobs_before, advantage, values_before, return_ = parts  # (N,) each
                 total = world.sum(here.sum().double()).item()
                 with autocast:
                     logprobs, entropy, values = model(*tokens_of(rollout, rows.tolist(), device))
-                policy_loss, ratio = policy_losses(logprobs, old_part, advantage, config.clip)
-                value_loss = value_losses(values, value, wanted, config.value_clip)
+                policy_loss, ratio = policy_losses(logprobs, logprobs_before, advantage, config.clip)
+                value_loss = value_losses(values, values_before, return_, config.value_clip)
                 loss = (policy_loss + config.value_coef * value_loss).sum() / total
                 scaler.scale(loss * world.size).backward()  # the processes' mean is taken
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer_step(raw_model, optimizer, scaler, lr, config.grad_clip)
                 clipped = (ratio - 1).abs() > config.clip
                 parts = [policy_loss, value_loss, entropy, clipped, torch.ones_like(ratio)]
-                seen_sums += torch.stack([x.detach().double().sum() for x in parts]).cpu()
+                token_sums += torch.stack([x.detach().sum().cpu().double() for x in parts])
         kl_coef = state["kl_coef"]
-        state["kl_coef"] = adapted(kl_coef, mean_kl, config)
+        state["kl_coef"] = adapted_kl_coef(kl_coef, mean_kl, config)
 
         # 7. the log
         if (it + 1) % config.log_interval == 0:
-            policy_loss, value_loss, entropy, clipped, n = world.sum(seen_sums).tolist()
+            policy_loss, value_loss, entropy, clipped, n = world.sum(token_sums).tolist()
             spread, error = returns[mask].double(), (returns - old_values)[mask].double()
             moments_of = [x for t in (spread, error) for x in (t.sum(), t.square().sum())]
             s, ss, e, ee, m = world.sum(torch.stack([*moments_of, mask.sum().double()])).tolist()

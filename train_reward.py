@@ -21,16 +21,27 @@ from configurator import run
 from metrics import auc, calibration_error
 from model import GPTConfig, RewardModel
 from monitor import Log, StopSignal, Trouble
-from reward import pad, seen
+from reward import pad, scored
 from shards import find_shards, open_shard
 from tokenizer import Tokenizer
-from training import adamw, join, learning_rate, moments, precision, run_to_resume, save_state, set_moments
+from training import (
+    adamw,
+    check_knobs,
+    join,
+    learning_rate,
+    moments,
+    optimizer_step,
+    precision,
+    run_to_resume,
+    save_state,
+    set_moments,
+)
 
 
 @dataclass
 class Config:
     # where from, where to
-    init_from: str = "gpt2"  # what to start from: a GPT or a reward model, named as for train.py; or resume
+    init_from: str = "gpt2"  # a GPT or a reward model: gpt2[-medium|-large|-xl], nano, org/name, a directory; or resume
     out_dir: str = "out/reward"  # the best weights so far; the latest and the trainer's state in its last/
     data_dir: str = "data"  # where the datasets are
     dataset: str = "retry"  # folders of data_dir with train*.bin and val*.bin of prepare/retry.py: a,b
@@ -43,7 +54,7 @@ class Config:
     gradient_accumulation_steps: int = 4  # micro-batches in a step, over all processes together
     # the optimizer: AdamW
     max_iters: int = 1000  # steps
-    max_epochs: float = 2.0  # if not 0, as many steps as make so many passes over the data, whatever max_iters is
+    max_epochs: float = 0.0  # if not 0, as many steps as make so many passes over the data, whatever max_iters is
     learning_rate: float = 1e-5  # at its highest
     lr_schedule: str = "cosine"  # cosine or linear, down to min_lr at the last step; or constant
     min_lr: float = 0.0  # learning rate at the end
@@ -69,7 +80,7 @@ class Config:
 class Replies:
     """The replies of a split, in batches of about equal length: a pure function of the seed and the batch's number.
 
-    n_batches: in an epoch. labels: (n,) bool, which were kept; lengths: (n,), the tokens of each that are seen.
+    n_batches: in an epoch. labels: (n,) bool, which were kept; lengths: (n,), the tokens of each that are scored.
     """
 
     SORTED = 64  # batches' worth of replies that are sorted by length, before the batches are shuffled
@@ -86,8 +97,8 @@ class Replies:
                 raise ValueError(
                     f"{shard.path} is {which}: make it by prepare/retry.py --template={tokenizer.template}"
                 )
-            kept = np.concatenate([[0], shard.mask(0, len(shard.tokens)).cumsum()])[shard.offsets]
-            labels.append(np.diff(kept) > 0)
+            last = shard.offsets[1:] - 1  # of a reply that was kept it is supervised
+            labels.append((shard.bits[last // 8] >> (last % 8)) & 1 == 1)
             if pairs and not (len(labels[-1]) % 2 == 0 and labels[-1][::2].all() and not labels[-1][1::2].any()):
                 raise ValueError(f"{shard.path} has not a chosen and a rejected reply in turn: train by --loss=labels")
         self.labels = np.concatenate(labels)
@@ -105,10 +116,10 @@ class Replies:
         return len(self.labels)
 
     def ids(self, i):
-        """Return what is seen of reply i."""
+        """Return what is scored of reply i."""
         start, stop = self.spans[i]
         start = max(start, stop - self.block_size - 1)
-        return seen(self.shards[self.of[i]].tokens[start:stop].astype(np.int64), self.tokenizer, self.block_size)
+        return scored(self.shards[self.of[i]].tokens[start:stop].astype(np.int64), self.tokenizer, self.block_size)
 
     def numbers(self, number):
         """Return the numbers of the replies in batch `number` (0, 1, ...)."""
@@ -145,27 +156,27 @@ def figures(scores, labels, loss):
     """Return {val_loss, accuracy, auc, ece} of scores (n,) and labels (n,), tensors.
 
     labels: accuracy is the share of replies on the right side of 0, and ece the calibration error of sigmoid(score).
-    pairs: the share of pairs whose chosen reply has the higher score; ece that of the probability of the pairs' order.
+    pairs: the share of pairs whose chosen reply has the higher score, half of those with equal ones; ece that of the
+    probability of the pairs' order.
     """
     found = {"val_loss": losses(scores, labels, loss).mean().item(), "auc": auc(scores, labels)}
     if loss == "pairs":
         margin = scores[::2] - scores[1::2]
-        right = margin > 0
+        right = in_order(margin)
         p, y = margin.abs().sigmoid(), right  # of the likelier order
     else:
-        right = (scores > 0) == labels.bool()
+        right = ((scores > 0) == labels.bool()).float()
         p, y = scores.sigmoid(), labels
-    return found | {"accuracy": right.float().mean().item(), "ece": calibration_error(p, y.float())}
+    return found | {"accuracy": right.mean().item(), "ece": calibration_error(p, y)}
+
+
+def in_order(margin):
+    """Return 1 where the chosen reply has more, 0 where it has less, else a half: of differences (B,)."""
+    return (margin > 0).float() + 0.5 * (margin == 0).float()
 
 
 def check(config):
     """Raise ValueError for a knob that is out of range."""
-    for name, allowed in (
-        ("lr_schedule", ("cosine", "linear", "constant")),
-        ("loss", ("labels", "pairs")),
-    ):
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"{name}={getattr(config, name)} is not one of {', '.join(allowed)}")
     positive = [
         "batch_size",
         "block_size",
@@ -174,9 +185,9 @@ def check(config):
         "eval_iters",
         "log_interval",
     ]
-    for name in [*positive, "max_iters", "warmup_iters", "grad_clip", "seed"]:
-        if getattr(config, name) < (name in positive):
-            raise ValueError(f"{name}={getattr(config, name)} is too small")
+    check_knobs(config, positive, ["max_iters", "warmup_iters", "grad_clip", "adam_eps", "seed"])
+    if config.loss not in ("labels", "pairs"):
+        raise ValueError(f"loss={config.loss} is not one of labels, pairs")
     if config.loss == "pairs" and config.batch_size % 2:
         raise ValueError(f"batch_size={config.batch_size} has half a pair: take an even number")
     if not 0 <= config.max_epochs < math.inf:
@@ -198,6 +209,8 @@ def main(config):
         tokenizer = Tokenizer(state["template"])
         raw_model = RewardModel(GPTConfig(**state["config"] | {"dropout": config.dropout}))
         raw_model.load_state_dict(state.pop("model"))
+        if config.block_size != (n := raw_model.config.block_size):
+            raise ValueError(f"block_size={config.block_size}, but the run in {config.out_dir} has {n}")
     else:
         tokenizer = Tokenizer(config.template)
         with world.one_by_one():
@@ -220,15 +233,14 @@ def main(config):
     data, pairs = {}, config.loss == "pairs"
     for split in ("train", "val"):
         paths = [path for path, _ in find_shards(config.data_dir, config.dataset, split)]
-        block_size = raw_model.config.block_size
-        data[split] = Replies(paths, config.batch_size, block_size, config.seed, tokenizer, pairs)
+        data[split] = Replies(paths, config.batch_size, config.block_size, config.seed, tokenizer, pairs)
     train, val = data["train"], data["val"]
     if config.max_epochs:
         steps = config.max_epochs * train.n_batches / config.gradient_accumulation_steps
         config.max_iters = max(1, round(steps))
-    state = state or {"iter": 0, "best_val_loss": math.inf, "best_auc": 0.0}
+    state = state or {"iter": 0, "best_val_loss": math.inf, "best_measure": 0.0}
     if state["iter"] > config.max_iters:
-        raise ValueError(f"{last} is at iter {state['iter']}, beyond the {config.max_iters} steps: raise max_epochs")
+        raise ValueError(f"{last} is at iter {state['iter']}, beyond the last, {config.max_iters}: train for longer")
     model = DistributedDataParallel(raw_model) if world.size > 1 else raw_model
 
     # 4. the optimizer
@@ -240,12 +252,19 @@ def main(config):
     # 5. what a model is to be measured by: one that knows how often replies are kept, and one that sees their length
     evaluated = np.unique(np.concatenate([val.numbers(n) for n in range(min(config.eval_iters, val.n_batches))]))
     labels = torch.tensor(val.labels[evaluated], dtype=torch.float32)
+    if labels.min() == labels.max():
+        raise ValueError(f"the first {config.eval_iters} batches of val are all of one label: raise eval_iters")
     share = train.labels.mean().item()
     guess = torch.full_like(labels, 0.0 if pairs else math.log(share / (1 - share)))
     reply_lengths = [len(ids) - tokenizer.last_reply(ids) for ids in (val.ids(i).tolist() for i in evaluated)]
-    by_length = auc(reply_lengths, labels)
+    measure = "accuracy" if pairs else "auc"  # between pairs no score is comparable
+    reply_lengths = torch.tensor(reply_lengths, dtype=torch.float32)
+    by_length = (
+        in_order(reply_lengths[::2] - reply_lengths[1::2]).mean().item() if pairs else auc(reply_lengths, labels)
+    )
+    # the longer or the shorter reply, whichever is better
     baselines = {"constant_loss": losses(guess, labels, config.loss).mean().item()}
-    baselines["length_auc"] = max(by_length, 1 - by_length)  # of the longer or of the shorter, whichever is better
+    baselines[f"length_{measure}"] = max(by_length, 1 - by_length)
 
     @torch.no_grad()
     def evaluate():
@@ -255,9 +274,12 @@ def main(config):
         for number in range(world.rank, min(config.eval_iters, val.n_batches), world.size):
             idx, lengths, _ = val.batch(number, device)
             with autocast:
-                scores[val.numbers(number)] = raw_model(idx, lengths).double().cpu()
+                scores[val.numbers(number)] = raw_model(idx, lengths).cpu().double()
         raw_model.train()
-        return figures(world.sum(scores)[evaluated].float(), labels, config.loss)
+        scores = world.sum(scores)[evaluated].float()
+        if not scores.isfinite().all():
+            raise ValueError("scores are no numbers: the run diverges. Lower learning_rate, or raise warmup_iters")
+        return figures(scores, labels, config.loss)
 
     def save_last(it):
         """Write last/: the weights for others, and in one file all that a resumed run needs, so that both agree."""
@@ -268,7 +290,7 @@ def main(config):
                 last,
                 iter=it,
                 best_val_loss=state["best_val_loss"],
-                best_auc=state["best_auc"],
+                best_measure=state["best_measure"],
                 template=tokenizer.template,
                 config=asdict(raw_model.config),
                 model=raw_model.state_dict(),
@@ -296,26 +318,24 @@ def main(config):
             trouble.check("validation loss", found["val_loss"], it, state["best_val_loss"])
             if world.master:
                 log(iter=it, **found, **baselines)
+                beside = {name.partition("_")[2]: f" (length {v:.3f})" for name, v in baselines.items()}
                 print(
                     f"iter {it}: val loss {found['val_loss']:.4f} (constant {baselines['constant_loss']:.4f}), "
-                    f"accuracy {found['accuracy']:.1%}, AUC {found['auc']:.3f} (length {baselines['length_auc']:.3f}), "
-                    f"ECE {found['ece']:.3f}"
+                    f"accuracy {found['accuracy']:.3f}{beside.get('accuracy', '')}, "
+                    f"AUC {found['auc']:.3f}{beside.get('auc', '')}, ECE {found['ece']:.3f}"
                 )
                 if found["val_loss"] < state["best_val_loss"]:
                     save_model(raw_model, tokenizer, config.out_dir)
             if found["val_loss"] < state["best_val_loss"]:
-                state["best_val_loss"], state["best_auc"] = found["val_loss"], found["auc"]
+                state["best_val_loss"], state["best_measure"] = found["val_loss"], found[measure]
             save_last(it)
             clock, clock_iter = time.perf_counter(), it
         if it == config.max_iters:
             if world.master:
-                conclude(config, state, baselines)
+                conclude(config, state, measure, baselines)
             break
 
         torch.manual_seed(int(np.random.SeedSequence((config.seed, it, world.rank)).generate_state(1)[0]))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, it)
-
         # the loss is the sum over the replies of all micro-batches and processes, over their number
         steps = range(world.rank, config.gradient_accumulation_steps, world.size)
         batches = [train.batch(it * config.gradient_accumulation_steps + step, device) for step in steps]
@@ -332,14 +352,10 @@ def main(config):
                 model.require_backward_grad_sync = i == len(batches) - 1  # gradients meet once a step
             with autocast:
                 scores = model(idx, lengths)
-            loss = losses(scores.float(), labels_here, config.loss).sum() / total
+            loss = losses(scores, labels_here, config.loss).sum() / total
             loss_sum += loss.detach()
             scaler.scale(loss * world.size).backward()  # the processes' mean is taken
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        norm = optimizer_step(raw_model, optimizer, scaler, learning_rate(config, it), config.grad_clip)
 
         if (it + 1) % config.log_interval == 0:
             loss = world.sum(loss_sum).item()
@@ -358,17 +374,17 @@ def main(config):
         dist.destroy_process_group()
 
 
-def conclude(config, state, baselines):
+def conclude(config, state, measure, baselines):
     """Say what came of it, and whether that is more than the length of a reply says."""
+    best, by_length = state["best_measure"], baselines[f"length_{measure}"]
     print(
-        f"the best validation loss is {state['best_val_loss']:.4f}, AUC {state['best_auc']:.3f}; its weights are in ",
-        end="",
+        f"the best validation loss is {state['best_val_loss']:.4f}, {measure} {best:.3f}; its weights are in "
+        f"{config.out_dir}; choose replies by them: python chat.py --best_of=8 --reward={config.out_dir}"
     )
-    print(f"{config.out_dir}; choose replies by them: python chat.py --best_of=8 --reward={config.out_dir}")
-    if state["best_auc"] <= baselines["length_auc"]:
+    if best <= by_length:
         print(
-            f"NO BETTER THAN LENGTH: how long a reply is tells as much, AUC {baselines['length_auc']:.3f}. More data, "
-            "more epochs or another learning rate are needed before anything is chosen by this model"
+            f"NO BETTER THAN LENGTH: how long a reply is tells as much, {measure} {by_length:.3f}. More data, more "
+            "epochs or another learning rate are needed before anything is chosen by this model"
         )
 
 

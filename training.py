@@ -120,6 +120,15 @@ def save_state(last, **state):
         torch.save(state, path)
 
 
+def check_knobs(config, positive, not_negative):
+    """Raise ValueError for a knob that is below 1 (`positive`) or below 0 (`not_negative`), or no known schedule."""
+    if config.lr_schedule not in ("cosine", "linear", "constant"):
+        raise ValueError(f"lr_schedule={config.lr_schedule} is not one of cosine, linear, constant")
+    for name in [*positive, *not_negative]:
+        if getattr(config, name) < (name in positive):
+            raise ValueError(f"{name}={getattr(config, name)} is too small")
+
+
 def learning_rate(config, it):
     """Return the learning rate of step `it`: a linear rise over the warmup, then the schedule's fall to min_lr."""
     if it < config.warmup_iters:
@@ -153,3 +162,15 @@ def set_moments(model, optimizer, state):
     if state:
         groups = get_optimizer_state_dict(model, optimizer)
         set_optimizer_state_dict(model, optimizer, groups | {"state": state}, options=WHOLE)
+
+
+def optimizer_step(model, optimizer, scaler, lr, grad_clip):
+    """Take a step at a learning rate, and clear the gradients; return their norm before it was clipped."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

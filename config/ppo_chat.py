@@ -1,5 +1,7 @@
 # A chat model made of GPT-2 124M, trained for the reward of out/reward, on one GPU with 12 GB. First:
-#   python train.py config/finetune_chat.py && python train_reward.py config/train_reward.py
+#   python prepare/personachat.py && python prepare/eli5.py && python prepare/chitchat.py
+#   python train.py config/finetune_chat.py
+#   python prepare/retry.py --source=saved.jsonl && python train_reward.py config/train_reward.py
 init_from = "out/chat"
 reward = "out/reward"
 out_dir = "out/ppo"

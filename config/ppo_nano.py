@@ -11,5 +11,6 @@ max_new_tokens = 32
 max_prompt = 128
 max_iters = 60
 learning_rate = 2e-4
+kl_horizon = 1000
 eval_interval = 10
 dtype = "float32"  # bfloat16 is no faster in a model this narrow

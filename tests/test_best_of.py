@@ -11,7 +11,8 @@ import generate
 from checkpoint import load_model, save_model
 from generate import Engine
 from model import GPT, GPTConfig, RewardModel
-from reward import best_of, scores
+from reward import best_of, scored, scores
+from sampling import Sampling
 from tokenizer import Tokenizer
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -28,44 +29,45 @@ def folder(tmp_path, monkeypatch):
         tokenizer = Tokenizer(template)
         torch.manual_seed(0)
         save_model(GPT(GPTConfig(128, tokenizer.n_vocab, **SHAPE)), tokenizer, f"gpt-{template}")
-        judge = RewardModel(GPTConfig(96, tokenizer.n_vocab, **SHAPE))
+        reward_model = RewardModel(GPTConfig(96, tokenizer.n_vocab, **SHAPE))
         with torch.no_grad():
-            judge.score.weight.normal_()
-        save_model(judge, tokenizer, f"judge-{template}")
+            reward_model.score.weight.normal_()
+        save_model(reward_model, tokenizer, f"reward-{template}")
     yield tmp_path
     torch.set_num_threads(threads)
 
 
 def loaded(template="human_bot"):
     policy, tokenizer = load_model(f"gpt-{template}")
-    judge, _ = load_model(f"judge-{template}", Model=RewardModel)
-    return policy, judge.eval(), tokenizer
+    reward_model, _ = load_model(f"reward-{template}", Model=RewardModel)
+    return policy, reward_model.eval(), tokenizer
 
 
 def knobs(**given):
     options = {"init_from": "gpt-human_bot", "device": "cpu", "dtype": "float32", "max_new_tokens": 12, "seed": 3}
     return chat.Config(
-        **options | {"best_of": 4, "reward": "judge-human_bot", "temperature": 1.0, "top_p": 1.0} | given
+        **options | {"best_of": 4, "reward": "reward-human_bot", "temperature": 1.0, "top_p": 1.0} | given
     )
 
 
 @pytest.mark.parametrize("template", ["human_bot", "user_assistant"])
 def test_the_candidates_are_drawn_as_ever_and_have_the_scores_of_whole_texts(template):
-    policy, judge, tokenizer = loaded(template)
+    policy, reward_model, tokenizer = loaded(template)
     prompt, _ = tokenizer.render(HI, add_generation_prompt=True)
     options = {"max_new_tokens": 12, "stop_ids": tokenizer.stop_ids, "seed": 5}
-    found = best_of(Engine(policy, 4), judge, tokenizer, prompt, 4, **options)
+    found = best_of(Engine(policy, 4), reward_model, tokenizer, prompt, 4, **options)
     alone = [generate.generate(policy, [prompt], tokenizer=tokenizer, **options | {"seed": 5 + i})[0] for i in range(4)]
     assert sorted(ids for _, ids in found) == sorted(alone) and len({tuple(ids) for ids in alone}) == 4
-    expected = scores(judge, [prompt + ids for _, ids in found])
+    whole = [prompt + ids + [tokenizer.eos_id] for _, ids in found]  # as training sees them
+    expected = scores(reward_model, [scored(ids, tokenizer, 96) for ids in whole])
     assert [score for score, _ in found] == pytest.approx(expected.tolist(), abs=1e-4)
     assert all(a >= b for (a, _), (b, _) in itertools.pairwise(found))
 
 
-def test_the_prompt_is_computed_once_by_the_policy_and_once_by_the_judge(monkeypatch):
-    policy, judge, tokenizer = loaded()
+def test_the_prompt_is_computed_once_by_the_policy_and_once_by_the_reward_model(monkeypatch):
+    policy, reward_model, tokenizer = loaded()
     prompt, _ = tokenizer.render(HI * 3, add_generation_prompt=True)
-    computed = {"policy": 0, "judge": 0}
+    computed = {"policy": 0, "reward": 0}
 
     def count(name, model):
         hidden = model.hidden
@@ -74,10 +76,10 @@ def test_the_prompt_is_computed_once_by_the_policy_and_once_by_the_judge(monkeyp
     def add(name, idx):
         computed[name] += idx.numel()
 
-    count("policy", policy), count("judge", judge)
-    found = best_of(Engine(policy, 8, record=False), judge, tokenizer, prompt, 8, max_new_tokens=6, seed=0)
+    count("policy", policy), count("reward", reward_model)
+    found = best_of(Engine(policy, 8, record=False), reward_model, tokenizer, prompt, 8, max_new_tokens=6, seed=0)
     new = sum(len(ids) for _, ids in found)
-    assert computed["judge"] == len(prompt) + new
+    assert computed["reward"] == len(prompt) + new
     assert len(prompt) + new - 8 <= computed["policy"] <= len(prompt) + 8 + new
 
 
@@ -144,15 +146,29 @@ def test_piped_messages_are_answered_too(monkeypatch, capsys):
     assert len(lines) == 2 and all(line.startswith("Bot:") for line in lines)
 
 
+def test_a_reply_that_is_cut_for_its_length_shows_no_part_of_a_marker():
+    ids = Tokenizer().encode(" ok\n[Human")
+    assert chat.Chat(knobs(max_new_tokens=len(ids))).shown(ids) == " ok\n"
+    assert chat.Chat(knobs(max_new_tokens=len(ids) + 1)).shown(ids) == " ok\n[Human"  # it ended by itself
+
+
+def test_rows_that_run_are_not_stepped_for_somebody_else():
+    policy, reward_model, tokenizer = loaded()
+    engine = Engine(policy, 4)
+    engine.add([1, 2], Sampling())
+    with pytest.raises(ValueError, match="1 rows of the engine are running"):
+        best_of(engine, reward_model, tokenizer, [1, 2], 2)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"reward": ""}, ["best_of=4 and reward=(none)", "--best_of=8 --reward="]),
-        ({"best_of": 1}, ["best_of=1 and reward=judge-human_bot"]),
-        ({"best_of": 0, "reward": ""}, ["best_of=0"]),
+        ({"best_of": 1}, ["best_of=1 and reward=reward-human_bot"]),
+        ({"best_of": 0, "reward": ""}, ["best_of=0 is too small"]),
         ({"reward": "gpt-human_bot"}, ["gpt-human_bot", "is no reward model"]),
-        ({"reward": "judge-user_assistant"}, ["judge-user_assistant", "another vocabulary"]),
-        ({"reward": "nowhere"}, ["nowhere"]),
+        ({"reward": "reward-user_assistant"}, ["reward-user_assistant", "another vocabulary"]),
+        ({"reward": "nowhere"}, ["reward=nowhere: ", "there is no such directory", "train_reward.py"]),
     ],
     ids=str,
 )

@@ -365,7 +365,9 @@ def test_every_script_has_a_docstring_and_a_line_of_help_for_each_knob(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_of_ours_is_one_that_its_script_takes(path):
-    script = importlib.import_module("evaluate" if path.stem.startswith("eval_") else "train")
+    scripts = {"eval_": "evaluate", "train_reward": "train_reward", "ppo_": "train_ppo"}
+    named = (script for beginning, script in scripts.items() if path.stem.startswith(beginning))
+    script = importlib.import_module(next(named, "train"))
     assert parse(script.Config, [str(path)]) != script.Config()
 
 

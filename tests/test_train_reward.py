@@ -15,9 +15,10 @@ from transformers import AutoModelForSequenceClassification
 
 import train_reward
 from checkpoint import load_model, save_model
+from configurator import parse
 from metrics import auc, calibration_error
 from model import GPT, GPTConfig, RewardModel
-from reward import scores, scores_behind, seen
+from reward import scored, scores, scores_behind
 from shards import ShardWriter
 from tokenizer import END_OF_TEXT, Tokenizer
 from train_reward import Replies, figures, losses
@@ -116,12 +117,12 @@ def test_figures_by_hand():
 def test_of_a_text_the_end_is_not_scored_and_the_beginning_is_cut():
     ids, _ = TOKENIZER.render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}])
     assert ids[-1] == END_OF_TEXT
-    assert seen(ids, TOKENIZER, 100) == ids[:-1]
-    assert seen(ids, TOKENIZER, 3) == ids[-4:-1]
-    assert seen([END_OF_TEXT], TOKENIZER, 3) == [END_OF_TEXT]
+    assert scored(ids, TOKENIZER, 100) == ids[:-1]
+    assert scored(ids, TOKENIZER, 3) == ids[-4:-1]
+    assert scored([END_OF_TEXT], TOKENIZER, 3) == [END_OF_TEXT]
     theirs = Tokenizer("user_assistant")  # whose rows are padded with another token
     ids, _ = theirs.render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}])
-    assert seen(ids, theirs, 100) == ids
+    assert scored(ids, theirs, 100) == ids
 
 
 def test_many_texts_have_the_scores_that_each_has_alone():
@@ -133,12 +134,12 @@ def test_many_texts_have_the_scores_that_each_has_alone():
 
 
 @pytest.mark.parametrize("size", [64, 20])
-def test_replies_behind_one_context_have_the_scores_of_whole_rows(size):
+def test_saidbehind_one_context_have_the_scores_of_whole_rows(size):
     model = RewardModel(GPTConfig(size, **SHAPE)).eval()
     context, branches = list(range(100, 115)), [[5, 6, 7], [8], [], [9] * 10]
     room = size - 10  # that the longest leaves to the context
     whole = scores(model, [context[-room:] + ids for ids in branches])
-    torch.testing.assert_close(scores_behind(model, context, branches), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores_behind(model, TOKENIZER, context, branches), whole, atol=1e-5, rtol=0)
 
 
 # ---- batches
@@ -166,7 +167,7 @@ def test_an_epoch_has_each_reply_once_in_batches_of_about_equal_length(dataset, 
         assert (text.split("[Bot]: ")[1].split()[0] in ("yes", "sure")) == bool(labels[row])
 
 
-def test_the_end_of_a_long_text_is_what_is_seen():
+def test_the_end_of_a_long_text_is_what_is_scored():
     data = Replies(["data/retry/train.bin"], 8, 5, 0, TOKENIZER, False)
     stop = data.spans[7, 1]
     assert data.ids(7).tolist() == data.shards[0].tokens[stop - 6 : stop - 1].tolist()
@@ -176,10 +177,11 @@ def test_the_end_of_a_long_text_is_what_is_seen():
 
 
 @pytest.mark.parametrize("loss", ["labels", "pairs"])
-def test_it_learns_which_replies_are_kept_and_length_does_not_tell(loss, capsys):
+def test_it_learns_which_saidare_kept_and_length_does_not_tell(loss, capsys):
     out = fit(loss=loss, dataset={"labels": "retry", "pairs": "pairs"}[loss], max_iters=150, eval_interval=50)
     last = [r for r in records(out) if "val_loss" in r][-1]
-    assert last["auc"] > 0.95 and last["accuracy"] > 0.9 and last["length_auc"] < 0.65
+    length = last["length_auc" if loss == "labels" else "length_accuracy"]
+    assert last["auc"] > 0.95 and last["accuracy"] > 0.9 and 0.5 <= length < 0.65
     assert last["val_loss"] < 0.3 < 0.68 < last["constant_loss"] < 0.7
     assert "NO BETTER" not in capsys.readouterr().out
     # what it wrote is what others load
@@ -203,6 +205,17 @@ def test_a_model_that_is_no_better_than_length_is_told_so(capsys):
         write_replies("data/long", split, labelled)
     fit(dataset="long", max_iters=1, learning_rate=1e-9)
     assert "NO BETTER THAN LENGTH" in capsys.readouterr().out
+
+
+def test_of_pairs_the_baseline_is_the_longer_or_the_shorter_of_each(capsys):
+    for split, n in (("train", 40), ("val", 20)):  # the chosen one is longer but for every fifth pair, which is even
+        lengths = [(2, 2) if pair % 5 == 4 else (pair % 3 + 2, pair % 3 + 1) for pair in range(n)]
+        labelled = [
+            ([("user", "hi"), ("assistant", "tea " * k)], i == 0) for pair in lengths for i, k in enumerate(pair)
+        ]
+        write_replies("data/long", split, labelled)
+    out = fit(dataset="long", loss="pairs", max_iters=1, learning_rate=1e-9)
+    assert records(out)[-1]["length_accuracy"] == pytest.approx(0.8 + 0.2 / 2)
 
 
 class StopsAfter:
@@ -276,7 +289,8 @@ def test_a_reward_model_can_be_trained_further():
         ({"dataset": "nowhere"}, ["no data/nowhere/train*.bin"]),
         ({"dataset": "text"}, ["plain text without labels", "prepare/retry.py"]),
         ({"dataset": "kept"}, ["replies of one kind only"]),
-        ({"dataset": "empty"}, ["empty"]),
+        ({"dataset": "empty"}, ["data/empty/train.bin is empty: prepare it again"]),
+        ({"dataset": "sorted", "eval_iters": 1, "batch_size": 2}, ["all of one label: raise eval_iters"]),
         ({"init_from": "resume"}, ["out/last/state.pt to resume from"]),
         ({"init_from": "nowhere"}, ["no such directory"]),
         ({"template": "user_assistant"}, ["--template=user_assistant"]),
@@ -290,10 +304,30 @@ def test_what_cannot_be_is_refused_in_a_sentence(knobs, words):
         np.arange(1000, dtype=np.uint16).tofile(f"data/text/{split}.bin")
         Path(f"data/empty/{split}.bin").touch()
         write_replies("data/kept", split, [(turns, True) for turns, _ in replies(20)])
+        talk = [([("user", "hi"), ("assistant", "tea " * (1 + 9 * kept))], kept) for kept in (0, 0, 1, 1)]
+        write_replies("data/sorted", split, talk)  # batches of about equal length
     with pytest.raises((ValueError, FileNotFoundError)) as refused:
         fit(**knobs)
     for word in words:
         assert word in str(refused.value)
+
+
+def test_a_run_is_resumed_with_its_own_block_size():
+    fit(max_iters=1)
+    with pytest.raises(ValueError, match="block_size=32, but the run in out has 48"):
+        fit(init_from="resume", block_size=32)
+
+
+def test_scores_that_are_no_numbers_end_the_run_and_the_checkpoint_stays(monkeypatch):
+    with pytest.raises(ValueError, match="diverges"):
+        fit(learning_rate=1e30, warmup_iters=0, grad_clip=0.0)
+    load_model("out/last", Model=RewardModel)
+
+
+def test_the_config_for_the_model_in_the_box_runs():
+    given = ["--max_epochs=0", "--max_iters=1", "--batch_size=4", "--eval_iters=5", "--device=cpu"]
+    train_reward.main(parse(train_reward.Config, [str(ROOT / "config" / "train_reward_nano.py"), *given]))
+    assert load_model("out/reward", Model=RewardModel)[0].config.block_size == 256
 
 
 def test_a_run_is_not_overwritten_by_another():
