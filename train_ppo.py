@@ -293,13 +293,13 @@ def main(config):
         state["kl_coef"] = state["kl_coef_at_first"] = config.kl_coef
     new = "model" not in state
     with world.one_by_one():
-        start, tokenizer = load_model(config.init_from if new else str(reference_dir), device)
-        if tokenizer.n_vocab > (n := start.config.vocab_size):
+        original, tokenizer = load_model(config.init_from if new else str(reference_dir), device)
+        if tokenizer.n_vocab > (n := original.config.vocab_size):
             raise ValueError(f"{state['name']} knows {n} tokens, its tokenizer makes {tokenizer.n_vocab}")
         if new and world.master:
-            save_model(start, tokenizer, reference_dir)
-    raw_model = ActorCritic(copy.deepcopy(start), tokenizer.n_vocab, config.temperature).to(device)
-    reference = ActorCritic(start.eval(), tokenizer.n_vocab, config.temperature).to(device).requires_grad_(False)
+            save_model(original, tokenizer, reference_dir)
+    raw_model = ActorCritic(copy.deepcopy(original), tokenizer.n_vocab, config.temperature).to(device)
+    reference = ActorCritic(original.eval(), tokenizer.n_vocab, config.temperature).to(device).requires_grad_(False)
     policy = raw_model.policy
     reward = make_reward(config.reward, tokenizer, device, autocast)
     if (longest := config.max_prompt + config.max_new_tokens) > (n := policy.config.block_size):
@@ -334,7 +334,7 @@ def main(config):
         state |= {"mean": 0.0, "std": 1.0}
         unit = torch.zeros(2, dtype=torch.float64)
         if world.master:  # a token that came out otherwise on another GPU would give it another unit
-            _, first, _ = play(start, prompts("train", config.normalize_on, 0), config.seed)
+            _, first, _ = play(original, prompts("train", config.normalize_on, 0), config.seed)
             unit[0], unit[1] = first.mean(), first.std()
         state["mean"], std = world.sum(unit).tolist()
         state["std"] = max(std, 1e-3)
@@ -433,7 +433,7 @@ def main(config):
             if world.master:
                 print(f"stopped at iter {it}, saved to {last}; go on with the same command and --init_from=resume")
             break
-        start = time.perf_counter()
+        clock = time.perf_counter()
 
         # 4. rollout: this process's share of the iteration's prompts, replies, and what they are worth
         share = config.rollouts // world.size
@@ -486,7 +486,7 @@ def main(config):
             s, ss, e, ee, m = world.sum(torch.stack([*moments_of, mask.sum().double()])).tolist()
             explained = 1 - (ee / m - (e / m) ** 2) / max(ss / m - (s / m) ** 2, 1e-12)
             if world.master:
-                seconds = time.perf_counter() - start
+                seconds = time.perf_counter() - clock
                 log(
                     iter=it + 1,
                     reward=mean_reward,

@@ -1,8 +1,11 @@
 """The paths that train on a GPU, in 16 bits, compiled and packed, give the loss and gradients of float32 on a CPU."""
 
 import pytest
+import test_ppo
+import test_train_reward
 import torch
 
+from checkpoint import save_model
 from model import GPT, GPTConfig, move
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -42,3 +45,31 @@ def test_a_step_on_a_gpu_is_that_of_float32_on_a_cpu(dtype, how, packed):
     for name, gradient in gradients.items():
         error = (gradient - expected[name]).norm() / expected[name].norm()
         assert error < tolerance, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_reward_model_learns_on_a_gpu_as_on_a_cpu(dtype, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for split, n in (("train", 400), ("val", 80)):
+        test_train_reward.write_replies("data/retry", split, test_train_reward.replies(n))
+    torch.manual_seed(0)
+    save_model(GPT(GPTConfig(64, **test_train_reward.SHAPE)), test_train_reward.TOKENIZER, "start")
+    for device in ("cuda", "cpu"):
+        test_train_reward.fit(
+            device=device, out_dir=device, dtype=dtype if device == "cuda" else "float32", dropout=0.0
+        )
+    on_gpu, on_cpu = (
+        [r["val_loss"] for r in test_train_reward.records(tmp_path / device) if "val_loss" in r]
+        for device in ("cuda", "cpu")
+    )
+    assert on_gpu == pytest.approx(on_cpu, abs=0.05) and on_gpu[-1] < 0.3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_ppo_on_a_gpu_begins_with_ratios_of_1_and_no_kl(dtype, tmp_path, monkeypatch, data_dir):
+    monkeypatch.chdir(tmp_path)
+    save_model(test_ppo.model(), test_ppo.TOKENIZER, "start")
+    knobs = {"device": "cuda", "dtype": dtype, "max_new_tokens": 48, "max_iters": 3}  # so many are recorded
+    steps = [r for r in test_ppo.records(test_ppo.fit(**knobs)) if "kl" in r]
+    assert abs(steps[0]["kl"]) < 1e-3 and len(steps) == 3
+    assert all(r["entropy"] > 0 and abs(r["kl"]) < 60 for r in steps)

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from conftest import assert_refused
-from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 
 from checkpoint import load_model, save_model
 from model import GPT, GPTConfig, RewardModel
+from reward import scored, scores
 from tokenizer import END_OF_TEXT, Tokenizer
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -46,6 +47,19 @@ def test_theirs_loads_as_ours(theirs, tmp_path):
     theirs.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(Tokenizer().files()["tokenizer.json"])
     assert_same_scores(load_model(str(tmp_path), Model=RewardModel)[0].eval(), theirs)
+
+
+def test_texts_that_are_too_long_lose_their_beginning_as_theirs_do(ours, tmp_path):
+    """Chai's model takes texts that are cut on the left to 256 tokens and padded on the right."""
+    save_model(ours, Tokenizer(), tmp_path)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, truncation_side="left", padding_side="right")
+    texts = [f"[Human]: what is {n} times two?\n[Bot]: " + "it is a number. " * n for n in (1, 9, 0, 4)]
+    batch = tokenizer(texts, max_length=16, truncation=True, padding=True, return_tensors="pt")
+    rows = [scored(Tokenizer().encode(text), Tokenizer(), 16) for text in texts]
+    assert sorted(map(len, rows))[-2:] == [16, 16] and min(map(len, rows)) < 16
+    with torch.no_grad():
+        torch.testing.assert_close(scores(ours, rows), theirs(**batch).logits[:, 0], atol=1e-4, rtol=0)
 
 
 def test_ours_loads_as_theirs_and_comes_back(ours, tmp_path):
