@@ -109,6 +109,7 @@ class Row:
     logprobs: int | None = None
     draws: random.Random = None  # the uniform numbers by which its tokens are drawn
     running: bool = False
+    slot: int = 0  # where in the cache its keys and values are
 
 
 class Engine:
@@ -133,7 +134,7 @@ class Engine:
         with torch.inference_mode():
             self.cache = model.kv_cache(rows, self.size)
             self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)  # newest ids, their positions
-        self.rows = [Row() for _ in range(rows)]
+        self.rows = [Row(slot=i) for i in range(rows)]
         # a row alone on a CPU attends to what there is and needs no mask; else lengths are rounded up to chunks, which
         # a compiled or recorded step has to be made for
         self.exact = self.device.type == "cpu" and not compile
@@ -184,6 +185,7 @@ class Engine:
             logprobs=logprobs,
             draws=random.Random(seed),
             running=options.max_new_tokens > 0,
+            slot=self.rows[i].slot,
         )
         return i
 
@@ -235,7 +237,7 @@ class Engine:
     def _prefill(self):
         """Compute the prompts that are new, but for their last token where the rest was there; return {row: logits}."""
         logits = {}
-        while waiting := [i for i in self.running if len(self.rows[i].ids) - self.rows[i].n_cached > 1]:
+        while waiting := self._in_cache(lambda row: len(row.ids) - row.n_cached > 1):
             runs = []  # of neighbours, which are computed together
             wave = []
             for i in waiting:
@@ -248,7 +250,8 @@ class Engine:
                 wave.append(i)
                 lengths = [len(self.rows[j].ids) - self.rows[j].n_cached for j in [i, *(runs[-1] if runs else [])]]
                 padded = max(lengths) * len(lengths)
-                if runs and runs[-1][-1] == i - 1 and padded <= min(PREFILL_TOKENS, 2 * sum(lengths)):
+                neighbours = runs and self.rows[runs[-1][-1]].slot == self.rows[i].slot - 1
+                if neighbours and padded <= min(PREFILL_TOKENS, 2 * sum(lengths)):
                     runs[-1].append(i)
                 else:
                     runs.append([i])
@@ -261,7 +264,7 @@ class Engine:
         row = self.rows[i]
         source = max(range(len(self.rows)), key=lambda j: self._shared(j, row.ids))
         if (n := self._shared(source, row.ids)) > row.n_cached:
-            self.cache.kv[:, :, i, :, :n] = self.cache.kv[:, :, source, :, :n]
+            self.cache.kv[:, :, row.slot, :, :n] = self.cache.kv[:, :, self.rows[source].slot, :, :n]
             row.n_cached = n
 
     def _compute(self, run):
@@ -274,7 +277,8 @@ class Engine:
         length = self._chunks(max(len(row.ids) for row in rows) + 1)
         start = torch.tensor([[row.n_cached] for row in rows], device=self.device)
         positions = (start + torch.arange(T, device=self.device)).clamp(max=length - 1)  # (B, T)
-        hidden = self.model.hidden(idx, self.cache.part(slice(run[0], run[-1] + 1), length), positions)  # (B, T, C)
+        cache = self.cache.part(slice(rows[0].slot, rows[-1].slot + 1), length)
+        hidden = self.model.hidden(idx, cache, positions)  # (B, T, C)
         last = torch.tensor([len(ids) - 1 for ids in new], device=self.device)
         logits = self.model.lm_head(hidden[torch.arange(len(run), device=self.device), last])  # (B, V)
         for row in rows:
@@ -283,16 +287,40 @@ class Engine:
 
     def _decode(self):
         """Compute the newest token of each row that has one; return {row: its logits (V,)}."""
-        newest = [i for i in self.running if len(self.rows[i].ids) - self.rows[i].n_cached == 1]
+        newest = self._in_cache(lambda row: len(row.ids) - row.n_cached == 1)
         if not newest:
             return {}
-        n = newest[-1] + 1  # rows among them that do not run are computed too, unheard, behind what they have cached
-        inputs = [(row.ids[row.n_cached] if i in newest else 0, row.n_cached) for i, row in enumerate(self.rows[:n])]
+        if self.exact:
+            newest = self._close_up(newest)
+        n = self.rows[newest[-1]].slot + 1
+        # rows among them that do not run are computed too, unheard, behind what they have cached
+        inputs = [(0, row.n_cached) for row in sorted(self.rows, key=lambda row: row.slot)[:n]]
+        for row in (self.rows[i] for i in newest):
+            inputs[row.slot] = (row.ids[row.n_cached], row.n_cached)
         self.inputs[:, :n] = torch.tensor(inputs).T
         logits = self._take(n, max(position for _, position in inputs) + 1)  # (n, V)
         for i in newest:
             self.rows[i].n_cached += 1
-        return {i: logits[i] for i in newest}
+        return {i: logits[self.rows[i].slot] for i in newest}
+
+    def _in_cache(self, condition):
+        """Return the running rows that fulfil a condition, in the order of the cache."""
+        return sorted((i for i in self.running if condition(self.rows[i])), key=lambda i: self.rows[i].slot)
+
+    def _close_up(self, newest):
+        """Move rows of `newest` to slots of ended rows before them; return them in their new order.
+
+        What lies between is computed along: of eight replies to one prompt, whose longest is twice the mean, the steps
+        take 0.8 of the time.
+        """
+        free = [row for row in self.rows if not row.running and row.slot < len(newest)]
+        last = [self.rows[i] for i in newest if self.rows[i].slot >= len(newest)]
+        for ended, row in zip(free, last, strict=False):
+            n = max(ended.n_cached, row.n_cached)
+            pair = self.cache.kv[:, :, [row.slot, ended.slot], :, :n]  # a copy
+            self.cache.kv[:, :, ended.slot, :, :n], self.cache.kv[:, :, row.slot, :, :n] = pair.unbind(2)
+            ended.slot, row.slot = row.slot, ended.slot
+        return sorted(newest, key=lambda i: self.rows[i].slot)
 
     def _take(self, n, length):
         """Return the logits (n, V) of the first n rows' `inputs`, with the cache up to `length`."""

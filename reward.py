@@ -14,6 +14,8 @@ TOKENS = 4096  # in a batch, padding included
 def load_reward_model(name, tokenizer, device, **how):
     """Return the RewardModel of that name, to score what this tokenizer writes; `how` goes to load_model. Raises
     ValueError where it is none, or knows other tokens."""
+    if how.get("dtype") == torch.float16 and device == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        how["dtype"] = torch.bfloat16  # many tokens at once: 0.75 of the time of float16, which is for few
     try:
         model, theirs = load_model(name, device, Model=RewardModel, **how)
     except (FileNotFoundError, NoScore) as error:
