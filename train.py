@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -322,8 +321,7 @@ def main(config):
             if not scaler.is_enabled():  # which skips a step whose gradients are too large for float16
                 trouble.check("gradient norm", norm.item(), it + 1)
     reader.shutdown(cancel_futures=True)
-    if world_size > 1:
-        dist.destroy_process_group()
+    world.leave()
 
 
 def sample_reply(model, tokenizer):

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -510,8 +509,7 @@ def main(config):
                     f"{explained:.2f}, length {length:.1f}, ended {ended:.0%}, {left} left"
                 )
                 print(f"  {' '.join(tokenizer.decode(rollout.rows()[0]).split())[-200:]}")
-    if world.size > 1:
-        dist.destroy_process_group()
+    world.leave()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -370,8 +369,7 @@ def main(config):
             trouble.check("loss", loss, it + 1)
             if not scaler.is_enabled():  # which skips a step whose gradients are too large for float16
                 trouble.check("gradient norm", norm.item(), it + 1)
-    if world.size > 1:
-        dist.destroy_process_group()
+    world.leave()
 
 
 def conclude(config, state, measure, baselines):

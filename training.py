@@ -6,6 +6,7 @@ optimizer and its learning rate.
 import contextlib
 import math
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -51,6 +52,15 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def leave(self):
+        """End the process group."""
+        if self.size > 1:
+            dist.barrier()
+            # gloo's thread lets go of the last tensors, and needs the GIL for it: taking the group down with the GIL in
+            # hand, as DistributedDataParallel does where it is freed, would wait for that thread for ever
+            time.sleep(0.1)
+            dist.destroy_process_group()
 
 
 def join(config, *divided):
