@@ -6,7 +6,9 @@ When the input is not a terminal, each line of it is a message and gets one line
 import contextlib
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from checkpoint import default_model, load_model, pick_device, pick_dtype
 from configurator import run
@@ -47,8 +49,8 @@ class Chat:
         if config.best_of < 1:
             raise ValueError(f"best_of={config.best_of} is too small: 1 takes the first reply")
         if (config.best_of > 1) != bool(config.reward):
-            knobs = f"best_of={config.best_of} and reward={config.reward or '(none)'}"
-            raise ValueError(f"{knobs} go together: --best_of=8 --reward=out/reward")
+            given = f"best_of={config.best_of} with reward={config.reward or '(none)'}"
+            raise ValueError(f"{given}: the one needs the other, as in --best_of=8 --reward=out/reward")
         self.model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
         self.reward_model = None
         if config.reward:
@@ -101,12 +103,16 @@ class Chat:
             self.messages.append({"role": "assistant", "content": reply})
 
     def choose(self, prompt, **stops):
-        """Yield the best reply to a prompt, whole."""
+        """Yield the best reply to a prompt, whole; another one than those that were taken back, if there is one."""
         c = self.config
         options = {field.name: getattr(c, field.name) for field in fields(Sampling)} | stops
         seed = c.seed + self.replies * c.best_of
         found = best_of(self.engine, self.reward_model, self.tokenizer, prompt, c.best_of, seed=seed, **options)
-        self.choice = [(score, self.shown(ids)) for score, ids in found]
+        turns = sum(m["role"] != "system" for m in self.messages)
+        before = {retried["content"] for retried in self.retried if retried["before"] == turns}
+        shown = [(score, self.shown(ids)) for score, ids in found]
+        # a reply that was taken back here comes last
+        self.choice = sorted(shown, key=lambda pair: pair[1].strip() in before)
         yield self.choice[0][1]
 
     def shown(self, ids):
@@ -124,6 +130,17 @@ class Chat:
                 self.retried.append({"before": before, "content": reply})
             return self.messages.pop()["content"]
         return ""
+
+    def cut_short(self):
+        """Forget the last message if nothing was said to it; a reply that was taken back for another is there again."""
+        if self.messages[-1]["content"]:
+            return
+        before = sum(m["role"] != "system" for m in self.messages) - 1
+        again = self.retried.pop() if self.retried and self.retried[-1]["before"] == before else None
+        message = self.take_back()
+        if again:
+            self.messages.append({"role": "user", "content": message})
+            self.messages.append({"role": "assistant", "content": again["content"]})
 
     def save(self, path):
         """Append the conversation to `path` as one JSON line, with the replies that were taken back, each with the
@@ -149,19 +166,23 @@ def command(chat, line):
             return message
         print("there is no message to answer again")
     elif name == "/why":
-        for score, text in chat.choice:
-            print(f"{score:7.3f}  {' '.join(text.split())}")
+        times = Counter(" ".join(text.split()) for _, text in chat.choice)
+        for text, n in times.items():
+            score = next(score for score, found in chat.choice if " ".join(found.split()) == text)
+            print(f"{score:7.3f}  {text}{f'  ({n} times)' * (n > 1)}")
         if not chat.choice:
             print("nothing was chosen: start with --best_of=8 --reward=DIR, and say something")
     elif name == "/save" and argument:
         if all(message["role"] != "assistant" for message in chat.messages):
             print("there is nothing to save yet")
         else:
-            chat.save(argument)
+            chat.save(Path(argument).expanduser())
             print(f"saved to {argument}")
     elif name == "/quit":
         raise EOFError
     else:
+        if name != "/help":
+            print("/save needs a FILE" if name == "/save" else f"there is no {name}")
         print(COMMANDS)
     return ""
 
@@ -184,7 +205,7 @@ def talk(chat):
             print("\n/quit or Ctrl-D ends the chat")
             continue
         except (ValueError, OSError) as error:
-            print(error)
+            print(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error)
             continue
         if not message:
             continue
@@ -194,8 +215,7 @@ def talk(chat):
                 for piece in reply:
                     print(piece, end="", flush=True)
         except KeyboardInterrupt:
-            if not chat.messages[-1]["content"]:
-                chat.take_back()  # nothing was said
+            chat.cut_short()
         print()
 
 

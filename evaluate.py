@@ -6,10 +6,10 @@ near they are to what was said, how much they repeat, whether they end and keep 
 whether it remembers what it was told, with names, facts and sentences that prepare/recall.py does not train on.
 """
 
+import contextlib
 import json
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -216,7 +216,7 @@ def evaluate(config, model, tokenizer, material):
     return figures, replies
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress(what, total):
     """Yield shown(done): on a terminal, how much of `total` is done and how long the rest will take."""
     start, terminal = time.perf_counter(), sys.stderr.isatty()
@@ -311,7 +311,10 @@ def main(config):
     if config.report:
         replies |= {"people": material.references} if people else {}
         folders = {name: NANO if name == "nano" else Path(name) for name in names}
-        runs = {name: read_run(folder) for name, folder in folders.items() if (folder / "metrics.jsonl").exists()}
+        runs = {}
+        for name, folder in folders.items():
+            with contextlib.suppress(FileNotFoundError, ValueError):  # a run without losses has no curve
+                runs[name] = read_run(folder)
         lengths = {name: [len(tokenizer.encode(text)) for text in texts] for name, texts in replies.items() if texts}
         talks = list(zip(material.prompts, *replies.values(), strict=True))
         talks = [talks[i * len(talks) // SHOWN] for i in range(SHOWN)] if len(talks) > SHOWN else talks

@@ -70,7 +70,7 @@ def read_run(directory):
             for name in curves.keys() & record.keys():
                 curves[name][record["iter"]] = math.nan if record[name] is None else record[name]
     if not losses([curves]):
-        raise ValueError(f"{path} has no losses: train for longer, or lower log_interval")
+        raise ValueError(f"{path} has no losses: train for longer, or lower log_interval (train_ppo.py has none)")
     return curves
 
 

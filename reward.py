@@ -19,7 +19,9 @@ def load_reward_model(name, tokenizer, device, **how):
     try:
         model, theirs = load_model(name, device, Model=RewardModel, **how)
     except (FileNotFoundError, NoScore) as error:
-        raise ValueError(f"reward={name}: {str(error).partition(';')[0]}. Make one by train_reward.py") from error
+        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition(";")[0]
+        what = what.removeprefix(f"init_from={name}: ")
+        raise ValueError(f"reward={name}: {what}. Make one by train_reward.py") from error
     if theirs.template != tokenizer.template or model.config.vocab_size < tokenizer.n_vocab:
         which = f"{model.config.vocab_size} tokens, in template {theirs.template}"
         ours = f"{tokenizer.n_vocab} in template {tokenizer.template}"

@@ -124,7 +124,7 @@ def main(config):
         torch.use_deterministic_algorithms(True)
 
     # 3. the model and its tokenizer
-    state = run_to_resume(config, world)
+    state = run_to_resume(config, world, "train")
     if state is not None:
         tokenizer = Tokenizer(state["template"])
         model = GPT(GPTConfig(**state["config"] | {"dropout": config.dropout}))
@@ -215,7 +215,8 @@ def main(config):
             return
         save_model(model, tokenizer, last)
         save_state(
-            last,
+            config,
+            "train",
             iter=it,
             best_val_loss=state["best_val_loss"],
             template=tokenizer.template,
@@ -275,6 +276,7 @@ def main(config):
 
         # dropout's noise is a function of (seed, step, rank), as the data is: nothing of it need be saved
         torch.manual_seed(int(np.random.SeedSequence((config.seed, it, rank)).generate_state(1)[0]))
+        lr = learning_rate(config, it)
 
         # the loss is the sum over the supervised tokens of all micro-batches and processes, over their number
         batches, ahead = ahead.result(), reader.submit(step_batches, it + 1)
@@ -301,7 +303,7 @@ def main(config):
                 loss = model(move(x, device), y, documents=move(documents, device))[1] * (n / max(1, total))
             loss_sum += loss.detach()
             scaler.scale(loss * world_size).backward()  # the processes' mean is taken
-        norm = optimizer_step(raw_model, optimizer, scaler, learning_rate(config, it), config.grad_clip)
+        norm = optimizer_step(raw_model, optimizer, scaler, lr, config.grad_clip)
         norm = norm.full_tensor() if sharded else norm
 
         if (it + 1) % config.log_interval == 0:
@@ -312,7 +314,6 @@ def main(config):
                 tokens = loaders["train"].fill * tokens_per_step  # padding is none
                 speed, flops = tokens / seconds, raw_model.flops_per_token(loaders["train"].span, total / tokens)
                 mfu = flops * speed / (peak * world_size) if peak else None
-                lr = learning_rate(config, it)
                 log(iter=it + 1, loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_s=speed, mfu=mfu)
                 left = timedelta(seconds=round(seconds * (config.max_iters - it - 1)))
                 rate = f"{speed:,.0f} tokens/s" + (f" ({mfu:.1%} MFU)" if mfu else "")

@@ -39,6 +39,7 @@ from training import (
     set_moments,
 )
 
+SAME = ("reward", "dataset", "temperature", "max_new_tokens")  # knobs of a run that is resumed
 RUNAWAY = 10  # a run ends where its KL is so many times the target
 
 
@@ -262,6 +263,11 @@ def check(config):
     for name in ("temperature", "kl_target", "clip", "value_clip"):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name}={getattr(config, name)} is not above 0")
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name}={getattr(config, name)} is not from 0 to 1")
+    if not math.isfinite(config.no_end) or config.weight_decay < 0:
+        raise ValueError(f"no_end={config.no_end} or weight_decay={config.weight_decay} is out of range")
     for name in ("normalize_on", "eval_replies"):
         if getattr(config, name) < 2:
             raise ValueError(f"{name}={getattr(config, name)} is too small: a mean needs some")
@@ -281,13 +287,10 @@ def main(config):
     dtype, autocast, scaler = precision(config.dtype, device)
 
     # 2. the policy, the model that it has to stay near to, and what it is paid by
-    state = run_to_resume(config, world)
+    state = run_to_resume(config, world, "train_ppo", SAME)
     if state is None:
         state = {"iter": 0, "kl_coef": config.kl_coef, "best_score": -math.inf, "name": config.init_from}
-        state |= {"reward": config.reward, "temperature": config.temperature, "kl_coef_at_first": config.kl_coef}
-    for name in ("reward", "temperature"):
-        if getattr(config, name) != state[name]:
-            raise ValueError(f"{name}={getattr(config, name)}, but the run in {config.out_dir} is for {state[name]}")
+        state["kl_coef_at_first"] = config.kl_coef
     if config.kl_coef != state["kl_coef_at_first"]:
         state["kl_coef"] = state["kl_coef_at_first"] = config.kl_coef
     new = "model" not in state
@@ -391,9 +394,11 @@ def main(config):
         optimizer_state = moments(raw_model, optimizer)
         if world.master:
             save_model(policy, tokenizer, last)
-            names = ("kl_coef", "kl_coef_at_first", "best_score", "mean", "std", "name", "reward", "temperature")
+            names = ("kl_coef", "kl_coef_at_first", "best_score", "mean", "std", "name")
             save_state(
-                last,
+                config,
+                "train_ppo",
+                SAME,
                 iter=it,
                 **{name: state[name] for name in names},
                 model=raw_model.state_dict(),
@@ -412,9 +417,10 @@ def main(config):
                 check_kl(found["val_kl"], it, config)  # before anything is saved over
                 log(iter=it, **found)
                 print(
-                    f"iter {it}: held-out reward {found['val_reward']:.4f} ({found['val_gain']:+.2f} standard "
-                    f"deviations), KL {found['val_kl']:.2f}, length {found['val_length']:.1f}, ended "
-                    f"{found['val_ended']:.0%}, repeated 4-grams {found['val_repeated_4grams']:.2%}"
+                    f"iter {it}: held-out score {found['val_score']:+.2f}, reward {found['val_reward']:.4f} "
+                    f"({found['val_gain']:+.2f} standard deviations), KL {found['val_kl']:.2f}, length "
+                    f"{found['val_length']:.1f}, ended {found['val_ended']:.0%}, repeated 4-grams "
+                    f"{found['val_repeated_4grams']:.2%}"
                 )
                 if found["val_score"] > state["best_score"]:
                     state["best_score"] = found["val_score"]
@@ -423,7 +429,7 @@ def main(config):
         if it == config.max_iters:
             if world.master:
                 print(
-                    f"the best held-out score is {state['best_score']:+.2f} standard deviations, its weights are in "
+                    f"the best held-out score is {state['best_score']:+.2f}, its weights are in "
                     f"{config.out_dir}; talk to them: python chat.py --init_from={config.out_dir}"
                 )
             break
@@ -508,8 +514,15 @@ def main(config):
                     f"{mean_kl:.2f} x {kl_coef:.3f}, entropy {entropy / n:.2f}, clipped {clipped / n:.1%}, explained "
                     f"{explained:.2f}, length {length:.1f}, ended {ended:.0%}, {left} left"
                 )
-                print(f"  {' '.join(tokenizer.decode(rollout.rows()[0]).split())[-200:]}")
+                print(f"  {sample(rollout, tokenizer)}")
     world.leave()
+
+
+def sample(rollout, tokenizer):
+    """Return what a person said last and what was replied, on one line, for the person who watches it learn."""
+    texts = [message["content"] for message in tokenizer.parse(rollout.prompts[0])[-1:]]
+    texts.append(tokenizer.decode(rollout.replies[0]))
+    return " -> ".join(" ".join(text.split())[-200:] for text in texts)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ from training import (
     set_moments,
 )
 
+SAME = ("loss", "dataset", "template", "block_size")  # knobs of a run that is resumed: else its best is of another kind
+
 
 @dataclass
 class Config:
@@ -189,6 +191,8 @@ def check(config):
         raise ValueError(f"loss={config.loss} is not one of labels, pairs")
     if config.loss == "pairs" and config.batch_size % 2:
         raise ValueError(f"batch_size={config.batch_size} has half a pair: take an even number")
+    if config.weight_decay < 0:
+        raise ValueError(f"weight_decay={config.weight_decay} is below 0")
     if not 0 <= config.max_epochs < math.inf:
         raise ValueError(f"max_epochs={config.max_epochs} is not 0 or more")
 
@@ -203,13 +207,11 @@ def main(config):
     dtype, autocast, scaler = precision(config.dtype, device)
 
     # 2. the model: a GPT's head gives way to a score that has yet to be learned
-    state = run_to_resume(config, world)
+    state = run_to_resume(config, world, "train_reward", SAME)
     if state is not None:
         tokenizer = Tokenizer(state["template"])
         raw_model = RewardModel(GPTConfig(**state["config"] | {"dropout": config.dropout}))
         raw_model.load_state_dict(state.pop("model"))
-        if config.block_size != (n := raw_model.config.block_size):
-            raise ValueError(f"block_size={config.block_size}, but the run in {config.out_dir} has {n}")
     else:
         tokenizer = Tokenizer(config.template)
         with world.one_by_one():
@@ -286,7 +288,9 @@ def main(config):
         if world.master:
             save_model(raw_model, tokenizer, last)
             save_state(
-                last,
+                config,
+                "train_reward",
+                SAME,
                 iter=it,
                 best_val_loss=state["best_val_loss"],
                 best_measure=state["best_measure"],
@@ -306,6 +310,8 @@ def main(config):
             print(
                 f"{split}: {len(part):,} replies, {part.labels.mean():.1%} kept, {part.lengths.mean():.0f} tokens each"
             )
+        if len(evaluated) < 100:
+            print(f"{len(evaluated)} replies in an evaluation say little: figures will jump")
         steps_per_epoch = train.n_batches / config.gradient_accumulation_steps
         print(f"{config.max_iters:,} steps are {round(config.max_iters / steps_per_epoch, 2):,g} epochs")
 
@@ -373,17 +379,16 @@ def main(config):
 
 
 def conclude(config, state, measure, baselines):
-    """Say what came of it, and whether that is more than the length of a reply says."""
-    best, by_length = state["best_measure"], baselines[f"length_{measure}"]
-    print(
-        f"the best validation loss is {state['best_val_loss']:.4f}, {measure} {best:.3f}; its weights are in "
-        f"{config.out_dir}; choose replies by them: python chat.py --best_of=8 --reward={config.out_dir}"
-    )
-    if best <= by_length:
-        print(
-            f"NO BETTER THAN LENGTH: how long a reply is tells as much, {measure} {by_length:.3f}. More data, more "
-            "epochs or another learning rate are needed before anything is chosen by this model"
-        )
+    """Say what came of it, and whether that is more than a constant knows, and than the length of a reply says."""
+    best, by_length, loss = state["best_measure"], baselines[f"length_{measure}"], state["best_val_loss"]
+    print(f"the best validation loss is {loss:.4f}, {measure} {best:.3f}; its weights are in {config.out_dir}")
+    worse = f"NO BETTER THAN LENGTH: how long a reply is tells as much, {measure} {by_length:.3f}" * (best <= by_length)
+    if loss >= baselines["constant_loss"]:
+        worse = f"NO BETTER THAN A CONSTANT, whose loss is {baselines['constant_loss']:.4f}"
+    if worse:
+        print(f"{worse}. More data, more epochs or another learning rate are needed before it can choose replies")
+    else:
+        print(f"choose replies by it: python chat.py --best_of=8 --reward={config.out_dir}")
 
 
 if __name__ == "__main__":

@@ -101,10 +101,11 @@ def precision(name, device):
     return dtype, autocast, torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
 
 
-def run_to_resume(config, world):
-    """Return what the run in `out_dir` last saved, None for a new one.
+def run_to_resume(config, world, script, same=()):
+    """Return what the run of `script` in `out_dir` last saved, None for a new one.
 
-    Raises ValueError where a new one would meet another there, FileNotFoundError where there is none to resume.
+    Raises ValueError where a new one would meet another there, where it is another script's, or where one of the knobs
+    in `same` was another; FileNotFoundError where there is none to resume.
     """
     state = Path(config.out_dir) / "last" / "state.pt"
     resume = config.init_from == "resume"
@@ -121,13 +122,20 @@ def run_to_resume(config, world):
         return None
     if not state.exists():
         raise FileNotFoundError(f"no {state} to resume from: start with another --init_from, the name of a model")
-    return load_tensors(state)
+    found = load_tensors(state)
+    if (of := found.get("script", "train")) != script:
+        raise ValueError(f"{state.parent} is a run of {of}.py: resume it by that, or set another --out_dir")
+    for name in same:
+        if getattr(config, name) != (was := found["knobs"][name]):
+            raise ValueError(f"{name}={getattr(config, name)}, but the run in {config.out_dir} is for {was}")
+    return found
 
 
-def save_state(last, **state):
-    """Write all that a resumed run needs into one file in the folder `last`: tensors and plain values."""
-    with replacing(last / "state.pt") as path:
-        torch.save(state, path)
+def save_state(config, script, same=(), /, **state):
+    """Write all that a resumed run needs into one file in out_dir/last: tensors and plain values."""
+    knobs = {name: getattr(config, name) for name in same}
+    with replacing(Path(config.out_dir) / "last" / "state.pt") as path:
+        torch.save(state | {"script": script, "knobs": knobs}, path)
 
 
 def check_knobs(config, positive, not_negative):

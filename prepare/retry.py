@@ -63,6 +63,21 @@ def turns(texts):
     return [{"role": ("user", "assistant")[(len(texts) - i - 1) % 2], "content": text} for i, text in enumerate(texts)]
 
 
+def spoken(utterances, reply):
+    """Return utterances of ConvAI2 as messages; whoever says the `reply` is the assistant. One who says several things
+    in a row has one turn."""
+    if "sender" not in reply:
+        return turns([utterance["text"] for utterance in utterances])
+    messages = []
+    for utterance in utterances:
+        role = "assistant" if utterance["sender"] == reply["sender"] else "user"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f" {utterance['text']}"
+        else:
+            messages.append({"role": role, "content": utterance["text"]})
+    return messages
+
+
 def said(text):
     return {"role": "assistant", "content": text}
 
@@ -87,33 +102,36 @@ def examples(record, negatives="adversarial"):
         if what := problem(messages):
             raise ValueError(what)
         of = [(messages[: i + 1], 1) for i, m in enumerate(messages[:-1]) if m["role"] == "assistant"]
+        kept = [content for content, _ in of]
         persona = [m for m in messages if m["role"] == "system"]
         said_before = [m for m in messages if m["role"] != "system"]
         for retried in record.get("retried", ()):
             before = retried["before"]
             if type(before) is not int or not 0 < before <= len(said_before):
                 raise ValueError(f"before={before!r:.40} of a retried reply is not from 1 to {len(said_before)}")
-            context = said_before[:before]
-            of.append(([*persona, *context, said(as_text(retried["content"], "retried"))], 0))
-        return beginning(messages), of
+            again = [*persona, *said_before[:before], said(as_text(retried["content"], "retried"))]
+            if again not in kept:  # the same words came again, and were kept then
+                of.append((again, 0))
+        return str(messages[: next((i + 1 for i, m in enumerate(messages) if m["role"] == "assistant"), None)]), of
     if "positive_responses" in record:
+        if not isinstance(record["context"], list):
+            raise ValueError(f"context is no list: {record['context']!r:.40}")
         context = turns([as_text(text, "context") for text in record["context"]])
-        good = record["positive_responses"]
-        bad = [text for name in BAD_REPLIES[negatives] for text in record[name]]
+        good = [as_text(text, "positive_responses") for text in record["positive_responses"]]
+        bad = [as_text(text, name) for name in BAD_REPLIES[negatives] for text in record[name]]
         # in turn, so that as many of one as of the other are pairs
         of = [
             (text, label) for pair in itertools.zip_longest(good, bad) for text, label in zip(pair, (1, 0), strict=True)
         ]
         return beginning(context), [([*context, said(text)], label) for text, label in of if text is not None]
     if "dialog" in record:
-        texts = [utterance["text"] for utterance in record["dialog"]]
-        scores = [utterance["evaluation_score"] for utterance in record["dialog"]]
+        utterances = record["dialog"]
         of = [
-            ([*turns(texts[:i]), said(texts[i])], as_label(score))
-            for i, score in enumerate(scores)
+            ([*spoken(utterances[:i], utterances[i]), said(utterances[i]["text"])], as_label(score))
+            for i, score in enumerate(utterance["evaluation_score"] for utterance in utterances)
             if score is not None
         ]
-        return str(texts), of
+        return str([utterance["text"] for utterance in utterances]), of
     text, label = (next((record[name] for name in names if name in record), None) for names in (TEXTS, LABELS))
     if text is None or label is None:
         missing = " nor ".join(TEXTS if text is None else LABELS)
@@ -159,12 +177,16 @@ def flat(values):
 
 def from_file(path, negatives):
     """Yield (key, [(text or messages, label)]). Raises ValueError with the place of a record that is not right."""
+    saved = set()  # replies of chats: one that is saved twice counts once
     for where, record in records(path):
         try:
             key, of = examples(record, negatives)
         except (ValueError, KeyError, TypeError) as error:
-            reason = f"there is no {error}" if isinstance(error, KeyError) else error
+            reason = {KeyError: f"there is no {error}", TypeError: "is of no known form"}.get(type(error), error)
             raise ValueError(f"{path}, {where}: {reason}") from error
+        if "messages" in record:
+            of = [reply for reply in of if hash(str(reply)) not in saved]
+            saved |= {hash(str(reply)) for reply in of}
         if of:
             yield key, of
 
@@ -214,8 +236,12 @@ def prepare(config, found):
                     counts[split][label] += 1
         for split, (bad, good) in counts.items():
             if not (bad and good):
-                counted = f"{good:,} replies that were kept and {bad:,} that were not"
-                raise ValueError(f"{split}.bin would have {counted}: more conversations are needed, with both")
+                counted = f"{split}.bin would have {good:,} replies that were kept and {bad:,} that were not"
+                if not any(map(sum, counts.values())):
+                    counted = "there is no reply of which it is known whether it was kept"
+                elif not good + bad:
+                    counted += ", since all conversations begin alike, and such ones stay together"
+                raise ValueError(f"{counted}: more conversations are needed, with both")
     for split, (bad, good) in counts.items():
         n_tokens = writers[split].n_tokens
         share = good / (good + bad)

@@ -116,10 +116,47 @@ def test_why_shows_the_candidates(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert [float(line.split()[0]) for line in lines] == pytest.approx([s for s, _ in talk.choice], abs=1e-3)
+    talk.choice *= 2
+    chat.command(talk, "/why")
+    assert capsys.readouterr().out.count("(2 times)") == 4  # equal ones on one line
     assert " ".join(talk.choice[0][1].split()) in lines[0]
     chat.command(talk, "/reset")
     chat.command(talk, "/why")
     assert "nothing was chosen" in capsys.readouterr().out
+
+
+def test_retry_gives_another_reply_than_those_that_were_taken_back():
+    talk = chat.Chat(knobs(best_of=8, max_new_tokens=1, top_k=3, temperature=2.0))  # few different ones
+    said = []
+    for _ in range(3):
+        list(talk.reply("hi"))
+        said.append(talk.messages[-1]["content"])
+        talk.take_back()
+    assert len({text for text in said if text}) == len([text for text in said if text]) >= 2
+
+
+def test_a_retry_that_is_cut_short_leaves_the_reply_that_was_there(monkeypatch, tmp_path):
+    talk = chat.Chat(knobs())
+    list(talk.reply("hi"))
+    before = [dict(m) for m in talk.messages]
+    message = chat.command(talk, "/retry")
+    assert message == "hi" and talk.messages == []
+
+    def interrupted(engine):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(talk.reply(message))
+    talk.cut_short()
+    assert talk.messages == before and talk.retried == []
+    with monkeypatch.context() as patch:  # of a message that is new nothing is left
+        patch.setattr(Engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(talk.reply("and you?"))
+    talk.cut_short()
+    assert talk.messages == before
 
 
 def test_an_answer_that_was_cut_short_leaves_the_engine_free(monkeypatch):
@@ -163,8 +200,8 @@ def test_rows_that_run_are_not_stepped_for_somebody_else():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"reward": ""}, ["best_of=4 and reward=(none)", "--best_of=8 --reward="]),
-        ({"best_of": 1}, ["best_of=1 and reward=reward-human_bot"]),
+        ({"reward": ""}, ["best_of=4 with reward=(none)", "--best_of=8 --reward="]),
+        ({"best_of": 1}, ["best_of=1 with reward=reward-human_bot"]),
         ({"best_of": 0, "reward": ""}, ["best_of=0 is too small"]),
         ({"reward": "gpt-human_bot"}, ["gpt-human_bot", "is no reward model"]),
         ({"reward": "reward-user_assistant"}, ["reward-user_assistant", "another vocabulary"]),

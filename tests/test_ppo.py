@@ -12,7 +12,9 @@ import torch
 from conftest import ROOT, assert_refused, small_talk, write_shards
 from safetensors.torch import load_file
 
+import train
 import train_ppo
+import train_reward
 from checkpoint import load_model, save_model
 from configurator import parse
 from model import GPT, GPTConfig, RewardModel
@@ -288,7 +290,7 @@ def test_the_log_has_what_is_to_be_watched(capsys):
     assert [r["iter"] for r in evaluations] == [0, 2, 4]
     assert (evaluations[0]["val_kl"], steps[0]["kl"]) == (0, 0)
     shown = capsys.readouterr().out
-    assert sum("[Bot]:" in line for line in shown.splitlines()) == 4  # a sample a step
+    assert sum(line.startswith("  ") and " -> " in line for line in shown.splitlines()) == 4  # a sample a step
     best = max(r["val_score"] for r in evaluations)
     assert f"the best held-out score is {best:+.2f}" in shown
 
@@ -325,6 +327,21 @@ def test_a_kl_coefficient_that_is_given_anew_counts_when_a_run_is_resumed():
     fit(max_iters=3, init_from="resume", kl_coef=0.5)
     found = [r["kl_coef"] for r in records(Path("out")) if "kl_coef" in r]
     assert found[0] == 0.15 and found[1] == pytest.approx(0.15, rel=0.01) and found[1] != 0.15 and found[2] == 0.5
+
+
+@pytest.mark.parametrize("knob", [{"reward": "length:3"}, {"temperature": 0.5}, {"max_new_tokens": 7}])
+def test_a_run_is_resumed_for_what_it_was_begun(knob):
+    fit(max_iters=1)
+    (name, value), *_ = knob.items()
+    with pytest.raises(ValueError, match=f"{name}={value}, but the run in out is for {TINY.get(name, 0.7)}"):
+        fit(init_from="resume", **knob)
+
+
+def test_a_run_of_another_script_is_not_resumed():
+    fit(max_iters=1)
+    for script in (train_reward, train):
+        with pytest.raises(ValueError, match=r"out/last is a run of train_ppo\.py"):
+            script.main(script.Config(out_dir="out", init_from="resume", device="cpu", dataset="talk"))
 
 
 # ---- rewards whose best is known: the full runs are in the README
@@ -367,6 +384,8 @@ def test_a_config_for_the_model_in_the_box_runs(monkeypatch):
         ({"max_prompt": 1}, ["has a prompt of at most 1 tokens: raise max_prompt"]),
         ({"dataset": "nowhere"}, ["no data/nowhere/train*.bin"]),
         ({"dataset": "theirs"}, ["is in template user_assistant"]),
+        ({"gamma": 5.0}, ["gamma=5.0 is not from 0 to 1"]),
+        ({"no_end": math.nan}, ["no_end=nan"]),
         ({"kl_horizon": 7}, ["kl_horizon=7 is less than"]),
         ({"lr_schedule": "step"}, ["lr_schedule=step"]),
         ({"eval_replies": 1}, ["eval_replies=1"]),

@@ -111,6 +111,20 @@ def test_dailydialog_gives_good_replies_and_those_that_are_asked_for():
         ]
 
 
+def test_in_convai2_whoever_says_the_reply_is_the_assistant_and_turns_in_a_row_are_one():
+    said = [("p1", "hello there", None), ("p2", "hey", None), ("p1", "fine", None), ("p1", "are you here?", None)]
+    said += [("p2", "i am", 1)]
+    record = {"dialog": [{"sender": who, "text": text, "evaluation_score": score} for who, text, score in said]}
+    ((messages, label),) = retry.examples(record)[1]
+    assert label == 1
+    assert [(m["role"], m["content"]) for m in messages] == [
+        ("user", "hello there"),
+        ("assistant", "hey"),
+        ("user", "fine are you here?"),
+        ("assistant", "i am"),
+    ]
+
+
 def test_convai2_gives_the_utterances_that_have_a_score():
     dialog = [("hi", None), ("hello", None), ("how are you", None), ("tea", 0), ("what?", None), ("sorry", 1)]
     record = {"dialog": [{"text": text, "evaluation_score": score} for text, score in dialog]}
@@ -157,7 +171,10 @@ def test_no_conversation_is_in_both_splits_however_far_it_had_got(prepare, tmp_p
             logs += [{"messages": messages[: i + 1]} for i, m in enumerate(messages) if m["role"] == "assistant"]
             logs[-1]["retried"] = [{"before": 1, "content": "what?"}]
     assert prepare(source=write(tmp_path / "logs.jsonl", logs)).returncode == 0
-    beginnings = {split: {text.partition("[Bot]:")[0] for text, _ in texts} for split, texts in read_back().items()}
+    # a conversation is known by its first exchange
+    beginnings = {
+        split: {text.partition("<|endoftext|>")[0] for text, s in texts if s} for split, texts in read_back().items()
+    }
     assert beginnings["train"] and beginnings["val"] and not beginnings["train"] & beginnings["val"]
 
 
@@ -182,6 +199,28 @@ def test_what_chat_saves_is_read(prepare, tmp_path, monkeypatch):
     assert sum(s == " good<|endoftext|>" for _, s in texts) == sum(s == " hello<|endoftext|>" for _, s in texts) == 30
 
 
+def test_what_is_saved_twice_counts_once_and_a_reply_that_came_again_was_kept(prepare, tmp_path):
+    logs = []
+    for n in range(30):
+        talk = [{"role": "user", "content": f"hi {n}"}, HELLO, HI, {"role": "assistant", "content": "yes"}, HI]
+        talk += [{"role": "assistant", "content": "last"}]
+        logs += [{"messages": talk[:4], "retried": [{"before": 1, "content": "what?"}]}]
+        logs += [{"messages": talk, "retried": [{"before": 1, "content": "what?"}, {"before": 1, "content": "hello"}]}]
+    assert prepare(source=write(tmp_path / "logs.jsonl", logs)).returncode == 0
+    found = read_back()
+    texts = found["train"] + found["val"]
+    assert len(texts) == len(set(texts)) == 30 * 3
+    assert sum(bool(s) for _, s in texts) == 60
+
+
+def test_chats_that_begin_alike_are_divided(prepare, tmp_path):
+    logs = [{"messages": [HI, {"role": "assistant", "content": f"hello {n}"}, HI, HELLO]} for n in range(60)]
+    for n, log in enumerate(logs):
+        log["retried"] = [{"before": 3, "content": f"what? {n}"}]
+    assert prepare(source=write(tmp_path / "logs.jsonl", logs)).returncode == 0
+    assert all(len(texts) > 1 for texts in read_back().values())
+
+
 # ---- refusals
 
 
@@ -203,6 +242,12 @@ def test_what_chat_saves_is_read(prepare, tmp_path, monkeypatch):
         ({"messages": [HI, HELLO], "retried": [{"before": 9, "content": "a"}]}, ["before=9"]),
         ({"context": ["a"], "positive_responses": ["b"]}, ["adversarial_negative_responses"]),
         (["a", 1], ["is no object"]),
+        ({"messages": [HI, HELLO], "retried": None}, ["is of no known form"]),
+        ({"context": "hello", "positive_responses": []}, ["context is no list"]),
+        (
+            {"context": ["a"], "positive_responses": [5], "adversarial_negative_responses": ["b"]},
+            ["positive_responses is no text: 5"],
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -224,6 +269,13 @@ def test_a_record_that_is_not_right_is_named_by_its_line(prepare, tmp_path, reco
 def test_a_file_that_cannot_be_read_is_refused_with_the_place(prepare, tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     assert_refused(prepare(source=tmp_path / name), name, *words)
+
+
+def test_a_file_of_one_conversation_or_of_nothing_is_refused(prepare, tmp_path):
+    alike = [{"text": f"[Human]: hi\n[Bot]: {n}", "label": n % 2} for n in range(30)]
+    assert_refused(prepare(source=write(tmp_path / "r.jsonl", alike)), "all conversations begin alike")
+    (tmp_path / "empty.jsonl").touch()
+    assert_refused(prepare(source=tmp_path / "empty.jsonl"), "there is no reply of which it is known")
 
 
 def test_labels_that_are_all_alike_are_refused(prepare, tmp_path):

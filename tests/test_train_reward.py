@@ -134,7 +134,7 @@ def test_many_texts_have_the_scores_that_each_has_alone():
 
 
 @pytest.mark.parametrize("size", [64, 20])
-def test_saidbehind_one_context_have_the_scores_of_whole_rows(size):
+def test_replies_behind_one_context_have_the_scores_of_whole_rows(size):
     model = RewardModel(GPTConfig(size, **SHAPE)).eval()
     context, branches = list(range(100, 115)), [[5, 6, 7], [8], [], [9] * 10]
     room = size - 10  # that the longest leaves to the context
@@ -177,7 +177,7 @@ def test_the_end_of_a_long_text_is_what_is_scored():
 
 
 @pytest.mark.parametrize("loss", ["labels", "pairs"])
-def test_it_learns_which_saidare_kept_and_length_does_not_tell(loss, capsys):
+def test_it_learns_which_replies_are_kept_and_length_does_not_tell(loss, capsys):
     out = fit(loss=loss, dataset={"labels": "retry", "pairs": "pairs"}[loss], max_iters=150, eval_interval=50)
     last = [r for r in records(out) if "val_loss" in r][-1]
     length = last["length_auc" if loss == "labels" else "length_accuracy"]
@@ -203,8 +203,20 @@ def test_a_model_that_is_no_better_than_length_is_told_so(capsys):
             ([("user", "hi"), ("assistant", "tea " * int(draw.integers(1, 9) + 9 * (i % 2)))], i % 2) for i in range(n)
         ]
         write_replies("data/long", split, labelled)
-    fit(dataset="long", max_iters=1, learning_rate=1e-9)
-    assert "NO BETTER THAN LENGTH" in capsys.readouterr().out
+    fit(dataset="long", max_iters=30, learning_rate=1e-4)
+    shown = capsys.readouterr().out
+    assert "NO BETTER THAN LENGTH" in shown and "chat.py" not in shown
+
+
+def test_a_model_that_is_no_better_than_a_constant_is_told_so(capsys):
+    draw = np.random.default_rng(0)
+    for split, n in (("train", 60), ("val", 60)):  # nothing tells which are kept
+        labelled = [([("user", "hi"), ("assistant", f"word {draw.integers(1000)}")], i % 2) for i in range(n)]
+        write_replies("data/noise", split, labelled)
+    fit(dataset="noise", max_iters=1, learning_rate=1e-9)
+    shown = capsys.readouterr().out
+    assert "NO BETTER THAN" in shown and "chat.py" not in shown
+    assert "60 replies in an evaluation say little" in shown
 
 
 def test_of_pairs_the_baseline_is_the_longer_or_the_shorter_of_each(capsys):
@@ -314,7 +326,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(knobs, words):
 
 def test_a_run_is_resumed_with_its_own_block_size():
     fit(max_iters=1)
-    with pytest.raises(ValueError, match="block_size=32, but the run in out has 48"):
+    with pytest.raises(ValueError, match="block_size=32, but the run in out is for 48"):
         fit(init_from="resume", block_size=32)
 
 
