@@ -8,10 +8,10 @@ block_size = 512
 
 batch_size = 4
 gradient_accumulation_steps = 1
-max_iters = 150
+max_iters = 250
 learning_rate = 5e-4
 min_lr = 5e-5
 warmup_iters = 20
 freeze_rare = 20
-eval_interval = 75
+eval_interval = 125
 eval_iters = 15
