@@ -15,7 +15,7 @@ from configurator import run
 from generate import Engine, stream
 from reward import best_of, load_reward_model
 from sampling import ChatSampling, Sampling, for_template
-from tokenizer import TextStream, fit_context
+from tokenizer import fit_context
 
 COMMANDS = """\
 /help            this list
@@ -110,16 +110,10 @@ class Chat:
         found = best_of(self.engine, self.reward_model, self.tokenizer, prompt, c.best_of, seed=seed, **options)
         turns = sum(m["role"] != "system" for m in self.messages)
         before = {retried["content"] for retried in self.retried if retried["before"] == turns}
-        shown = [(score, self.shown(ids)) for score, ids in found]
+        texts = [(score, self.tokenizer.decode(ids)) for score, ids in found]
         # a reply that was taken back here comes last
-        self.choice = sorted(shown, key=lambda pair: pair[1].strip() in before)
+        self.choice = sorted(texts, key=lambda pair: pair[1].strip() in before)
         yield self.choice[0][1]
-
-    def shown(self, ids):
-        """Return the text of a reply; of one that was cut for its length without what may begin a marker."""
-        text = TextStream(self.tokenizer, self.tokenizer.stop_strings)
-        certain = "".join(map(text.push, ids))
-        return certain if len(ids) == self.config.max_new_tokens else certain + text.rest()
 
     def take_back(self):
         """Forget the last message and its reply; return the message, "" if there is none."""

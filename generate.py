@@ -31,8 +31,9 @@ def generate(
     `sampling` are the fields of Sampling, the rest as in Engine.add; prompt i has the seed `seed` + i. Given the
     `tokenizer`, no id beyond its vocabulary is chosen, if the model has embeddings for more. With
     `stop_strings` (which need the `tokenizer`) a row ends where one of them appears in its text, and loses the ids
-    that reach into it. engine: one of this model to go on with, which has computed what prompts begin with; else one is
-    made. None of its rows may run. Raises ValueError as Engine.add and Sampling do.
+    that reach into it; where its room ends, those of what may be the beginning of one. engine: one of this model to go
+    on with, which has computed what prompts begin with and none of whose rows may run; else one is made. Raises
+    ValueError as Engine.add and Sampling do.
     """
     if stop_strings and tokenizer is None:
         raise ValueError("stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)")
@@ -58,7 +59,10 @@ def generate(
                 if texts:
                     texts[i].push(token)
                     ends[i].append(texts[i].length + texts[i].within_character)
-                    if (stop := texts[i].stopped_at) is not None:
+                    stop, full = texts[i].stopped_at, not engine.rows[row].running
+                    if stop is None and full:
+                        stop = texts[i].length - len(texts[i].rest())
+                    if stop is not None:
                         new[i] = [t for t, end in zip(new[i], ends[i], strict=True) if end <= stop]
                         engine.end(row)
     finally:
@@ -310,8 +314,8 @@ class Engine:
     def _close_up(self, newest):
         """Move rows of `newest` to slots of ended rows before them; return them in their new order.
 
-        What lies between is computed along: of eight replies to one prompt, whose longest is twice the mean, the steps
-        take 0.8 of the time.
+        What lies between is computed along: of eight replies to one prompt, the steps take 0.88 of the time (the model
+        in the box).
         """
         free = [row for row in self.rows if not row.running and row.slot < len(newest)]
         last = [self.rows[i] for i in newest if self.rows[i].slot >= len(newest)]

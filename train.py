@@ -9,7 +9,7 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,12 +33,11 @@ from training import (
     check_knobs,
     join,
     learning_rate,
-    moments,
     optimizer_step,
     precision,
+    restore,
     run_to_resume,
-    save_state,
-    set_moments,
+    save_last,
 )
 
 
@@ -177,9 +176,7 @@ def main(config):
     # 6. the optimizer
     spared = raw_model.transformer.wte.weight if config.freeze_rare else None  # some of it has to stay as it is
     optimizer = adamw(raw_model, config, spared)
-    set_moments(raw_model, optimizer, state.pop("optimizer", {}))
-    if state.get("scaler"):
-        scaler.load_state_dict(state["scaler"])
+    restore(raw_model, optimizer, scaler, state)
 
     @torch.no_grad()
     def evaluate(loader):
@@ -208,23 +205,11 @@ def main(config):
             model.tie_weights()
         return model
 
-    def save_last(it, model):
-        """Write last/: the weights for others, and in one file all that a resumed run needs, so that both agree."""
-        optimizer_state = moments(raw_model, optimizer)
-        if not master:
-            return
-        save_model(model, tokenizer, last)
-        save_state(
-            config,
-            "train",
-            iter=it,
-            best_val_loss=state["best_val_loss"],
-            template=tokenizer.template,
-            config=asdict(raw_model.config),
-            model=model.state_dict(),
-            optimizer=optimizer_state,
-            scaler=scaler.state_dict(),
-        )
+    def save(it, model):
+        """Write last/."""
+        common = (raw_model, optimizer, scaler)
+        best = state["best_val_loss"]
+        save_last(world, config, "train", model, tokenizer, *common, weights=model, iter=it, best_val_loss=best)
 
     # 7. the log: lines on the screen and in metrics.jsonl, which a resumed run continues from where it was saved
     stop, trouble = StopSignal(), Trouble()
@@ -265,7 +250,7 @@ def main(config):
                 if losses["val"] < state["best_val_loss"]:
                     save_model(model_now, tokenizer, config.out_dir)
             state["best_val_loss"] = min(state["best_val_loss"], losses["val"])
-            save_last(it, model_now)
+            save(it, model_now)
             raw_model.train()
             clock, clock_iter = time.perf_counter(), it
         if it == config.max_iters:
@@ -285,7 +270,7 @@ def main(config):
         if stopping:
             if norm is not None and not scaler.is_enabled():
                 trouble.check("gradient norm", norm.item(), it)
-            save_last(it, gathered())
+            save(it, gathered())
             if master:
                 print(f"stopped at iter {it}, saved to {last}; go on with the same command and --init_from=resume")
             break

@@ -31,12 +31,11 @@ from training import (
     check_knobs,
     join,
     learning_rate,
-    moments,
     optimizer_step,
     precision,
+    restore,
     run_to_resume,
-    save_state,
-    set_moments,
+    save_last,
 )
 
 SAME = ("reward", "dataset", "temperature", "max_new_tokens")  # knobs of a run that is resumed
@@ -348,9 +347,7 @@ def main(config):
         raise ValueError(f"{last} is at iter {state['iter']}, beyond max_iters={config.max_iters}: raise it")
     model = DistributedDataParallel(raw_model) if world.size > 1 else raw_model
     optimizer = adamw(raw_model, config)
-    set_moments(raw_model, optimizer, state.pop("optimizer", {}))
-    if state.get("scaler"):
-        scaler.load_state_dict(state["scaler"])
+    restore(raw_model, optimizer, scaler, state)
 
     def in_parts(rows):
         """Return the rows of an iteration in the parts that steps are made on."""
@@ -389,22 +386,11 @@ def main(config):
             "val_repeated_4grams": repeated_4grams([tokenizer.decode(ids) for ids in rollout.replies]),
         }
 
-    def save_last(it):
-        """Write last/: the weights for others, and in one file all that a resumed run needs, so that both agree."""
-        optimizer_state = moments(raw_model, optimizer)
-        if world.master:
-            save_model(policy, tokenizer, last)
-            names = ("kl_coef", "kl_coef_at_first", "best_score", "mean", "std", "name")
-            save_state(
-                config,
-                "train_ppo",
-                SAME,
-                iter=it,
-                **{name: state[name] for name in names},
-                model=raw_model.state_dict(),
-                optimizer=optimizer_state,
-                scaler=scaler.state_dict(),
-            )
+    def save(it):
+        """Write last/."""
+        kept = {name: state[name] for name in ("kl_coef", "kl_coef_at_first", "best_score", "mean", "std", "name")}
+        common = (raw_model, optimizer, scaler)
+        save_last(world, config, "train_ppo", policy, tokenizer, *common, same=SAME, iter=it, **kept)
 
     stop = StopSignal()
     if world.master:
@@ -425,7 +411,7 @@ def main(config):
                 if found["val_score"] > state["best_score"]:
                     state["best_score"] = found["val_score"]
                     save_model(policy, tokenizer, config.out_dir)
-            save_last(it)
+            save(it)
         if it == config.max_iters:
             if world.master:
                 print(
@@ -434,7 +420,7 @@ def main(config):
                 )
             break
         if world.sum(torch.tensor(int(stop.asked))):
-            save_last(it)
+            save(it)
             if world.master:
                 print(f"stopped at iter {it}, saved to {last}; go on with the same command and --init_from=resume")
             break

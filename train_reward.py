@@ -6,7 +6,7 @@ token, as Chai's gpt2_medium_retry_and_continue_12m_reward_model is.
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,12 +28,11 @@ from training import (
     check_knobs,
     join,
     learning_rate,
-    moments,
     optimizer_step,
     precision,
+    restore,
     run_to_resume,
-    save_state,
-    set_moments,
+    save_last,
 )
 
 SAME = ("loss", "dataset", "template", "block_size")  # knobs of a run that is resumed: else its best is of another kind
@@ -178,14 +177,8 @@ def in_order(margin):
 
 def check(config):
     """Raise ValueError for a knob that is out of range."""
-    positive = [
-        "batch_size",
-        "block_size",
-        "gradient_accumulation_steps",
-        "eval_interval",
-        "eval_iters",
-        "log_interval",
-    ]
+    positive = ["batch_size", "block_size", "gradient_accumulation_steps"]
+    positive += ["eval_interval", "eval_iters", "log_interval"]
     check_knobs(config, positive, ["max_iters", "warmup_iters", "grad_clip", "adam_eps", "seed"])
     if config.loss not in ("labels", "pairs"):
         raise ValueError(f"loss={config.loss} is not one of labels, pairs")
@@ -246,9 +239,7 @@ def main(config):
 
     # 4. the optimizer
     optimizer = adamw(raw_model, config)
-    set_moments(raw_model, optimizer, state.pop("optimizer", {}))
-    if state.get("scaler"):
-        scaler.load_state_dict(state["scaler"])
+    restore(raw_model, optimizer, scaler, state)
 
     # 5. what a model is to be measured by: one that knows how often replies are kept, and one that sees their length
     evaluated = np.unique(np.concatenate([val.numbers(n) for n in range(min(config.eval_iters, val.n_batches))]))
@@ -282,24 +273,11 @@ def main(config):
             raise ValueError("scores are no numbers: the run diverges. Lower learning_rate, or raise warmup_iters")
         return figures(scores, labels, config.loss)
 
-    def save_last(it):
-        """Write last/: the weights for others, and in one file all that a resumed run needs, so that both agree."""
-        optimizer_state = moments(raw_model, optimizer)
-        if world.master:
-            save_model(raw_model, tokenizer, last)
-            save_state(
-                config,
-                "train_reward",
-                SAME,
-                iter=it,
-                best_val_loss=state["best_val_loss"],
-                best_measure=state["best_measure"],
-                template=tokenizer.template,
-                config=asdict(raw_model.config),
-                model=raw_model.state_dict(),
-                optimizer=optimizer_state,
-                scaler=scaler.state_dict(),
-            )
+    def save(it):
+        """Write last/."""
+        best = {name: state[name] for name in ("best_val_loss", "best_measure")}
+        common = (raw_model, optimizer, scaler)
+        save_last(world, config, "train_reward", raw_model, tokenizer, *common, same=SAME, iter=it, **best)
 
     # 6. the log
     stop, trouble = StopSignal(), Trouble()
@@ -333,7 +311,7 @@ def main(config):
                     save_model(raw_model, tokenizer, config.out_dir)
             if found["val_loss"] < state["best_val_loss"]:
                 state["best_val_loss"], state["best_measure"] = found["val_loss"], found[measure]
-            save_last(it)
+            save(it)
             clock, clock_iter = time.perf_counter(), it
         if it == config.max_iters:
             if world.master:
@@ -347,7 +325,7 @@ def main(config):
         n = sum(len(labels) // train.unit for *_, labels in batches)
         total, stopping = world.sum(torch.tensor([n, int(stop.asked)])).tolist()
         if stopping:
-            save_last(it)
+            save(it)
             if world.master:
                 print(f"stopped at iter {it}, saved to {last}; go on with the same command and --init_from=resume")
             break

@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from checkpoint import keep_freed_memory, load_tensors, pick_device, pick_dtype, replacing
+from checkpoint import keep_freed_memory, load_tensors, pick_device, pick_dtype, replacing, save_model
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # a checkpoint knows nothing of shards
 
@@ -131,11 +131,31 @@ def run_to_resume(config, world, script, same=()):
     return found
 
 
-def save_state(config, script, same=(), /, **state):
-    """Write all that a resumed run needs into one file in out_dir/last: tensors and plain values."""
-    knobs = {name: getattr(config, name) for name in same}
-    with replacing(Path(config.out_dir) / "last" / "state.pt") as path:
-        torch.save(state | {"script": script, "knobs": knobs}, path)
+def save_last(world, config, script, written, tokenizer, model, optimizer, scaler, /, same=(), weights=None, **state):
+    """Write out_dir/last/: the model to be `written` for others, and in one file all that a resumed run needs, so that
+    both agree: tensors and plain values. weights: the model to resume with, `model` unless it is sharded.
+
+    All processes have to call it; the first one writes.
+    """
+    optimizer_state = moments(model, optimizer)
+    if not world.master:
+        return
+    last = Path(config.out_dir) / "last"
+    save_model(written, tokenizer, last)
+    state |= {"script": script, "knobs": {name: getattr(config, name) for name in same}}
+    state |= {"template": tokenizer.template, "config": asdict(written.config)}
+    state |= {"model": (weights or model).state_dict(), "optimizer": optimizer_state, "scaler": scaler.state_dict()}
+    with replacing(last / "state.pt") as path:
+        torch.save(state, path)
+
+
+def restore(model, optimizer, scaler, state):
+    """Take the optimizer's moments and the scaler out of what `save_last` wrote; the knobs stay those of this call."""
+    if saved := state.pop("optimizer", None):
+        groups = get_optimizer_state_dict(model, optimizer)
+        set_optimizer_state_dict(model, optimizer, groups | {"state": saved}, options=WHOLE)
+    if saved := state.pop("scaler", None):
+        scaler.load_state_dict(saved)
 
 
 def check_knobs(config, positive, not_negative):
@@ -173,13 +193,6 @@ def moments(model, optimizer):
     if not optimizer.state:
         return {}  # asking for it would make a step
     return get_optimizer_state_dict(model, optimizer, options=WHOLE).get("state", {})
-
-
-def set_moments(model, optimizer, state):
-    """Restore what `moments` returned; the knobs stay those of this call."""
-    if state:
-        groups = get_optimizer_state_dict(model, optimizer)
-        set_optimizer_state_dict(model, optimizer, groups | {"state": state}, options=WHOLE)
 
 
 def optimizer_step(model, optimizer, scaler, lr, grad_clip):

@@ -1,4 +1,4 @@
-# What `make demo` does: the model in the box learns a corpus that it has not seen, two minutes on two CPU cores.
+# What `make demo` does: the model in the box learns a corpus that it has not seen, one to four minutes on two cores.
 init_from = "nano"
 out_dir = "out/demo-chitchat"
 dataset = "chitchat,recall"  # without the second it forgets to remember: recall of 75% becomes 5%

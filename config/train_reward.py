@@ -1,5 +1,5 @@
 # GPT-2 124M to a reward model, with the recipe of Chai's gpt2_medium_retry_and_continue_12m_reward_model, on one GPU
-# with 12 GB. First, of your own chats, or of anything else that prepare/retry.py reads:
+# with 12 GB (by estimate). First, of your own chats, or of anything else that prepare/retry.py reads:
 #   python prepare/retry.py --source=saved.jsonl
 init_from = "gpt2"
 out_dir = "out/reward"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from shards import ShardWriter
 from tokenizer import Tokenizer
@@ -70,6 +71,30 @@ def largest_file(n_bytes):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+class StopsAfter:
+    """In place of a StopSignal: asks to stop after so many steps."""
+
+    def __init__(self, steps):
+        self.left = steps + 1
+
+    @property
+    def asked(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+def records(out):
+    """Return the lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(a, b):
+    """Two checkpoints have the same weights to the bit."""
+    a, b = (load_file(Path(folder) / "model.safetensors") for folder in (a, b))
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 def small_talk(n, seed=0):

@@ -183,10 +183,15 @@ def test_piped_messages_are_answered_too(monkeypatch, capsys):
     assert len(lines) == 2 and all(line.startswith("Bot:") for line in lines)
 
 
-def test_a_reply_that_is_cut_for_its_length_shows_no_part_of_a_marker():
-    ids = Tokenizer().encode(" ok\n[Human")
-    assert chat.Chat(knobs(max_new_tokens=len(ids))).shown(ids) == " ok\n"
-    assert chat.Chat(knobs(max_new_tokens=len(ids) + 1)).shown(ids) == " ok\n[Human"  # it ended by itself
+def test_a_reply_that_is_cut_for_its_length_has_no_part_of_a_marker(monkeypatch):
+    policy, _, tokenizer = loaded()
+    ids = tokenizer.encode(" ok\n[Human")
+    for room, expected in ((len(ids), " ok\n"), (len(ids) + 1, " ok\n[Human")):  # or it ended by itself
+        script = iter([*ids, tokenizer.eos_id])
+        monkeypatch.setattr(generate, "sample", lambda *_, script=script, **__: torch.tensor([next(script)]))
+        stops = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
+        (found,) = generate.generate(policy, [[1]], tokenizer=tokenizer, max_new_tokens=room, **stops)
+        assert tokenizer.decode(found) == expected
 
 
 def test_rows_that_run_are_not_stepped_for_somebody_else():

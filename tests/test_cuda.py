@@ -4,6 +4,7 @@ import pytest
 import test_ppo
 import test_train_reward
 import torch
+from conftest import records
 
 from checkpoint import save_model
 from model import GPT, GPTConfig, move
@@ -59,8 +60,7 @@ def test_a_reward_model_learns_on_a_gpu_as_on_a_cpu(dtype, tmp_path, monkeypatch
             device=device, out_dir=device, dtype=dtype if device == "cuda" else "float32", dropout=0.0
         )
     on_gpu, on_cpu = (
-        [r["val_loss"] for r in test_train_reward.records(tmp_path / device) if "val_loss" in r]
-        for device in ("cuda", "cpu")
+        [r["val_loss"] for r in records(tmp_path / device) if "val_loss" in r] for device in ("cuda", "cpu")
     )
     assert on_gpu == pytest.approx(on_cpu, abs=0.05) and on_gpu[-1] < 0.3
 
@@ -70,6 +70,6 @@ def test_ppo_on_a_gpu_begins_with_ratios_of_1_and_no_kl(dtype, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     save_model(test_ppo.model(), test_ppo.TOKENIZER, "start")
     knobs = {"device": "cuda", "dtype": dtype, "max_new_tokens": 48, "max_iters": 3}  # so many are recorded
-    steps = [r for r in test_ppo.records(test_ppo.fit(**knobs)) if "kl" in r]
+    steps = [r for r in records(test_ppo.fit(**knobs)) if "kl" in r]
     assert abs(steps[0]["kl"]) < 1e-3 and len(steps) == 3
     assert all(r["entropy"] > 0 and abs(r["kl"]) < 60 for r in steps)

@@ -1,6 +1,5 @@
 """PPO: its pieces by hand, its first step, a run that is resumed, rewards with a known best, and what it refuses."""
 
-import json
 import math
 import subprocess
 import sys
@@ -9,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, small_talk, write_shards
+from conftest import ROOT, StopsAfter, assert_refused, assert_same_weights, records, small_talk, write_shards
 from safetensors.torch import load_file
 
 import train
 import train_ppo
 import train_reward
+import training
 from checkpoint import load_model, save_model
 from configurator import parse
 from model import GPT, GPTConfig, RewardModel
@@ -70,10 +70,6 @@ def fit(**knobs):
     config = train_ppo.Config(**TINY | knobs)
     train_ppo.main(config)
     return Path(config.out_dir)
-
-
-def records(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 # ---- pieces
@@ -236,25 +232,8 @@ def test_a_learned_reward_is_the_models_score_of_the_whole_without_its_end():
 # ---- runs
 
 
-class StopsAfter:
-    """In place of a StopSignal: asks to stop after so many iterations."""
-
-    def __init__(self, iterations):
-        self.left = iterations + 1
-
-    @property
-    def asked(self):
-        self.left -= 1
-        return self.left <= 0
-
-
 def without_times(out):
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records(out)]
-
-
-def assert_same_weights(a, b):
-    a, b = (load_file(folder / "model.safetensors") for folder in (a, b))
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 @pytest.mark.parametrize("reward", ["length:4", "reward"])
@@ -304,7 +283,8 @@ def test_what_it_wrote_talks(script):
 
 def test_the_weights_of_the_highest_held_out_score_are_kept(monkeypatch):
     saved, save = [], train_ppo.save_model
-    monkeypatch.setattr(train_ppo, "save_model", lambda *args: (saved.append(str(args[2])), save(*args)))
+    for module in (train_ppo, training):
+        monkeypatch.setattr(module, "save_model", lambda *args: (saved.append(str(args[2])), save(*args)))
     gains = iter([0.5, 0.7, 0.6, 0.9, 0.6, 0.8])
     monkeypatch.setattr(train_ppo, "make_reward", lambda *_: lambda r: torch.full((len(r.replies),), next(gains)))
     fit(max_iters=2, eval_interval=1, epochs=1)  # rewards: at the start, held out, of a step, held out, ...

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_refused, largest_file, small_talk, write_shards
+from conftest import ROOT, assert_refused, assert_same_weights, largest_file, records, small_talk, write_shards
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
@@ -93,12 +93,6 @@ def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
 
 
-def assert_same_weights(a, b):
-    a, b = weights(a), weights(b)
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
 def assert_close_weights(ours, theirs, atol):
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -108,10 +102,6 @@ def assert_close_weights(ours, theirs, atol):
         ):  # the gradient of the keys' biases is 0 but for rounding: Adam makes noise of it
             a, b = (torch.cat([bias[:32], bias[64:]]) for bias in (a, b))
         torch.testing.assert_close(a, b, atol=atol, rtol=0)
-
-
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def without_speeds(records):
@@ -134,7 +124,7 @@ def run_script(monkeypatch, capfd, **knobs):
 def assert_same_run(out, whole):
     assert_same_weights(out, whole)
     assert_same_weights(out / "last", whole / "last")
-    assert without_speeds(metrics(out)) == without_speeds(metrics(whole))
+    assert without_speeds(records(out)) == without_speeds(records(whole))
 
 
 def load_state(out):
@@ -142,7 +132,7 @@ def load_state(out):
 
 
 def losses(out, name="loss"):
-    return [record[name] for record in metrics(out) if name in record]
+    return [record[name] for record in records(out) if name in record]
 
 
 def at_step(monkeypatch, step, act):
@@ -302,12 +292,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(dtype, uninterrupted
     with monkeypatch.context() as patch:  # saved where it was told to stop
         at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         fit(**knobs)
-    assert metrics(Path("out"))[-1]["iter"] == 3
+    assert records(Path("out"))[-1]["iter"] == 3
     with monkeypatch.context() as patch:  # back to the last save, three steps ago
         at_step(patch, 8, power_cut)
         with pytest.raises(InterruptedError, match="power cut"):
             fit(**knobs, init_from="resume")
-    assert metrics(Path("out"))[-1]["iter"] == 8
+    assert records(Path("out"))[-1]["iter"] == 8
     assert_same_run(fit(**knobs, init_from="resume"), whole)
 
 
@@ -320,10 +310,10 @@ def test_a_finished_run_can_be_prolonged():
 
 def test_a_run_is_not_overwritten_by_another():
     out = fit(max_iters=2)
-    before = metrics(out)
+    before = records(out)
     with pytest.raises(ValueError, match="out/last holds a run: --init_from=resume"):
         train.main(tiny())
-    assert metrics(out) == before
+    assert records(out) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -578,7 +568,7 @@ def test_a_run_goes_on_with_another_strategy_and_number_of_processes(first, then
         fit_on_two(**knobs, init_from="resume", strategy="fsdp")
     else:
         fit(**knobs, init_from="resume")
-    assert [record["iter"] for record in metrics(Path("out")) if "loss" in record] == list(range(1, 9))
+    assert [record["iter"] for record in records(Path("out")) if "loss" in record] == list(range(1, 9))
     assert_close_weights(weights("out/last"), weights(uninterrupted(**knobs) / "last"), atol=1e-5)
 
 
@@ -611,10 +601,10 @@ def test_torchrun_starts_a_job_again_whose_process_was_killed_and_it_goes_on_fro
 
 
 def test_metrics_are_one_json_object_a_line_with_the_keys_that_others_rely_on(uninterrupted):
-    records = metrics(uninterrupted(dropout=0.1))
-    steps = [record for record in records if "loss" in record]
-    evaluations = [record for record in records if "val_loss" in record]
-    assert len(steps) + len(evaluations) == len(records)
+    lines = records(uninterrupted(dropout=0.1))
+    steps = [record for record in lines if "loss" in record]
+    evaluations = [record for record in lines if "val_loss" in record]
+    assert len(steps) + len(evaluations) == len(lines)
     assert [record["iter"] for record in steps] == list(range(1, 13))
     assert [record["iter"] for record in evaluations] == [0, 5, 10, 12]
     assert all(record.keys() >= {"iter", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"} for record in steps)
@@ -700,7 +690,7 @@ def test_weights_and_biases_gets_the_run_when_switched_on(monkeypatch):
     wandb.finish()
     wandb.teardown()  # ends its service, which writes
     (logged,) = Path("wandb").glob("offline-run-*/run-*.wandb")
-    for word in ("my first run", "learning_rate", *metrics(Path("out"))[0], *metrics(Path("out"))[1]):
+    for word in ("my first run", "learning_rate", *records(Path("out"))[0], *records(Path("out"))[1]):
         assert word.encode() in logged.read_bytes()
 
 

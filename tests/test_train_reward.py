@@ -1,6 +1,5 @@
 """The reward trainer: its losses and figures by hand, its batches, a run that is resumed, and what it refuses."""
 
-import json
 import math
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused
+from conftest import ROOT, StopsAfter, assert_refused, assert_same_weights, records
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -70,10 +69,6 @@ def fit(**knobs):
     config = train_reward.Config(**TINY | knobs)
     train_reward.main(config)
     return Path(config.out_dir)
-
-
-def records(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 # ---- figures
@@ -228,24 +223,6 @@ def test_of_pairs_the_baseline_is_the_longer_or_the_shorter_of_each(capsys):
         write_replies("data/long", split, labelled)
     out = fit(dataset="long", loss="pairs", max_iters=1, learning_rate=1e-9)
     assert records(out)[-1]["length_accuracy"] == pytest.approx(0.8 + 0.2 / 2)
-
-
-class StopsAfter:
-    """In place of a StopSignal: asks to stop after so many steps."""
-
-    def __init__(self, steps):
-        self.left = steps + 1
-
-    @property
-    def asked(self):
-        self.left -= 1
-        return self.left <= 0
-
-
-def assert_same_weights(a, b):
-    a, b = (load_file(folder / "model.safetensors") for folder in (a, b))
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(monkeypatch):
