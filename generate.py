@@ -105,6 +105,7 @@ class Row:
 
     ids: list = field(default_factory=list)  # the prompt and the new ids
     n_cached: int = 0  # the cache holds keys and values of so many of them
+    n_found: int = 0  # so many tokens of the prompt were in some row's
     n_prompt: int = 0
     limit: int = 0  # the row ends with so many ids
     options: Sampling = None
@@ -113,6 +114,7 @@ class Row:
     logprobs: int | None = None
     draws: random.Random = None  # the uniform numbers by which its tokens are drawn
     running: bool = False
+    turn: int = 0  # so many rows were added before it
     slot: int = 0  # where in the cache its keys and values are
 
 
@@ -124,10 +126,12 @@ class Engine:
     prompts one is computed. A row's result depends on no other row.
     """
 
-    def __init__(self, model, rows=1, size=None, n_vocab=None, record=True, compile=False):
+    def __init__(self, model, rows=1, size=None, n_vocab=None, record=True, compile=False, prefill_tokens=None):
         """Put the model into evaluation mode and make room for `rows` rows of `size` tokens, prompt included.
 
         n_vocab: ids from here on are never chosen; a model may have more embeddings than its tokenizer has tokens.
+        prefill_tokens: of prompts so many tokens are computed in a step, those that came first before the others, so
+        that rows which are further on need not wait for long ones; None: all of them.
         record: replay a step without Python, once it has been taken some times (see `_record`).
         compile: fuse the kernels of a step by torch.compile, which takes a minute for each number of rows and chunk.
         """
@@ -135,14 +139,15 @@ class Engine:
         self.model, self.device = model.eval(), model.transformer.wpe.weight.device
         self.size = min(size or config.block_size, config.block_size)
         self.n_vocab = min(n_vocab or config.vocab_size, config.vocab_size)
-        with torch.inference_mode():
-            self.cache = model.kv_cache(rows, self.size)
-            self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)  # newest ids, their positions
         self.rows = [Row(slot=i) for i in range(rows)]
+        self.prefill_tokens, self.added = prefill_tokens, 0
         # a row alone on a CPU attends to what there is and needs no mask; else lengths are rounded up to chunks, which
         # a compiled or recorded step has to be made for
         self.exact = self.device.type == "cpu" and not compile
         self.chunk = 32 if self.exact else 256
+        with torch.inference_mode():
+            self.cache = model.kv_cache(rows, self.size)
+            self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)  # newest ids, their positions
         self.take = Step(model, self.exact)
         if compile:
             self.take = torch.compile(self.take, dynamic=False)
@@ -176,11 +181,13 @@ class Engine:
         free = [i for i, row in enumerate(self.rows) if not row.running]
         if not free:
             raise ValueError(f"all {len(self.rows)} rows are running")
+        shared = [self._shared(i, prompt) for i in range(len(self.rows))]
         # the row that loses the least of what it holds; among those the one that gains the most
-        i = min(free, key=lambda i: (self.rows[i].n_cached - self._shared(i, prompt), -self._shared(i, prompt), i))
+        i = min(free, key=lambda i: (self.rows[i].n_cached - shared[i], -shared[i], i))
         self.rows[i] = Row(
             ids=list(prompt),
-            n_cached=self._shared(i, prompt),
+            n_cached=shared[i],
+            n_found=max(shared),
             n_prompt=len(prompt),
             limit=min(len(prompt) + options.max_new_tokens, self.size),
             options=options,
@@ -189,8 +196,10 @@ class Engine:
             logprobs=logprobs,
             draws=random.Random(seed),
             running=options.max_new_tokens > 0,
+            turn=self.added,
             slot=self.rows[i].slot,
         )
+        self.added += 1
         return i
 
     def end(self, i):
@@ -199,10 +208,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self):
-        """Return a Token of each row that runs, but of those that end with a stop id; [] when none runs."""
+        """Return a Token of each row that runs, but of those that end with a stop id and, with `prefill_tokens`, those
+        whose prompt is not done; [] when none runs."""
         logits = self._prefill() | self._decode()  # row -> (V,)
         groups = defaultdict(list)  # rows with the same options are sampled together
-        for i in self.running:
+        for i in sorted(logits):
             groups[tuple(getattr(self.rows[i].options, f.name) for f in fields(Sampling))].append(i)
         tokens = []
         for group in groups.values():
@@ -213,10 +223,8 @@ class Engine:
     def _choose(self, group, logits):
         """Append a token to each row of a group, given their logits (B, n_vocab) float32; return the Tokens to give."""
         rows, o = [self.rows[i] for i in group], self.rows[group[0]].options
-        scores = [
-            penalize(logits[n], o, r.ids[: r.n_prompt], r.ids[r.n_prompt :], r.logit_bias) for n, r in enumerate(rows)
-        ]
-        scores = torch.stack(scores) if len(rows) > 1 else scores[0][None]
+        texts = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :], row.logit_bias) for row in rows]
+        scores = penalize(logits, o, texts)
         uniform = torch.tensor([row.draws.random() for row in rows], device=self.device)
         chosen = sample(scores, uniform, o.temperature, o.top_k, o.top_p, o.min_p).tolist()
         tokens = []
@@ -239,20 +247,23 @@ class Engine:
         return min(_common(self.rows[i].ids, prompt), self.rows[i].n_cached, len(prompt) - 1)
 
     def _prefill(self):
-        """Compute the prompts that are new, but for their last token where the rest was there; return {row: logits}."""
-        logits = {}
-        while waiting := self._in_cache(lambda row: len(row.ids) - row.n_cached > 1):
-            runs = []  # of neighbours, which are computed together
-            wave = []
-            for i in waiting:
-                ids = self.rows[i].ids
+        """Compute the prompts that are new, but for their last token where the rest was there, or as much of them as
+        `prefill_tokens` permits; return {row: logits}."""
+        logits, left = {}, self.prefill_tokens or math.inf
+        while left > 0 and (waiting := self._in_cache(lambda row: len(row.ids) - row.n_cached > 1)):
+            wave = {}  # row -> how many tokens of it are computed now
+            for i in sorted(waiting, key=lambda i: self.rows[i].turn):
+                row = self.rows[i]
                 self._take_over(i)
                 # where another's of this wave gives half of what is left, take it over in the next
-                half = (self.rows[i].n_cached + len(ids)) / 2
-                if any(_common(self.rows[j].ids, ids) > half for j in wave) or self.rows[i].n_cached == len(ids) - 1:
-                    continue
-                wave.append(i)
-                lengths = [len(self.rows[j].ids) - self.rows[j].n_cached for j in [i, *(runs[-1] if runs else [])]]
+                half = (row.n_cached + len(row.ids)) / 2
+                later = any(_common(self.rows[j].ids, row.ids) > half for j in wave)
+                if left and not later and row.n_cached < len(row.ids) - 1:
+                    wave[i] = min(len(row.ids) - row.n_cached, left)
+                    left -= wave[i]
+            runs = []  # of neighbours, which are computed together
+            for i in sorted(wave, key=lambda i: self.rows[i].slot):
+                lengths = [wave[j] for j in [i, *(runs[-1] if runs else [])]]
                 padded = max(lengths) * len(lengths)
                 neighbours = runs and self.rows[runs[-1][-1]].slot == self.rows[i].slot - 1
                 if neighbours and padded <= min(PREFILL_TOKENS, 2 * sum(lengths)):
@@ -260,7 +271,7 @@ class Engine:
                 else:
                     runs.append([i])
             for run in runs:
-                logits |= self._compute(run)
+                logits |= self._compute({i: wave[i] for i in run})
         return logits
 
     def _take_over(self, i):
@@ -272,22 +283,26 @@ class Engine:
             row.n_cached = n
 
     def _compute(self, run):
-        """Compute what is not in the cache of some neighbouring rows; return {row: logits (V,) of its last token}."""
+        """Compute the next tokens, {row: how many}, of some neighbouring rows; return {row: logits (V,) of its last
+        token} of those that are done."""
         rows = [self.rows[i] for i in run]
-        new = [row.ids[row.n_cached :] for row in rows]
+        new = [row.ids[row.n_cached : row.n_cached + n] for row, n in zip(rows, run.values(), strict=True)]
         T = max(map(len, new))
         # padded on the right: causal attention never looks there, and later tokens overwrite it in the cache
         idx = torch.tensor([ids + [0] * (T - len(ids)) for ids in new], device=self.device)  # (B, T)
-        length = self._chunks(max(len(row.ids) for row in rows) + 1)
+        length = self._chunks(max(row.n_cached + len(ids) for row, ids in zip(rows, new, strict=True)) + 1)
         start = torch.tensor([[row.n_cached] for row in rows], device=self.device)
         positions = (start + torch.arange(T, device=self.device)).clamp(max=length - 1)  # (B, T)
         cache = self.cache.part(slice(rows[0].slot, rows[-1].slot + 1), length)
         hidden = self.model.hidden(idx, cache, positions)  # (B, T, C)
-        last = torch.tensor([len(ids) - 1 for ids in new], device=self.device)
-        logits = self.model.lm_head(hidden[torch.arange(len(run), device=self.device), last])  # (B, V)
-        for row in rows:
-            row.n_cached = len(row.ids)
-        return dict(zip(run, logits, strict=True))
+        for row, ids in zip(rows, new, strict=True):
+            row.n_cached += len(ids)
+        done = [n for n, row in enumerate(rows) if row.n_cached == len(row.ids)]
+        if not done:
+            return {}
+        at = torch.tensor([(n, len(new[n]) - 1) for n in done], device=self.device).T
+        logits = self.model.lm_head(hidden[tuple(at)])  # (rows that are done, V)
+        return dict(zip([list(run)[n] for n in done], logits, strict=True))
 
     def _decode(self):
         """Compute the newest token of each row that has one; return {row: its logits (V,)}."""

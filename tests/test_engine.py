@@ -69,7 +69,6 @@ def packed(model, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("dtype", EXACT)
 def test_the_packed_model_gives_the_greedy_text_of_its_own_plain_forward(packed, dtype):
     fast = packed(dtype)
-    fast.kv_dtype = None  # the plain forward has no cache whose rounding it could share
     expected = [plain(fast, prompt, 20) for prompt in PROMPTS]
     assert generate(fast, PROMPTS, temperature=0, max_new_tokens=20) == expected
     for prompt, ids in zip(PROMPTS, expected, strict=True):
@@ -220,6 +219,41 @@ def test_prompts_of_a_batch_are_computed_together_but_not_too_many_tokens_at_onc
     monkeypatch.setattr("generate.PREFILL_TOKENS", 25)
     assert generate(model, prompts, temperature=0, max_new_tokens=2) == expected
     assert computed[:3] == [(2, 10)] * 3
+
+
+# prompts in pieces
+
+
+@pytest.mark.parametrize("piece", [1, 3, 16, 1000])
+def test_prompts_computed_in_pieces_give_the_same_and_hold_up_nobody(model, computed, piece):  # noqa: F811
+    choose = random.Random(3)
+    jobs = [[choose.randrange(200) for _ in range(choose.randint(1, 40))] for _ in range(12)]
+    jobs += [[*jobs[0][:20], 9], [*jobs[1], 8, 7], jobs[2]]  # beginnings in common, while they are being computed
+    alone = [finish(_with(Engine(model), job, Sampling(12, 0.9), seed=i))[0] for i, job in enumerate(jobs)]
+    engine, waiting, at, given = Engine(model, rows=4, prefill_tokens=piece), list(range(len(jobs))), {}, {}
+    while waiting or engine.running:
+        while waiting and len(engine.running) < 4:
+            i = waiting.pop(0)
+            at[engine.add(jobs[i], Sampling(12, 0.9), seed=i)] = i
+        further_on = [i for i in engine.running if engine.rows[i].ids[engine.rows[i].n_prompt :]]
+        computed.clear()
+        tokens = engine.step()
+        assert set(further_on) <= {token.row for token in tokens}
+        assert sum(rows * n for rows, n in computed if n > 1) <= 2 * piece  # padding included
+        for token in tokens:
+            given.setdefault(at[token.row], []).append(token.id)
+    assert [given[i] for i in range(len(jobs))] == alone
+
+
+def test_in_pieces_the_prompt_that_came_first_is_done_first(model):  # noqa: F811
+    engine = Engine(model, rows=2, prefill_tokens=10)
+    engine.add([1], Sampling(1))
+    long = engine.add(list(range(100, 130)), Sampling(5))
+    engine.step()  # the first 10 of it, and row 0 is free again
+    short = engine.add([5, 6], Sampling(5))
+    assert (short, long) == (0, 1)
+    assert [[token.row for token in engine.step()] for _ in range(2)] == [[], [long]]
+    assert {token.row for token in engine.step()} == {long, short}
 
 
 # the bounds

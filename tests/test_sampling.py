@@ -55,6 +55,11 @@ penalties = st.floats(0.1, 10)
 additive = st.floats(-2, 2) | st.just(0.0)
 
 
+def penalized(logits, options, prompt, new, bias=()):
+    """Return the logits (V,) of one row."""
+    return penalize(logits[None], options, [(prompt, new, dict(bias))])[0]
+
+
 def by_transformers(processors, logits, prompt, new):
     return LogitsProcessorList(processors)(torch.tensor([prompt + new]), logits[None].clone())[0]
 
@@ -77,7 +82,7 @@ def within(bias, logits):
 def test_the_repetition_penalty_is_transformers(text, penalty):
     expected = by_transformers([RepetitionPenaltyLogitsProcessor(penalty)], *text)
     logits, prompt, new = text
-    assert torch.equal(penalize(logits, Sampling(repetition_penalty=penalty), prompt, new), expected)
+    assert torch.equal(penalized(logits, Sampling(repetition_penalty=penalty), prompt, new), expected)
 
 
 @settings(max_examples=300, deadline=None)
@@ -88,7 +93,7 @@ def test_the_repetition_penalty_is_transformers(text, penalty):
 def test_banned_are_the_ngrams_of_prompt_and_new_ids_that_transformers_bans(text, n):
     expected = by_transformers([NoRepeatNGramLogitsProcessor(n)], *text)
     logits, prompt, new = text
-    assert torch.equal(penalize(logits, Sampling(no_repeat_ngram_size=n), prompt, new), expected)
+    assert torch.equal(penalized(logits, Sampling(no_repeat_ngram_size=n), prompt, new), expected)
 
 
 @settings(max_examples=100, deadline=None)
@@ -98,7 +103,7 @@ def test_the_logit_bias_is_transformers_sequence_bias_of_single_tokens(text, bia
     bias = within(bias, logits)
     assume(bias)
     expected = by_transformers([SequenceBiasLogitsProcessor({(t,): b for t, b in bias.items()})], *text)
-    assert torch.equal(penalize(logits, Sampling(), prompt, new, bias), expected)
+    assert torch.equal(penalized(logits, Sampling(), prompt, new, bias), expected)
 
 
 @settings(max_examples=150, deadline=None)
@@ -108,13 +113,13 @@ def test_presence_and_frequency_penalty_are_openais_over_the_new_ids_alone(text,
     logits, prompt, new = text
     options = Sampling(presence_penalty=presence, frequency_penalty=frequency)
     expected = by_openai(logits, new, presence, frequency)
-    torch.testing.assert_close(penalize(logits, options, prompt, new).double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(penalized(logits, options, prompt, new).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_token_of_the_prompt_alone_has_no_presence_or_frequency_penalty():
     options = Sampling(presence_penalty=0.5, frequency_penalty=0.25)
-    assert penalize(torch.zeros(3), options, [0, 0], []).tolist() == [0, 0, 0]
-    assert penalize(torch.zeros(3), options, [0, 0], [1, 1, 1, 2]).tolist() == [0, -1.25, -0.75]
+    assert penalized(torch.zeros(3), options, [0, 0], []).tolist() == [0, 0, 0]
+    assert penalized(torch.zeros(3), options, [0, 0], [1, 1, 1, 2]).tolist() == [0, -1.25, -0.75]
 
 
 @settings(max_examples=200, deadline=None)
@@ -137,7 +142,7 @@ def test_all_together_they_come_in_transformers_order_and_openais_before_the_ban
         frequency_penalty=frequency,
         no_repeat_ngram_size=n,
     )
-    actual = penalize(logits, options, prompt, new, bias)
+    actual = penalized(logits, options, prompt, new, bias)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4)
 
 
@@ -149,7 +154,7 @@ def test_the_logits_that_are_penalised_stay_as_they_were(text, bias, penalty, pr
     options = Sampling(
         repetition_penalty=penalty, presence_penalty=presence, frequency_penalty=frequency, no_repeat_ngram_size=n
     )
-    result = penalize(logits, options, prompt, new, within(bias, logits))
+    result = penalized(logits, options, prompt, new, within(bias, logits))
     result.zero_()  # and what is done to the result does not reach them either
     assert torch.equal(logits, before[0])
     assert (prompt, new) == before[1:]
@@ -159,7 +164,29 @@ def test_the_logits_that_are_penalised_stay_as_they_were(text, bias, penalty, pr
 @given(text=texts(), options=st.sampled_from([Sampling(), Sampling(temperature=0.5, top_k=2, top_p=0.5, min_p=0.5)]))
 def test_without_penalties_the_logits_are_the_same_whatever_the_warpers(text, options):
     logits, prompt, new = text
-    assert torch.equal(penalize(logits, options, prompt, new), logits)
+    assert torch.equal(penalized(logits, options, prompt, new), logits)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(st.tuples(texts(), biases), min_size=2, max_size=5),
+    penalty=st.just(1.0) | penalties,
+    presence=additive,
+    frequency=additive,
+    n=st.integers(0, 4),
+)
+def test_of_many_rows_each_is_penalised_as_if_alone(rows, penalty, presence, frequency, n):
+    V = min(len(logits) for (logits, _, _), _ in rows)  # ids of the texts may lie beyond, as a prompt's may
+    options = Sampling(
+        repetition_penalty=penalty, presence_penalty=presence, frequency_penalty=frequency, no_repeat_ngram_size=n
+    )
+    rows = [
+        (logits[:V], prompt, [token for token in new if token < V], within(bias, logits[:V]))
+        for (logits, prompt, new), bias in rows
+    ]
+    together = penalize(torch.stack([row[0] for row in rows]), options, [row[1:] for row in rows])
+    for row, found in zip(rows, together, strict=True):
+        assert torch.equal(found, penalized(row[0], options, *row[1:]))
 
 
 def test_greedy_ids_with_bias_and_penalties_are_those_of_transformers_generate(hf, model):
