@@ -136,8 +136,6 @@ def load_model(init_from, device="cpu", dtype=torch.float32, dropout=0.0, infere
             if isinstance(module, Conv1D):
                 weight, bias = (read(f"{name}.{part}").float() for part in ("weight", "bias"))
                 model.set_submodule(name, Linear(weight.T.contiguous(), bias))
-        if dtype != torch.float16 and torch.cpu._is_avx512_bf16_supported():
-            model.kv_dtype = torch.bfloat16  # half the time in attention, and less of an error than the weights'
         dtype = torch.float32  # of the rest
     for name in model.state_dict().keys() - tensors.keys() - {"lm_head.weight"}:
         # a copy, since a mapped file need not lie on the 64-byte boundaries on which results are the same to the bit

@@ -73,7 +73,7 @@ class Int8Linear(nn.Module):
             weight = torch._make_per_channel_quantized_tensor(
                 rounded, scale.double(), torch.zeros_like(scale).long(), 0
             )
-        self.bias = torch.zeros_like(scale) if bias is None else bias.clone()
+        self.bias = bias if bias is None else bias.clone()
         self.packed = quantized.linear_prepack(weight, self.bias)
         self.sums = torch.cat(sums)  # (n_out,)
 
@@ -81,10 +81,11 @@ class Int8Linear(nn.Module):
         if x.numel() == x.size(-1):
             return quantized.linear_dynamic(x, self.packed, self.REDUCED)
         # linear_dynamic would round all rows between common extremes; this is what it does, row by row
-        low, high = torch.aminmax(x, dim=-1, keepdim=True)  # (..., 1)
-        low, high = low.clamp(max=0), high.clamp(min=0)
+        low, high = x.amin(-1, keepdim=True).clamp_(max=0), x.amax(-1, keepdim=True).clamp_(min=0)  # (..., 1) each
         scale = ((high - low) / self.LEVELS).clamp(min=6.1e-5)  # FBGEMM's smallest
         zero = (-low / scale).round()
         y = quantized.linear_with_input_q_dq_qweight_dq_output_fp32((x / scale).add_(zero), 1.0, 0, self.packed)
-        y = torch.addcmul(y - self.bias, zero, self.sums, value=-1)
+        if self.bias is None:
+            return y.addcmul_(zero, self.sums, value=-1).mul_(scale)
+        y.sub_(self.bias).addcmul_(zero, self.sums, value=-1)
         return torch.addcmul(self.bias, y, scale)

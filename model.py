@@ -92,7 +92,7 @@ class Branches:
         branch = [0] * n + [number for number, length in enumerate(lengths, 1) for _ in range(length)]
         self.idx, self.positions, self.branch = (torch.tensor([x], device=wpe.device) for x in (idx, positions, branch))
         # attention computes in its dtype
-        self.kv = torch.empty(0, dtype=model.kv_dtype or wpe.dtype, device=wpe.device)
+        self.kv = torch.empty(0, dtype=wpe.dtype, device=wpe.device)
 
     def mask(self, positions):
         """Return what is added to attention's scores, (1, 1, T, T)."""
@@ -250,7 +250,6 @@ class GPT(nn.Module):
         self.gradient_checkpointing = False  # compute each block again in the backward pass, to keep less
         self.label_smoothing = 0.0  # of the loss in training
         self.learned = None  # the tokens whose embeddings are trained, (n,) int64; None: all
-        self.kv_dtype = None  # of the cache; None: that of the weights
         self.tie_weights()
         self.init_weights()
 
@@ -350,7 +349,7 @@ class GPT(nn.Module):
         """Return an empty KVCache for this model."""
         c, like = self.config, self.transformer.wpe.weight
         shape = (c.n_layer, 2, rows, c.n_head, size, c.n_embd // c.n_head)
-        return KVCache(torch.zeros(shape, device=like.device, dtype=self.kv_dtype or like.dtype))
+        return KVCache(torch.zeros(shape, device=like.device, dtype=like.dtype))
 
     @torch.no_grad()
     def grow_vocab(self, vocab_size):

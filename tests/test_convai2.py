@@ -125,7 +125,7 @@ def test_the_marks_are_those_of_brute_force(model, valid):
 def test_hits_at_1_by_hand(valid, favourite):
     # A model that thinks one reply certain: the first of three lines is hit, or none (no . is nowhere the reply).
     class Certain(torch.nn.Module):
-        config, kv_dtype = GPTConfig(block_size=128), None
+        config = GPTConfig(block_size=128)
         transformer = torch.nn.ModuleDict({"wpe": torch.nn.Embedding(1, 1)})
         lm_head = torch.nn.Identity()
 
