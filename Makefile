@@ -67,7 +67,7 @@ lint: .venv/installed-dev
 	@touch $@
 
 .venv/installed-all: .venv/installed-dev
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,lm-eval]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,lm-eval,browser]'
 	@touch $@
 
 # The environment, the prepared data and the trained weights

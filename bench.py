@@ -1,5 +1,5 @@
 """
-Measure: python bench.py decode|train|prepare|fidelity|candidates|best_of [--knob=value ...]
+Measure: python bench.py decode|train|prepare|fidelity|candidates|best_of|serve [--knob=value ...]
 
     decode      how fast a model reads prompts and writes: tokens a second, bytes of weights a second, memory, start-up
     train       how fast it learns: tokens and supervised tokens a second, beside nanoGPT's and transformers' loop
@@ -7,10 +7,12 @@ Measure: python bench.py decode|train|prepare|fidelity|candidates|best_of [--kno
     fidelity    what a dtype costs: how far its next-token distributions are from float32's, on real text
     candidates  what ranking the candidates of a line of PersonaChat costs, beside scoring its reply alone
     best_of     what choosing the best of several replies costs, beside one reply, and how much better it is
+    serve       what many clients of serve.py get at once, beside one: tokens a second, time to the first, memory
 
 Progress goes to stderr; the last line on stdout is the result as one JSON object.
 """
 
+import asyncio
 import contextlib
 import json
 import os
@@ -19,8 +21,10 @@ import random
 import re
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -34,6 +38,7 @@ from checkpoint import keep_freed_memory, load_model, pick_device, pick_dtype
 from configurator import run
 from convai2 import continuation, loglikelihoods
 from generate import Engine, generate
+from load import drive, same
 from model import PRESETS, move
 from monitor import peak_flops
 from reward import best_of, load_reward_model, scores_behind
@@ -111,6 +116,18 @@ class BestOf(ChatSampling):
     prompts: int = 50  # so many of them
     dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+
+
+@dataclass
+class Serve:
+    init_from: str = "random:gpt2"  # as for serve.py
+    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    clients: int = 16  # that ask at once
+    prompt_len: int = 16  # tokens in a prompt
+    new_tokens: int = 64  # tokens in a reply
+    rounds: int = 3  # of one client and all of them in turn; the medians are given
+    soak: int = 1000  # requests of all clients after that, with replies of 16 tokens; then each once more alone
 
 
 def decode(config):
@@ -419,6 +436,69 @@ def best_of_n(config):
     }
 
 
+def serve(config):
+    """Return the tokens a second of many clients (`tokens_per_s`), as a multiple of what one client gets (`ratio`), the
+    time to the first token, the server's memory before and after the soak, and how many of its greedy replies were
+    lost, or not what the server says to the same prompt alone (`mixed_up`; `tied` where rounding decided)."""
+    at_least_1(config, "clients", "prompt_len", "new_tokens", "rounds", "soak")
+    draw = random.Random(0)
+
+    def requests(n, new_tokens=config.new_tokens):
+        options = {"max_tokens": new_tokens, "temperature": 0, "frequency_penalty": 0, "logit_bias": {"50256": -100}}
+        return [options | {"prompt": draw.choices(range(50256), k=config.prompt_len)} for _ in range(n)]
+
+    command = [sys.executable, str(Path(__file__).with_name("serve.py")), "--port=0", f"--max_rows={config.clients}"]
+    command += [f"--{name}={getattr(config, name)}" for name in ("init_from", "dtype", "device")]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        url = re.search(r"http://[\d.]+:(\d+)", server.stdout.readline())
+        if not url:
+            raise ValueError("serve.py did not start; it says why above")
+        threading.Thread(target=server.stdout.read, daemon=True).start()  # a line a request
+
+        def ask(requests, clients):
+            heard, seconds = asyncio.run(drive("127.0.0.1", int(url[1]), requests, clients))
+            tokens = sum(each.tokens for each in heard)
+            print(f"{clients} clients: {tokens / seconds:.1f} tokens/s", file=sys.stderr)
+            return heard, tokens / seconds
+
+        ask(requests(4 * config.clients), config.clients)
+        rates, firsts = ([], []), []
+        for _ in range(config.rounds):
+            rates[0].append(ask(requests(8), 1)[1])
+            heard, rate = ask(requests(8 * config.clients), config.clients)
+            rates[1].append(rate)
+            firsts += [each.first for each in heard]
+        memory = [resident_memory(server.pid)]
+        asked = [request | {"logprobs": 5} for request in requests(config.soak, 16)]
+        together, _ = ask(asked, config.clients)
+        memory.append(resident_memory(server.pid))
+        alone, _ = ask(asked, 1)
+    finally:
+        server.terminate()
+        server.wait()
+    one, many = map(statistics.median, rates)
+    return {
+        "tokens_per_s": many,
+        "seconds": 1 / many,
+        "one_tokens_per_s": one,
+        "ratio": many / one,
+        "first_token_s": statistics.median(firsts),
+        "slowest_first_token_s": max(firsts),
+        "memory_mb": memory[0],
+        "memory_after_soak_mb": memory[1],
+        "lost": sum(each.status != 200 or not each.tokens for each in (*together, *alone)),
+        "mixed_up": sum(not same(a, b) for a, b in zip(alone, together, strict=True)),
+        "tied": sum(same(a, b) and a.text != b.text for a, b in zip(alone, together, strict=True)),
+    }
+
+
+def resident_memory(pid):
+    """Return what a process has in memory, in MB; None where there is no /proc."""
+    status = Path(f"/proc/{pid}/status")
+    return int(re.search(r"VmRSS:\s*(\d+) kB", status.read_text())[1]) * 1024 / 1e6 if status.exists() else None
+
+
 def at_least_1(config, *names):
     """Raise ValueError for a knob below 1."""
     for name in names:
@@ -437,6 +517,7 @@ def peak_memory(device):
 
 MODES = {"decode": (decode, Decode), "train": (train, Train), "prepare": (prepare, Prepare)}
 MODES |= {"fidelity": (fidelity, Fidelity), "candidates": (candidates, Candidates), "best_of": (best_of_n, BestOf)}
+MODES |= {"serve": (serve, Serve)}
 
 
 def main():

@@ -15,7 +15,7 @@ from configurator import run
 from generate import Engine, stream
 from reward import best_of, load_reward_model
 from sampling import ChatSampling, Sampling, for_template
-from tokenizer import fit_context
+from tokenizer import Trim, fit_context
 
 COMMANDS = """\
 /help            this list
@@ -86,7 +86,7 @@ class Chat:
         prompt, self.dropped = fit_context(self.tokenizer, messages, self.room, self.dropped)
         self.messages = messages
         self.replies += 1
-        reply, held = "", ""  # held: white space that is shown only if something follows
+        reply, trim = "", Trim()
         stops = {"stop_ids": self.tokenizer.stop_ids, "stop_strings": self.tokenizer.stop_strings}
         try:
             if self.reward_model:
@@ -94,10 +94,8 @@ class Chat:
             else:
                 pieces = stream(self.engine, self.tokenizer, prompt, c, seed=c.seed + self.replies, **stops)
             for piece in pieces:
-                held += piece if reply else piece.lstrip()
-                shown = held.rstrip()
-                reply, held = reply + shown, held[len(shown) :]
-                if shown:
+                if shown := trim.push(piece):
+                    reply += shown
                     yield shown
         finally:
             self.messages.append({"role": "assistant", "content": reply})

@@ -221,12 +221,14 @@ class Engine:
         return sorted(tokens)
 
     def _choose(self, group, logits):
-        """Append a token to each row of a group, given their logits (B, n_vocab) float32; return the Tokens to give."""
+        """Append a token to each row of a group, given their logits (B, n_vocab) float32, which are changed; return the
+        Tokens to give."""
         rows, o = [self.rows[i] for i in group], self.rows[group[0]].options
         texts = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :], row.logit_bias) for row in rows]
-        scores = penalize(logits, o, texts)
+        own = {n: logits[n].log_softmax(-1) for n, row in enumerate(rows) if row.logprobs is not None}
+        penalize(logits, o, texts)
         uniform = torch.tensor([row.draws.random() for row in rows], device=self.device)
-        chosen = sample(scores, uniform, o.temperature, o.top_k, o.top_p, o.min_p).tolist()
+        chosen = sample(logits, uniform, o.temperature, o.top_k, o.top_p, o.min_p).tolist()
         tokens = []
         for n, (i, row, token) in enumerate(zip(group, rows, chosen, strict=True)):
             if token in row.stop_ids:
@@ -236,9 +238,8 @@ class Engine:
             row.running = len(row.ids) < row.limit
             logprob, top = None, []
             if row.logprobs is not None:
-                logprobs = logits[n].log_softmax(-1)
-                values, ids = logprobs.topk(min(row.logprobs, self.n_vocab))
-                logprob, top = logprobs[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True))
+                values, ids = own[n].topk(min(row.logprobs, self.n_vocab))
+                logprob, top = own[n][token].item(), list(zip(ids.tolist(), values.tolist(), strict=True))
             tokens.append(Token(i, token, logprob, top))
         return tokens
 

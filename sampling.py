@@ -69,19 +69,13 @@ def for_template(config, template):
 
 
 def penalize(logits, options, rows):
-    """Return the logits (B, V) of rows, each (ids of the prompt, new ids, logit bias {id: number}), with their bias and
-    the penalties of `options`.
+    """Put the bias and the penalties of `options` on the logits (B, V), in place, of rows, each (ids of the prompt, new
+    ids, logit bias {id: number}).
 
     In transformers' order: bias, repetition_penalty (CTRL, arXiv 1909.05858), then OpenAI's presence and frequency
     penalty, then no_repeat_ngram_size. Ids of the prompt that the logits do not reach are passed over.
     """
     o, V = options, logits.size(-1)
-    biases = [(n, token, value) for n, (_, _, bias) in enumerate(rows) for token, value in bias.items()]
-    if o.repetition_penalty == 1 and not (
-        o.presence_penalty or o.frequency_penalty or o.no_repeat_ngram_size or biases
-    ):
-        return logits
-    logits = logits.clone()
 
     def at(found):
         """Return the index of (row, id, ...) in the logits; all rows at once are as fast as one."""
@@ -92,7 +86,7 @@ def penalize(logits, options, rows):
         if found:
             logits[at(found)] += torch.tensor([value for *_, value in found], device=logits.device)
 
-    add(biases)
+    add([(n, token, value) for n, (_, _, bias) in enumerate(rows) for token, value in bias.items()])
     if o.repetition_penalty != 1:
         seen = at([(n, t) for n, (prompt, new, _) in enumerate(rows) for t in {*prompt, *new} if t < V])
         values = logits[seen]
@@ -108,7 +102,6 @@ def penalize(logits, options, rows):
             ends = (ids[i + size - 1] for i in range(len(ids) - size + 1) if ids[i : i + size - 1] == begun)
             banned += [(n, token) for token in ends if token < V]
         logits[at(banned)] = -math.inf
-    return logits
 
 
 def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, candidates=CANDIDATES):

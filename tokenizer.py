@@ -348,6 +348,22 @@ class Tokenizer:
         )
 
 
+class Trim:
+    """Takes a text piece by piece, and gives it without white space around it."""
+
+    def __init__(self):
+        self.begun, self.held = False, ""
+
+    def push(self, text):
+        """Take more text; return what of it is shown by now: white space, only when something follows."""
+        self.held += text
+        if not self.begun:
+            self.held = self.held.lstrip()
+        shown = self.held.rstrip()
+        self.begun, self.held = self.begun or bool(shown), self.held[len(shown) :]
+        return shown
+
+
 class TextStream:
     """Turns ids into text as they come; holds back half characters, and what may be the beginning of a stop string.
 

@@ -3,6 +3,7 @@
 PATH is a file of records: .jsonl, .json (a list) or .csv, each also .gz. A record is one of
 
     {"input_text" or "text": ..., "labels" or "label": 0 or 1}      1: the reply at its end was kept, 0: retried
+    {"messages": [...], "label": 0 or 1}                            the same of a conversation, as serve.py keeps thumbs
     {"prompt": text or messages, "chosen": text, "rejected": text}  a pair
     {"messages": [...], "retried": [...]}                           what /save in chat.py writes; a reply was kept if
                                                                     the human went on, so nobody knows of the last one
@@ -101,6 +102,10 @@ def examples(record, negatives="adversarial"):
         messages = record["messages"]
         if what := problem(messages):
             raise ValueError(what)
+        if "label" in record:
+            if messages[-1]["role"] != "assistant":
+                raise ValueError("messages do not end in the reply that has the label")
+            return beginning(messages[:-1]), [(messages, as_label(record["label"]))]
         of = [(messages[: i + 1], 1) for i, m in enumerate(messages[:-1]) if m["role"] == "assistant"]
         kept = [content for content, _ in of]
         persona = [m for m in messages if m["role"] == "system"]

@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -160,6 +162,54 @@ def in_process(monkeypatch, capsys):
         return subprocess.CompletedProcess(argv, status, *capsys.readouterr())
 
     return run
+
+
+class Serving:
+    """serve.py as a process, with the model in the box unless told otherwise."""
+
+    def __init__(self, folder, *args, env=None):
+        self.feedback, self.printed = Path(folder) / "feedback.jsonl", Path(folder) / "printed"
+        command = [sys.executable, str(ROOT / "serve.py"), "--port=0", "--device=cpu", f"--feedback={self.feedback}"]
+        env = os.environ | {"HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""} | (env or {})
+        with open(self.printed, "w") as out:
+            self.process = subprocess.Popen([*command, *args], stdout=out, stderr=subprocess.STDOUT, env=env)
+        deadline = time.monotonic() + 60
+        while not (at := re.search(r"http://[\d.]+:(\d+)/", self.printed.read_text())):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.printed.read_text()
+            time.sleep(0.05)
+        self.port, self.url = int(at[1]), at[0].rstrip("/")
+
+    def stop(self, number=signal.SIGTERM, timeout=30):
+        """End it by a signal; return its exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout)
+
+
+@pytest.fixture(scope="session")
+def serving(tmp_path_factory):
+    """Start serve.py: with serving("--max_rows=1") as server: ... server.url; at the end it must still run and stop."""
+    pytest.importorskip("fastapi")
+
+    @contextmanager
+    def start(*args, env=None):
+        server = Serving(tmp_path_factory.mktemp("serve"), *args, env=env)
+        try:
+            yield server
+            if server.process.poll() is None:
+                assert server.stop() == 0, server.printed.read_text()
+            assert "Traceback" not in server.printed.read_text(), server.printed.read_text()
+        finally:
+            server.process.kill()
+            server.process.wait()
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def chat_server(serving):
+    """A server of the model in the box for all tests that change nothing of it."""
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from transformers import GPT2LMHeadModel
 
 import bench
 from checkpoint import save_model
+from load import Heard, same
 from model import GPT, GPTConfig, RewardModel
 from shards import open_shard
 from tokenizer import Tokenizer
@@ -216,3 +217,26 @@ def test_the_best_of_n_replies_is_timed_beside_one_and_rewards_rise_with_n(direc
     assert list(result["rewards"]) == ["1", "2", "4"]
     assert rewards == sorted(rewards) and rewards[0] < rewards[-1] and result["std"] > 0
     assert_refused(here("best_of", f"--init_from={directory}", "--reward=judge", "--n=0"), "n=0")
+
+
+def test_a_server_is_timed_with_many_clients_beside_one_and_says_the_same_to_each(directory, here):
+    knobs = ["--clients=3", "--prompt_len=5", "--new_tokens=6", "--rounds=1", "--soak=20", "--device=cpu"]
+    result = result_of(here("serve", f"--init_from={directory}", *knobs))
+    assert result["ratio"] == pytest.approx(result["tokens_per_s"] / result["one_tokens_per_s"], rel=1e-3)
+    assert result["lost"] == result["mixed_up"] == 0 and 0 < result["first_token_s"] <= result["slowest_first_token_s"]
+    assert_refused(here("serve", "--clients=0"), "clients=0")
+
+
+def heard(*tokens):
+    """A reply of tokens, each with what else was likely: ("a", {"b": -1.0})."""
+    likeliest = [(token, {token: -0.5} | others) for token, others in tokens]
+    return Heard(200, "".join(token for token, _ in tokens), len(tokens), 0.1, 0.2, likeliest)
+
+
+def test_replies_are_the_same_up_to_where_two_tokens_were_as_likely():
+    reply = heard(("a", {"b": -0.9}), ("c", {"d": -0.51}))
+    assert same(reply, heard(("a", {}), ("c", {})))
+    assert same(reply, heard(("a", {}), ("d", {})))  # 0.01 nats apart
+    assert not same(reply, heard(("b", {}), ("c", {})))  # 0.4
+    assert not same(reply, heard(("a", {}), ("e", {})))  # not among the likeliest
+    assert not same(reply, heard(("a", {}))) and not same(heard(("a", {})), reply)  # the end is lost

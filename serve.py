@@ -1,0 +1,519 @@
+"""A page to chat on, and an API in OpenAI's manner: python serve.py --init_from=out/chat
+
+    http://127.0.0.1:8000/       the page
+    http://127.0.0.1:8000/v1     for OpenAI's clients: OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+
+Needs pip install -e '.[serve]'.
+"""
+
+import asyncio
+import base64
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+    from starlette.exceptions import HTTPException
+    from starlette.middleware.cors import CORSMiddleware
+except ImportError as error:
+    print(f"serve.py: {error.name} is missing: pip install -e '.[serve]'", file=sys.stderr)
+    sys.exit(2)
+
+from checkpoint import default_model, load_model, pick_device, pick_dtype
+from configurator import run
+from generate import Engine
+from guard import Guard, Protocol, Refused, answer, is_loopback
+from protocol import ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, Feedback, conversation, usage
+from reward import load_reward_model, scores_behind
+from sampling import ChatSampling, Sampling, for_template
+from scheduler import Full, Job, Scheduler
+from tokenizer import END_OF_TEXT, Trim, fit_context
+
+PAGE = Path(__file__).with_name("assets") / "page.html"
+
+
+@dataclass
+class Config(ChatSampling):
+    init_from: str = default_model()  # nano, a directory, gpt2[-medium|-large|-xl], distilgpt2 or org/name on the hub
+    model_name: str = ""  # what clients call it; its own name unless given
+    reward: str = ""  # a reward model of train_reward.py: then clients may ask for best_of
+    host: str = "127.0.0.1"  # where to listen; 0.0.0.0 is for everybody who can reach this machine
+    port: int = 8000  # 0: any that is free
+    api_key: str = ""  # what clients must show, or in the environment NANOCHATGPT_API_KEY; none: nothing
+    allow_open: bool = False  # listen beyond this machine without a key
+    cors: str = ""  # pages from elsewhere that may use the API: an origin, as in https://example.org, or *
+    max_rows: int = 16  # replies that are generated at once
+    max_queue: int = 64  # replies that wait for that
+    max_body: int = 1_000_000  # bytes in a request
+    request_seconds: float = 10.0  # in which a request has to be sent
+    max_seconds: float = 300.0  # that a reply may take
+    prefill_tokens: int = 0  # of prompts, computed between two steps of replies; 0: 64 on a CPU, 2048 on a GPU
+    grace: int = 10  # seconds that running replies have when the server is stopped
+    feedback: str = "out/feedback.jsonl"  # where thumbs are kept, as prepare/retry.py reads them
+    log_text: bool = False  # print what is said, too
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8; auto is float16 on an x86 CPU, bfloat16 on CUDA
+
+
+# the replies to a request
+
+
+class Replies:
+    """The replies to the prompts of one request, as they come."""
+
+    def __init__(self, service, http, request, prompts, options, stops, trim):
+        """trim: leave out white space around a text. Raises Full."""
+        self.service, self.http, self.request, self.prompts = service, http, request, prompts
+        self.each = request.best_of or request.n  # replies to a prompt
+        self.queue, self.began, self.first = asyncio.Queue(), time.perf_counter(), None
+        tokenizer, seed = service.tokenizer, request.seed
+        self.jobs = [
+            Job(
+                lambda piece, number=number: self.queue.put_nowait((number, piece)),
+                prompts[number // self.each],
+                options,
+                tokenizer,
+                stop_strings=stops,
+                stop_ids=tokenizer.stop_ids,
+                seed=None if seed is None else seed + number,
+                logit_bias={int(token): bias for token, bias in request.logit_bias.items()},
+                logprobs=request.n_logprobs,
+                seconds=service.config.max_seconds,
+            )
+            for number in range(len(prompts) * self.each)
+        ]
+        self.trims = [Trim() if trim else None for _ in self.jobs]
+        self.texts = [""] * len(self.jobs)
+        service.scheduler.add(*self.jobs)
+
+    def end(self):
+        """Give up what still runs, and note what there was."""
+        self.service.scheduler.cancel(*self.jobs)
+        metrics, found, seconds = self.service.metrics, self.usage(), time.perf_counter() - self.began
+        metrics.prompt.inc(found["prompt_tokens"])
+        metrics.cached.inc(found["prompt_tokens_details"]["cached_tokens"])
+        metrics.generated.inc(found["completion_tokens"])
+        self.http.scope["note"] = f", {found['prompt_tokens']} + {found['completion_tokens']} tokens"
+        if self.first is not None:
+            rate = found["completion_tokens"] / seconds
+            metrics.rate.observe(rate)
+            self.http.scope["note"] += f", the first after {self.first:.2f} s, {rate:.0f} a second"
+        if self.service.config.log_text:
+            prompts = [self.service.tokenizer.decode(prompt) for prompt in self.prompts]
+            self.http.scope["note"] += f"\n  {json.dumps(prompts)} -> {json.dumps(self.texts)}"
+
+    def usage(self):
+        cached = sum(job.n_cached for job in self.jobs[:: self.each])
+        found = usage(sum(map(len, self.prompts)), sum(job.n_tokens for job in self.jobs))
+        return found | {"prompt_tokens_details": {"cached_tokens": cached}}
+
+    async def pieces(self):
+        """Yield (number of the reply, text, Tokens, finish reason or None), of all replies as they come."""
+        left = len(self.jobs)
+        while left:
+            number, piece = await self.queue.get()
+            if self.first is None:
+                self.first = time.perf_counter() - self.began
+                self.service.metrics.first.observe(self.first)
+            if piece.ended == "late":
+                raise Refused(503, f"it did not get its turn in {self.service.config.max_seconds:.0f} seconds")
+            if piece.ended == "error":
+                raise Refused(500, "generating broke off; the server's log says why")
+            left -= piece.ended is not None
+            text = self.trims[number].push(piece.text) if self.trims[number] else piece.text
+            self.texts[number] += text
+            yield number, text, piece.tokens, piece.ended
+
+    async def chosen(self):
+        """Return [(text, Tokens, finish reason)] of the replies, the best `n` of each prompt first to last."""
+        found = [["", [], None] for _ in self.jobs]
+        async for number, text, tokens, ended in self.pieces():
+            found[number][0] += text
+            found[number][1] += tokens
+            found[number][2] = ended
+        if self.each == self.request.n:
+            return found
+        best, service = [], self.service
+        for k, prompt in enumerate(self.prompts):
+            texts = found[k * self.each : (k + 1) * self.each]
+            ids = [[token.id for token in tokens] for _, tokens, _ in texts]
+            args = (service.reward_model, service.tokenizer, prompt, ids)
+            scoring = service.scheduler.call(functools.partial(scores_behind, *args))
+            scores = (await asyncio.wrap_future(scoring)).tolist()
+            order = sorted(range(self.each), key=lambda i: -scores[i])
+            best += [texts[i] for i in order[: self.request.n]]
+        return best
+
+    async def stream(self):
+        """Yield what `pieces` does, of those that are chosen."""
+        if self.each == self.request.n:
+            async for piece in self.pieces():
+                yield piece
+        else:
+            for number, text in enumerate(await self.chosen()):
+                yield number, *text
+
+
+async def whole(replies, to):
+    """Return the response with all replies at once."""
+    texts = asyncio.ensure_future(replies.chosen())
+    gone = asyncio.ensure_future(disconnected(replies.http))
+    try:
+        await asyncio.wait({texts, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return answer(to.whole(await texts, replies.usage())) if texts.done() else Response(status_code=499)
+    finally:
+        texts.cancel()
+        gone.cancel()
+        replies.end()
+
+
+async def disconnected(request):
+    """Return when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Events(StreamingResponse):
+    """The response with the replies as they come, in server-sent events."""
+
+    def __init__(self, replies, to, include_usage):
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(self.events(replies, to, include_usage), media_type="text/event-stream", headers=headers)
+        self.replies = replies
+
+    async def __call__(self, *asgi):
+        try:
+            await super().__call__(*asgi)
+        finally:  # however it ended, and if it never began
+            self.replies.end()
+
+    @staticmethod
+    async def events(replies, to, include_usage):
+        opened = set()
+        try:
+            async for index, text, tokens, ended in replies.stream():
+                if index not in opened and (opening := to.opening(index)):
+                    yield event(opening)
+                opened.add(index)
+                if text or (tokens and to.logprobs is not None):
+                    yield event(to.piece(index, text, tokens, None))
+                if ended:
+                    yield event(to.piece(index, "", [], ended))
+        except Refused as refused:  # the status has gone out long ago
+            yield b"data: " + refused.response.body + b"\n\n"
+            return
+        if include_usage:
+            yield event(to.chunk(usage=replies.usage()))
+        yield b"data: [DONE]\n\n"
+
+
+def event(content):
+    return f"data: {json.dumps(content)}\n\n".encode()
+
+
+# the service
+
+
+class Metrics:
+    """What is counted, for Prometheus."""
+
+    def __init__(self, service):
+        self.registry = CollectorRegistry()
+        named = {"namespace": "nanochatgpt", "registry": self.registry}
+        self.requests = Counter("requests", "Requests answered", ["path", "status"], **named)
+        self.prompt = Counter("prompt_tokens", "Tokens of prompts", **named)
+        self.cached = Counter("cached_prompt_tokens", "Tokens of prompts that were there already", **named)
+        self.generated = Counter("generated_tokens", "Tokens of replies", **named)
+        self.first = Histogram("first_token_seconds", "Time from a request to its first token", **named)
+        self.rate = Histogram("reply_tokens_per_second", "Tokens a second of a reply", **named)
+        for name, about, value in (
+            ("running_replies", "Replies that are being generated", lambda: len(service.scheduler.running)),
+            ("queued_replies", "Replies that wait", lambda: len(service.scheduler.waiting)),
+        ):
+            Gauge(name, about, **named).set_function(value)
+
+
+class Service:
+    """A model that many talk to."""
+
+    def __init__(self, config):
+        self.created, self.metrics, self.reward_model = int(time.time()), Metrics(self), None
+        self.scheduler = Scheduler(lambda: self.load(config), config.max_queue)
+        local = Path(config.init_from).exists()
+        self.name = config.model_name or (Path(config.init_from).resolve().name if local else config.init_from)
+
+    def load(self, config):
+        """Load what there is to load; return the Engine."""
+        device = pick_device(config.device)
+        dtype = pick_dtype(config.dtype, device, inference=True)
+        model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
+        if config.reward:
+            self.reward_model = load_reward_model(config.reward, self.tokenizer, device, dtype=dtype, inference=True)
+        self.config, self.size = for_template(config, self.tokenizer.template), model.config.block_size
+        pieces = config.prefill_tokens or (64 if device == "cpu" else 2048)
+        return Engine(model, config.max_rows, n_vocab=self.tokenizer.n_vocab, prefill_tokens=pieces)
+
+    @contextlib.asynccontextmanager
+    async def running(self, _):
+        """Hand what the scheduler delivers to whom it is for."""
+        loop = asyncio.get_running_loop()
+
+        def hear(pieces):
+            for job, piece in pieces:
+                job.hear(piece)
+
+        self.scheduler.deliver = lambda pieces: loop.call_soon_threadsafe(hear, pieces)
+        yield
+        self.scheduler.close()
+
+    def model_card(self):
+        """Return what clients hear of the model; `context_length` and what follows is for the page."""
+        c = self.config
+        sampling = {
+            f.name: getattr(c, f.name)
+            for f in fields(Sampling)
+            if f.name not in ("max_new_tokens", "no_repeat_ngram_size")
+        }
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "nanochatgpt",
+            "context_length": self.size,
+            "best_of": self.reward_model is not None,
+            "sampling": {"max_tokens": c.max_new_tokens, **sampling},
+        }
+
+    def options(self, request, prompts, asked):
+        """Return the Sampling of a request, whose prompts have to leave room for as many tokens as it asks for."""
+        if request.model not in (None, self.name):
+            raise Refused(404, f"there is no model {request.model}; this is {self.name}", "model", "model_not_found")
+        if request.best_of and self.reward_model is None:
+            raise Refused(400, "best_of needs a server with a reward model: serve.py --reward=out/reward", "best_of")
+        if request.best_of and request.best_of < request.n:
+            raise Refused(400, f"best_of={request.best_of} is less than n={request.n}", "best_of")
+        most = self.config.max_rows + self.config.max_queue
+        if (n := len(prompts) * (request.best_of or request.n)) > most:
+            raise Refused(400, f"{n} replies at once; there may be {most}", "best_of" if request.best_of else "n")
+        if token := next((t for t in request.logit_bias if int(t) >= self.tokenizer.n_vocab), None):
+            raise Refused(400, f"logit_bias has token {token}; ids end at {self.tokenizer.n_vocab - 1}", "logit_bias")
+        longest = max(map(len, prompts))
+        if longest + (asked or 1) > self.size:
+            raise Refused(
+                400,
+                f"the context is {self.size} tokens; the prompt has {longest}, and {asked or 1} are to follow",
+                code="context_length_exceeded",
+            )
+        given = {f.name: getattr(request, f.name, None) for f in fields(Sampling)}
+        values = {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
+        values["max_new_tokens"] = min(asked or self.config.max_new_tokens, self.size - longest)
+        return Sampling(**values)
+
+    def chat_prompt(self, request, asked):
+        """Return the ids of a conversation and of the opener of a reply."""
+        messages = conversation(request.messages)
+        if request.truncation == "disabled":
+            return self.tokenizer.render(messages, add_generation_prompt=True)[0]
+        room, start = self.size - asked, 0
+        try:
+            # what was dropped at a turn before stays dropped, as in chat.py: so prompts begin alike
+            for n in [n for n, m in enumerate(messages[:-1], 1) if m["role"] == "user"] + [len(messages)]:
+                ids, start = fit_context(self.tokenizer, messages[:n], room, start)
+        except ValueError as error:
+            raise Refused(400, str(error), "messages", "context_length_exceeded") from error
+        return ids
+
+    def prompts(self, request):
+        """Return the prompts of a request for completions, as ids."""
+        many = request.prompt if isinstance(request.prompt, list) else [request.prompt]
+        if isinstance(many[0], int):
+            many = [many]
+        prompts = [self.tokenizer.encode(p) or [END_OF_TEXT] if isinstance(p, str) else p for p in many]
+        n = self.tokenizer.n_vocab
+        if (token := next((t for prompt in prompts for t in prompt if not 0 <= t < n), None)) is not None:
+            raise Refused(400, f"prompt has token {token}; ids are 0 to {n - 1}", "prompt")
+        return prompts
+
+    async def reply(self, request, http, prompts, to, asked, stops, trim):
+        """Return the response to a request, `to` the Answer that it has the form of."""
+        options = self.options(request, prompts, asked)
+        try:
+            replies = Replies(self, http, request, prompts, options, stops, trim)
+        except Full:
+            seconds = 1 + self.config.max_queue // self.config.max_rows
+            raise Refused(
+                429, "too many wait already", code="rate_limit_exceeded", **{"Retry-After": str(seconds)}
+            ) from None
+        to = to(self.name, self.tokenizer, request.n_logprobs)
+        if request.stream:
+            return Events(replies, to, request.stream_options.include_usage)
+        return await whole(replies, to)
+
+
+# the application
+
+
+def create_app(config, service):
+    """Return the ASGI application."""
+    app = FastAPI(title="nanoChatGPT", docs_url=None, redoc_url=None, lifespan=service.running)
+    key = config.api_key or os.environ.get("NANOCHATGPT_API_KEY", "")
+    app.add_middleware(Guard, config=config, key=key, requests=service.metrics.requests)
+    if config.cors:
+        app.add_middleware(CORSMiddleware, allow_origins=[config.cors], allow_methods=["*"], allow_headers=["*"])
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: ChatRequest, http: Request):
+        """Reply to a conversation."""
+        asked = request.max_completion_tokens or request.max_tokens
+        if request.truncation == "auto":
+            asked = min(asked or config.max_new_tokens, service.size // 2)
+        prompt = service.chat_prompt(request, asked)
+        stops = (*service.tokenizer.stop_strings, *request.stops)
+        return await service.reply(request, http, [prompt], ChatAnswer, asked, stops, trim=True)
+
+    @app.post("/v1/completions")
+    async def complete(request: CompletionRequest, http: Request):
+        """Go on with a text, or with each of several."""
+        prompts = service.prompts(request)
+        return await service.reply(request, http, prompts, CompletionAnswer, request.max_tokens, request.stops, False)
+
+    @app.get("/v1/models")
+    async def models():
+        return answer({"object": "list", "data": [service.model_card()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str):
+        if name != service.name:
+            raise Refused(404, f"there is no model {name}; this is {service.name}", "model", "model_not_found")
+        return answer(service.model_card())
+
+    @app.post("/feedback", status_code=204)
+    async def feedback(judged: Feedback):
+        """Keep a conversation whose last reply was liked or not."""
+        path = Path(config.feedback)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": conversation(judged.messages), "label": judged.label}) + "\n")
+        except OSError as error:
+            raise Refused(500, f"it could not be kept: {error.strerror}") from error
+
+    @app.get("/health")
+    async def health():
+        if not service.scheduler.thread.is_alive():
+            raise Refused(503, "the engine has stopped")
+        return answer({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics():
+        return PlainTextResponse(generate_latest(service.metrics.registry))
+
+    page = PAGE.read_text(encoding="utf-8")
+    script = re.search("<script>(.*?)</script>", page, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
+    policy += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+    @app.get("/", include_in_schema=False)
+    async def chat_page():
+        return HTMLResponse(page, headers=headers)
+
+    @app.exception_handler(Refused)
+    async def refused(_, refused):
+        return refused.response
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_, invalid):
+        first = invalid.errors()[0]
+        if first["type"] == "json_invalid" or (first["loc"] == ("body",) and first["type"] != "value_error"):
+            return Refused(400, "the body must be a JSON object, with Content-Type: application/json").response
+        param = ".".join(map(str, first["loc"][1:]))
+        what = "is not supported" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        return Refused(400, f"{param}: {what}" if param else what, param or None).response
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_, found):
+        return Refused(found.status_code, found.detail).response
+
+    @app.exception_handler(Exception)
+    async def broken(_, error):  # which is logged besides
+        return Refused(500, "the server has a defect: its log says which").response
+
+    return app
+
+
+class Server(uvicorn.Server):
+    def __init__(self, settings, service):
+        super().__init__(settings)
+        self.service = service
+
+    async def shutdown(self, sockets=None):
+        """Let replies go on for the grace time, and then end with what they have."""
+        asyncio.get_running_loop().call_later(self.service.config.grace, self.service.scheduler.hurry)
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self):
+        """End by a signal as by one's own will, with status 0, when the replies that run are done."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        yield
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check(config):
+    """Raise ValueError for a knob that is out of range, or a server that is open to all without its person's will."""
+    for name in ("max_rows", "max_body", "request_seconds", "max_seconds", "grace"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name}={getattr(config, name)}: it must be above 0")
+    for name in ("max_queue", "prefill_tokens"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name}={getattr(config, name)}: it must be 0 or more")
+    if not 0 <= config.port < 2**16:
+        raise ValueError(f"port={config.port} is not from 0 to 65535")
+    key = config.api_key or os.environ.get("NANOCHATGPT_API_KEY")
+    if not is_loopback(config.host) and not key and not config.allow_open:
+        raise ValueError(
+            f"host={config.host}: whoever reaches this machine could use it. Give an --api_key, or --allow_open=true"
+        )
+
+
+def main(config):
+    check(config)
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        listening = socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        raise ValueError(
+            f"host={config.host}, port={config.port}: {error.strerror}; try --port=0, any free one"
+        ) from error
+    service = Service(config)
+    settings = {"log_level": "warning", "access_log": False, "server_header": False, "ws": "none"}
+    app = create_app(config, service)
+    protocol = functools.partial(Protocol, config.request_seconds)
+    # those who do not even read what they have have five seconds more
+    settings |= {"http": protocol, "timeout_graceful_shutdown": config.grace + 5}
+    server = Server(uvicorn.Config(app, **settings), service)
+    host, port = listening.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"{service.name}: the page is at {url}/, the API at {url}/v1; Ctrl-C ends it")
+    server.run(sockets=[listening])
+
+
+if __name__ == "__main__":
+    run(main, Config)
