@@ -14,6 +14,7 @@ Progress goes to stderr; the last line on stdout is the result as one JSON objec
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -438,7 +440,7 @@ def best_of_n(config):
 
 def serve(config):
     """Return the tokens a second of many clients (`tokens_per_s`), as a multiple of what one client gets (`ratio`), the
-    time to the first token, the server's memory before and after the soak, and how many of its greedy replies were
+    times to the first token, the server's memory before and after the soak, and how many of its greedy replies were
     lost, or not what the server says to the same prompt alone (`mixed_up`; `tied` where rounding decided)."""
     at_least_1(config, "clients", "prompt_len", "new_tokens", "rounds", "soak")
     draw = random.Random(0)
@@ -463,12 +465,13 @@ def serve(config):
             return heard, tokens / seconds
 
         ask(requests(4 * config.clients), config.clients)
-        rates, firsts = ([], []), []
+        rates, firsts = ([], []), defaultdict(list)
         for _ in range(config.rounds):
             rates[0].append(ask(requests(8), 1)[1])
             heard, rate = ask(requests(8 * config.clients), config.clients)
             rates[1].append(rate)
-            firsts += [each.first for each in heard]
+            for each in heard:
+                firsts[each.client].append(each.first)
         memory = [resident_memory(server.pid)]
         asked = [request | {"logprobs": 5} for request in requests(config.soak, 16)]
         together, _ = ask(asked, config.clients)
@@ -483,8 +486,9 @@ def serve(config):
         "seconds": 1 / many,
         "one_tokens_per_s": one,
         "ratio": many / one,
-        "first_token_s": statistics.median(firsts),
-        "slowest_first_token_s": max(firsts),
+        "first_token_s": statistics.median(itertools.chain(*firsts.values())),
+        "slowest_clients_first_token_s": max(map(statistics.mean, firsts.values())),
+        "longest_first_token_s": max(itertools.chain(*firsts.values())),
         "memory_mb": memory[0],
         "memory_after_soak_mb": memory[1],
         "lost": sum(each.status != 200 or not each.tokens for each in (*together, *alone)),

@@ -84,7 +84,7 @@ class Int8Linear(nn.Module):
         low, high = x.amin(-1, keepdim=True).clamp_(max=0), x.amax(-1, keepdim=True).clamp_(min=0)  # (..., 1) each
         scale = ((high - low) / self.LEVELS).clamp(min=6.1e-5)  # FBGEMM's smallest
         zero = (-low / scale).round()
-        y = quantized.linear_with_input_q_dq_qweight_dq_output_fp32(zero.addcdiv(x, scale), 1.0, 0, self.packed)
+        y = quantized.linear_with_input_q_dq_qweight_dq_output_fp32((x / scale).add_(zero), 1.0, 0, self.packed)
         if self.bias is None:
             return y.addcmul_(zero, self.sums, value=-1).mul_(scale)
         y.sub_(self.bias).addcmul_(zero, self.sums, value=-1)

@@ -5,7 +5,7 @@ Load for a server: what many clients at once hear of it, and when.
 import asyncio
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 
 @dataclass
@@ -17,7 +17,10 @@ class Heard:
     tokens: int  # of the reply, by the server's count
     first: float  # until the first of it came
     seconds: float
-    likeliest: list  # for each token (itself, {it and others: log-probability}), where the request wants logprobs
+    client: int = 0  # which of them it was
+    likeliest: list = field(
+        default_factory=list
+    )  # for each token (itself, {it and others: log-probability}), where the request wants logprobs
 
 
 async def ask(host, port, request):
@@ -39,7 +42,9 @@ async def ask(host, port, request):
     logprobs = [choice["logprobs"] for part in parts for choice in part.get("choices", ()) if choice["logprobs"]]
     likeliest = [pair for found in logprobs for pair in zip(found["tokens"], found["top_logprobs"], strict=True)]
     usage = parts[-1].get("usage") if parts else None
-    return Heard(status, text, usage["completion_tokens"] if usage else 0, first or seconds, seconds, likeliest)
+    return Heard(
+        status, text, usage["completion_tokens"] if usage else 0, first or seconds, seconds, likeliest=likeliest
+    )
 
 
 def same(a, b, tie=0.05):
@@ -55,10 +60,10 @@ async def drive(host, port, requests, clients):
     """Return ([Heard] of the requests, in their order, seconds), asked for by so many clients, each one by one."""
     heard, left = [None] * len(requests), iter(enumerate(requests))
 
-    async def client():
+    async def client(me):
         for number, request in left:
-            heard[number] = await ask(host, port, request)
+            heard[number] = replace(await ask(host, port, request), client=me)
 
     began = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(clients)))
+    await asyncio.gather(*(client(me) for me in range(clients)))
     return heard, time.perf_counter() - began

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tokenizer import TextStream
 
-PAUSE = 0.002  # seconds between two deliveries for each job that runs: hearing of a piece costs some 0.3 ms
+PAUSE = 0.004  # seconds between two deliveries for each job that runs: hearing of a piece costs some 0.3 ms
 
 
 class Piece(NamedTuple):
