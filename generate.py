@@ -141,10 +141,10 @@ class Engine:
         self.n_vocab = min(n_vocab or config.vocab_size, config.vocab_size)
         self.rows = [Row(slot=i) for i in range(rows)]
         self.prefill_tokens, self.added = prefill_tokens, 0
-        # a row alone on a CPU attends to what there is and needs no mask; else lengths are rounded up to chunks, which
-        # a compiled or recorded step has to be made for
+        # steps on a CPU attend to what there is; else lengths are rounded up to chunks, which a compiled or recorded step
+        # has to be made for
         self.exact = self.device.type == "cpu" and not compile
-        self.chunk = 32 if self.exact else 256
+        self.chunk = 1 if self.exact else 256
         with torch.inference_mode():
             self.cache = model.kv_cache(rows, self.size)
             self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)  # newest ids, their positions
@@ -344,7 +344,7 @@ class Engine:
 
     def _take(self, n, length):
         """Return the logits (n, V) of the first n rows' `inputs`, with the cache up to `length`."""
-        size = length if self.exact and n == 1 else self._chunks(length)
+        size = self._chunks(length)
         inputs, kv = self.inputs[:, :n], self.cache.kv[:, :, :n, :, :size]
         shape = (n, size) if self.device.type == "cuda" else min(n, 2)  # a trace for rows is one for any number of them
         self.uses[shape] += 1

@@ -1,5 +1,8 @@
 """The paths that train on a GPU, in 16 bits, compiled and packed, give the loss and gradients of float32 on a CPU."""
 
+import functools
+import queue
+
 import pytest
 import test_ppo
 import test_train_reward
@@ -7,7 +10,11 @@ import torch
 from conftest import records
 
 from checkpoint import save_model
+from generate import Engine, generate
 from model import GPT, GPTConfig, move
+from sampling import Sampling
+from scheduler import Job, Scheduler
+from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -73,3 +80,23 @@ def test_ppo_on_a_gpu_begins_with_ratios_of_1_and_no_kl(dtype, tmp_path, monkeyp
     steps = [r for r in records(test_ppo.fit(**knobs)) if "kl" in r]
     assert abs(steps[0]["kl"]) < 1e-3 and len(steps) == 3
     assert all(r["entropy"] > 0 and abs(r["kl"]) < 60 for r in steps)
+
+
+def test_jobs_on_a_gpu_that_come_and_go_get_what_each_gets_alone():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=128, vocab_size=50257, n_layer=2, n_head=2, n_embd=64)).cuda()
+    prompts = [[7 * n + i for i in range(3 + 5 * n)] for n in range(12)]
+    alone = [generate(model, [prompt], max_new_tokens=20, temperature=0)[0] for prompt in prompts]
+    pieces, tokenizer = queue.Queue(), Tokenizer()
+    load = functools.partial(Engine, model, 4, prefill_tokens=16)  # prompts in pieces, steps replayed by graphs
+    scheduler = Scheduler(load, len(prompts), lambda found: [pieces.put(each) for each in found])
+    jobs = [Job(None, prompt, Sampling(20, 0), tokenizer) for prompt in prompts]
+    scheduler.add(*jobs)
+    given, left = {job: [] for job in jobs}, len(jobs)
+    while left:
+        job, piece = pieces.get(timeout=120)
+        given[job] += [token.id for token in piece.tokens]
+        left -= piece.ended is not None
+    scheduler.close()
+    for job, expected in zip(jobs, alone, strict=True):  # half a character at the end is no text
+        assert given[job] == expected[: len(given[job])] and job.n_tokens == 20 <= len(given[job]) + 3
