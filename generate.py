@@ -141,8 +141,8 @@ class Engine:
         self.n_vocab = min(n_vocab or config.vocab_size, config.vocab_size)
         self.rows = [Row(slot=i) for i in range(rows)]
         self.prefill_tokens, self.added = prefill_tokens, 0
-        # steps on a CPU attend to what there is; else lengths are rounded up to chunks, which a compiled or recorded step
-        # has to be made for
+        # steps on a CPU attend to what there is; else lengths are rounded up to chunks: for each one a compiled or
+        # recorded step has to be made
         self.exact = self.device.type == "cpu" and not compile
         self.chunk = 1 if self.exact else 256
         with torch.inference_mode():

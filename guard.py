@@ -12,6 +12,7 @@ import time
 
 from fastapi import Request
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from protocol import error
@@ -21,6 +22,7 @@ class Refused(Exception):
     """A request that is not carried out, and why."""
 
     def __init__(self, status, message, param=None, code=None, **headers):
+        self.message = message
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
         self.response = answer(error(message, "server_error" if status >= 500 else kind, param, code), status, headers)
 
@@ -62,24 +64,34 @@ class Guard:
 
             await self.app(scope, replay, noting)
         except Refused as refused:
+            scope["note"] = f": {refused.message}"
             await refused.response(scope, receive, noting)
+        except ClientDisconnect:
+            status = 499
+        except Exception:
+            status = 500
+            raise
         finally:
             path = scope["path"].encode("unicode_escape").decode()[:80]
             seconds = time.perf_counter() - began
             known = getattr(scope.get("route"), "path", "other")
             self.requests.labels(known, status or "cut").inc()
-            print(f"{scope['method']} {path} {status or 'cut'} {seconds:.2f} s{scope.get('note', '')}")
+            if status != 200 or path not in ("/health", "/metrics"):  # which are asked for all day
+                print(f"{scope['method']} {path} {status or 'cut'} {seconds:.2f} s{scope.get('note', '')}")
 
     def check(self, request):
         """Raise Refused where the request comes by another name, or without the key."""
-        host = re.sub(r":\d*$", "", request.headers.get("host", ""))
+        host = re.sub(r":\d*$", "", request.headers.get("host", "")).lower()
         # else any page of the web could get here, by a name of its own that leads to this machine
         if self.local and not (host == "localhost" or is_loopback(host.strip("[]"))):
             raise Refused(403, f"Host is {host}: here it has to be localhost or 127.0.0.1")
-        open_to_all = request.url.path in ("/", "/health") or request.method == "OPTIONS"
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip().encode()
+        open_to_all = request.scope["path"] in ("/", "/health") or request.method == "OPTIONS"
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        given = given.strip().encode() if scheme.lower() == "bearer" else b""
         if self.key and not open_to_all and not hmac.compare_digest(given, self.key):
-            raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
+            raise Refused(
+                401, "the API key is missing or wrong", code="invalid_api_key", **{"WWW-Authenticate": "Bearer"}
+            )
 
     async def body(self, request):
         """Return the body. What is too long is read on for a while, so that the client gets to hear the answer."""
@@ -88,11 +100,13 @@ class Guard:
             async with asyncio.timeout(self.config.request_seconds):
                 async for part in request.stream():
                     size += len(part)
-                    body = [*body, part] if size <= self.config.max_body else []
+                    body.append(part)
+                    if size > self.config.max_body:
+                        body.clear()
                 if size <= self.config.max_body:
                     return b"".join(body)
         if size > self.config.max_body:
-            raise Refused(413, f"a request may have {self.config.max_body:,} bytes", Connection="close")
+            raise Refused(413, f"a request may have at most {self.config.max_body:,} bytes", Connection="close")
         raise Refused(408, f"the request was not sent within {self.config.request_seconds} seconds", Connection="close")
 
 

@@ -4,6 +4,7 @@ OpenAI's requests and answers, as far as a GPT-2 speaks them: what a request may
 https://platform.openai.com/docs/api-reference/chat and .../completions. What is not here is refused, never ignored.
 """
 
+import codecs
 import time
 import uuid
 from collections import defaultdict
@@ -11,8 +12,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+MANY = 1000  # messages, parts of one, prompts: what a person could mean, and is checked in no time
+Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Id = Annotated[str, StringConstraints(pattern=r"^\d{1,6}$")]
+Id = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,6}$")]
 # what is not supported, and the values of it that clients send though they ask for nothing
 NOTHING = {
     "tools": ([],),
@@ -26,11 +29,12 @@ NOTHING = {
     "store": (False,),
     "echo": (False,),
     "suffix": ("",),
+    "best_of": (1,),
 }
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class StreamOptions(Strict):
@@ -54,7 +58,7 @@ class Options(Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] = 1
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None  # the n with the highest reward of so many
-    logit_bias: dict[Id, Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: Annotated[dict[Id, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MANY)] = {}
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str = ""  # for the client's own books, as metadata is
@@ -84,7 +88,7 @@ class Message(Strict):
     """A message; the name is for the client's own books."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MANY, fail_fast=True)]
     name: str = ""
 
     @model_validator(mode="before")
@@ -110,7 +114,7 @@ def conversation(messages):
 
 
 class ChatRequest(Options):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MANY, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
@@ -131,9 +135,9 @@ class ChatRequest(Options):
 class CompletionRequest(Options):
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=MANY, fail_fast=True)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1, max_length=MANY, fail_fast=True)]
     ) = ""  # texts or ids; of none it is <|endoftext|>
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -145,7 +149,7 @@ class CompletionRequest(Options):
 class Feedback(Strict):
     """A conversation up to a reply, and whether this was liked."""
 
-    messages: Annotated[list[Message], Field(min_length=2)]
+    messages: Annotated[list[Message], Field(min_length=2, max_length=MANY, fail_fast=True)]
     label: Literal[0, 1]
 
     @model_validator(mode="after")
@@ -215,7 +219,8 @@ class CompletionAnswer(Answer):
 
     def __init__(self, *of):
         super().__init__(*of)
-        self.bytes = defaultdict(bytes)  # of each choice so far
+        self.decoders = defaultdict(lambda: codecs.getincrementaldecoder("utf-8")("replace"))  # of each choice
+        self.lengths = defaultdict(int)  # of its text so far
 
     def choice(self, index, text, tokens, reason):
         return {"index": index, "text": text, "logprobs": self.probabilities(index, tokens), "finish_reason": reason}
@@ -231,12 +236,14 @@ class CompletionAnswer(Answer):
             return None
         offsets = []
         for token in tokens:
-            offsets.append(len(self.bytes[index].decode("utf-8", "ignore")))
-            self.bytes[index] += self.tokenizer.token_bytes(token.id)
+            offsets.append(self.lengths[index])
+            self.lengths[index] += len(self.decoders[index].decode(self.tokenizer.token_bytes(token.id)))
         return {
             "tokens": [self.name(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self.name(i): logprob for i, logprob in token.top} for token in tokens],
+            "top_logprobs": [
+                {self.name(i): logprob for i, logprob in (*token.top, (token.id, token.logprob))} for token in tokens
+            ],
             "text_offset": offsets,
         }
 

@@ -33,7 +33,7 @@ class Replies:
                 tokenizer,
                 stop_strings=stops,
                 stop_ids=tokenizer.stop_ids,
-                seed=None if seed is None else seed + number,
+                seed=None if seed is None else (seed + number) % 2**64,  # of -1 and 1 random draws the same
                 logit_bias={int(token): bias for token, bias in request.logit_bias.items()},
                 logprobs=request.n_logprobs,
                 seconds=service.config.max_seconds,
@@ -70,11 +70,13 @@ class Replies:
         left = len(self.jobs)
         while left:
             number, piece = await self.queue.get()
-            if self.first is None:
+            if self.first is None and piece.tokens:
                 self.first = time.perf_counter() - self.began
                 self.service.metrics.first.observe(self.first)
             if piece.ended == "late":
-                raise Refused(503, "it did not get its turn in time", **{"Retry-After": "10"})
+                raise Refused(
+                    503, "it did not get its turn in time, or the server is being stopped", **{"Retry-After": "10"}
+                )
             if piece.ended == "error":
                 raise Refused(500, "generating broke off; the server's log says why")
             left -= piece.ended is not None
@@ -118,7 +120,10 @@ async def whole(replies, to):
     gone = asyncio.ensure_future(disconnected(replies.http))
     try:
         await asyncio.wait({texts, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return answer(to.whole(await texts, replies.usage())) if texts.done() else Response(status_code=499)
+        if not texts.done():
+            return Response(status_code=499)
+        content = to.whole(await texts, replies.usage())
+        return await asyncio.to_thread(answer, content)  # with all their logprobs that may be megabytes
     finally:
         texts.cancel()
         gone.cancel()

@@ -13,7 +13,7 @@ from collections import deque
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from tokenizer import TextStream
+from tokenizer import TextStream, overlap
 
 PAUSE = 0.004  # seconds between two deliveries for each job that runs: hearing of a piece costs some 0.3 ms
 
@@ -55,12 +55,18 @@ class Job:
         self.held.append((token, self.text.length + self.text.within_character))
         if self.text.stopped_at is not None:
             return self._piece(text, "stop")
-        # what is held back might have become a stop: no part of a marker is shown
-        return self._piece(text, "length" if full else None)
+        if not full:
+            return self._piece(text, None)
+        first, last = self._piece(text, None), self.end("length")
+        return Piece(first.text + last.text, first.tokens + last.tokens, "length")
 
     def end(self, how):
         """Return the last Piece of a job that ends after the tokens it has."""
-        return self._piece(self.text.rest() if how == "stop" else "", how)
+        rest = self.text.rest()
+        if how != "stop":  # what is held back might have become the opener of a turn: no part of it is shown
+            markers = [s for s in self.text.stop_strings if s in self.text.tokenizer.stop_strings]
+            rest = rest[: len(rest) - max((overlap(rest, marker) for marker in markers), default=0)]
+        return self._piece(rest, how)
 
     def _piece(self, text, ended):
         self.given += len(text)
@@ -84,7 +90,11 @@ class Scheduler:
         self.thread = threading.Thread(target=self._run, daemon=True)
         engine = self.call(load)
         self.thread.start()
-        self.engine = engine.result()
+        try:
+            self.engine = engine.result()
+        except BaseException:  # Ctrl-C too: a process must not end while a thread of it computes
+            self.close()
+            raise
 
     def add(self, *jobs):
         """Hand in jobs. Raises Full where there is neither a row nor a place in the queue for all of them."""
@@ -137,10 +147,11 @@ class Scheduler:
                 calls = [self.calls.popleft() for _ in range(len(self.calls))]
                 pieces = self._make_room()
             for future, function in calls:
-                try:
-                    future.set_result(function())
-                except Exception as error:
-                    future.set_exception(error)
+                if future.set_running_or_notify_cancel():  # else nobody waits for it any more
+                    try:
+                        future.set_result(function())
+                    except Exception as error:
+                        future.set_exception(error)
             try:
                 pieces += self._step() if self.running else []
             except Exception:  # out of memory, say: who is running hears of it, and the next ones may have better luck
@@ -169,7 +180,12 @@ class Scheduler:
             pieces.append((job, job.end("late")))
         while self.waiting and len(self.running) < len(self.engine.rows):
             job = self.waiting.popleft()
-            row = self.engine.add(job.prompt, job.options, **job.add)
+            try:
+                row = self.engine.add(job.prompt, job.options, **job.add)
+            except ValueError:
+                traceback.print_exc()
+                pieces.append((job, job.end("error")))
+                continue
             job.n_cached = self.engine.rows[row].n_found
             self.running[row] = job
         return pieces

@@ -391,7 +391,7 @@ class TextStream:
             self.stopped_at = self.length - len(self._held) + min(found)
             certain, self._held = min(found), self._held[: min(found)]
         else:
-            certain = len(self._held) - max((_overlap(self._held, stop) for stop in self.stop_strings), default=0)
+            certain = len(self._held) - max((overlap(self._held, stop) for stop in self.stop_strings), default=0)
         text, self._held = self._held[:certain], self._held[certain:]
         return text
 
@@ -401,7 +401,7 @@ class TextStream:
         return text
 
 
-def _overlap(text, stop):
+def overlap(text, stop):
     """Return the length of the longest beginning of `stop`, short of the whole, that `text` ends in."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 

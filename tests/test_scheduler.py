@@ -28,7 +28,7 @@ def start(model):
     """Start a Scheduler: start(rows, max_queue) -> (scheduler, what each job has heard so far)."""
     started = []
 
-    def make(rows=2, max_queue=100, **engine):
+    def make(rows=2, max_queue=100):
         heard = {}
 
         def deliver(pieces):
@@ -180,3 +180,19 @@ def test_the_more_jobs_run_the_more_of_each_is_told_at_once(model, start, monkey
     _, tokens, _, pieces = result(heard, each)
     assert pieces == 2  # the first token at once, the others with the end
     assert [token.id for token in tokens] == alone(model, PROMPTS[0], n=20, seed=1)
+
+
+def test_a_call_that_nobody_waits_for_any_more_and_a_prompt_that_is_too_long_stop_nothing(start):
+    scheduler, heard = start()
+    scheduler.call(lambda: time.sleep(0.2))
+    assert scheduler.call(lambda: 1).cancel()
+    scheduler.add(long := job([5] * 500), short := job(PROMPTS[0]))
+    assert result(heard, long)[2] == "error" and result(heard, short)[2] == "length"
+
+
+def test_where_a_reply_is_cut_only_what_may_be_a_marker_is_held_back(start):
+    scheduler, heard = start()
+    stops = (TOKENIZER.stop_strings[0], "iXX")
+    jobs = [job(PROMPTS[0], n=1, logit_bias={TOKENIZER.encode(t)[0]: 100}, stop_strings=stops) for t in ("[", "i")]
+    scheduler.add(*jobs)
+    assert [result(heard, each)[0] for each in jobs] == ["", "i"]
