@@ -80,9 +80,10 @@ def stream(engine, tokenizer, prompt, options, *, stop_strings=(), **add):
     text = TextStream(tokenizer, stop_strings)
     row = engine.add(prompt, options, **add)
     try:
-        while tokens := engine.step():
-            if piece := text.push(tokens[0].id):
-                yield piece
+        while engine.rows[row].running:  # not while there are tokens: of a prompt in pieces there are none at first
+            for token in engine.step():
+                if piece := text.push(token.id):
+                    yield piece
             if text.stopped_at is not None:
                 return
         cut = len(engine.rows[row].ids) == engine.rows[row].limit  # then what is held back might have become a stop

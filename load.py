@@ -18,9 +18,8 @@ class Heard:
     first: float  # until the first of it came
     seconds: float
     client: int = 0  # which of them it was
-    likeliest: list = field(
-        default_factory=list
-    )  # for each token (itself, {it and others: log-probability}), where the request wants logprobs
+    # for each token (itself, {it and others: log-probability}), where the request wants logprobs
+    likeliest: list = field(default_factory=list)
 
 
 async def ask(host, port, request):

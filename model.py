@@ -355,7 +355,7 @@ class GPT(nn.Module):
         c, like = self.config, self.transformer.wpe.weight
         shape = (c.n_layer, 2, rows, c.n_head, size, c.n_embd // c.n_head)
         if like.device.type == "cpu" and like.dtype == torch.float32:
-            # NumPy's comes in large pages, which are taken up when first used: a step of 16 rows takes 0.96 of the time
+            # NumPy asks the system for large pages: a step of 16 rows takes 0.96 of the time
             return KVCache(torch.from_numpy(np.zeros(shape, np.float32)))
         return KVCache(torch.zeros(shape, device=like.device, dtype=like.dtype))
 

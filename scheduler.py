@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from tokenizer import TextStream, overlap
 
-PAUSE = 0.004  # seconds between two deliveries for each job that runs: hearing of a piece costs some 0.3 ms
+# seconds between two deliveries, for each job that runs: of a token those who hear of it make 52 µs, with 0.002 73
+PAUSE = 0.004
 
 
 class Piece(NamedTuple):

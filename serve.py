@@ -221,14 +221,28 @@ class Service:
         return await whole(replies, to)
 
 
+def api_key(config):
+    return config.api_key or os.environ.get("NANOCHATGPT_API_KEY", "")
+
+
 # the application
+
+
+def the_page():
+    """Return the response with the page, which may run its own script and load nothing."""
+    page = PAGE.read_text(encoding="utf-8")
+    script = re.search("<script>(.*?)</script>", page, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
+    policy += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+    return HTMLResponse(page, headers=headers)
 
 
 def create_app(config, service):
     """Return the ASGI application."""
     app = FastAPI(title="nanoChatGPT", docs_url=None, redoc_url=None, lifespan=service.running)
-    key = config.api_key or os.environ.get("NANOCHATGPT_API_KEY", "")
-    app.add_middleware(Guard, config=config, key=key, requests=service.metrics.requests)
+    app.add_middleware(Guard, config=config, key=api_key(config), requests=service.metrics.requests)
     if config.cors:
         app.add_middleware(CORSMiddleware, allow_origins=[config.cors], allow_methods=["*"], allow_headers=["*"])
 
@@ -279,16 +293,11 @@ def create_app(config, service):
     async def metrics():
         return PlainTextResponse(generate_latest(service.metrics.registry))
 
-    page = PAGE.read_text(encoding="utf-8")
-    script = re.search("<script>(.*?)</script>", page, re.DOTALL)[1]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
-    policy += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+    page = the_page()
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def chat_page():
-        return HTMLResponse(page, headers=headers)
+        return page
 
     @app.exception_handler(Refused)
     async def refused(http, refused):
@@ -363,10 +372,9 @@ def check(config):
         raise ValueError(f"cors={config.cors} is no origin, as https://example.org is, nor *")
     if not config.feedback or Path(config.feedback).is_dir():
         raise ValueError(f"feedback={config.feedback} is not a file to keep thumbs in")
-    key = config.api_key or os.environ.get("NANOCHATGPT_API_KEY", "")
-    if not re.fullmatch(r"[!-~]*", key):
+    if not re.fullmatch(r"[!-~]*", api_key(config)):
         raise ValueError("the API key has other characters than letters, digits and signs of ASCII")
-    if not is_loopback(config.host) and not key and not config.allow_open:
+    if not is_loopback(config.host) and not api_key(config) and not config.allow_open:
         raise ValueError(
             f"host={config.host}: whoever reaches this machine could use it. Give an --api_key, or --allow_open=true"
         )
