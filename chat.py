@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from checkpoint import default_model, load_model, pick_device, pick_dtype
-from configurator import run
+from configurator import at_least, run
 from generate import Engine, stream
 from reward import best_of, load_reward_model
 from sampling import ChatSampling, Sampling, for_template
@@ -46,8 +46,7 @@ class Chat:
     def __init__(self, config):
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device, inference=True)
-        if config.best_of < 1:
-            raise ValueError(f"best_of={config.best_of} is too small: 1 takes the first reply")
+        at_least(1, config, "best_of")
         if (config.best_of > 1) != bool(config.reward):
             given = f"best_of={config.best_of} with reward={config.reward or '(none)'}"
             raise ValueError(f"{given}: the one needs the other, as in --best_of=8 --reward=out/reward")

@@ -71,6 +71,13 @@ def run(main, Config):
         sys.exit(2)
 
 
+def at_least(least, config, *names):
+    """Raise ValueError for a knob that is below `least`."""
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise ValueError(f"{name}={getattr(config, name)} is too small: it must be {least} or more")
+
+
 def usage(Config, script, doc):
     """Return the text of --help: the script's docstring and a line for each knob with its default."""
     lines = [(doc or "").strip(), "", f"usage: python {script} [config/FILE.py ...] [--knob=value ...]", ""]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import NANO, default_model, keep_freed_memory, load_model, pick_device, pick_dtype, replacing
-from configurator import run
+from configurator import at_least, run
 from convai2 import PUBLISHED, marks
 from generate import generate
 from metrics import METRICS, f1, likeness, manner, perplexity, predict, remembers
@@ -234,17 +234,8 @@ def progress(what, total):
 
 
 def main(config):
-    for name, least in (
-        ("max_conversations", 0),
-        ("replies", 0),
-        ("probes", 0),
-        ("first_batches", 0),
-        ("learning_rate", 0),
-        ("batch_size", 1),
-        ("max_new_tokens", 1),
-    ):
-        if getattr(config, name) < least:
-            raise ValueError(f"{name}={getattr(config, name)} is too small")
+    at_least(0, config, "max_conversations", "replies", "probes", "first_batches", "learning_rate")
+    at_least(1, config, "batch_size", "max_new_tokens")
     names = [config.base] * bool(config.base) + [config.init_from]
     if len(set(names)) < len(names):
         raise ValueError(f"base={config.base} is the model itself")

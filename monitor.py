@@ -6,8 +6,10 @@ import contextlib
 import json
 import math
 import re
+import resource
 import signal
 import statistics
+import sys
 from collections import defaultdict, deque
 from dataclasses import asdict
 from pathlib import Path
@@ -97,3 +99,12 @@ def peak_flops(device):
     """Return the FLOP/s of a CUDA device's tensor cores, None where it is not in the table."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
     return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, name)), None)
+
+
+def peak_memory(device):
+    """Return the most memory in use so far, in MB: on CUDA what PyTorch had allocated, else the process's own."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if Path("/proc/self/status").exists():  # getrusage would count the process that we were forked from
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6

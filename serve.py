@@ -39,14 +39,14 @@ except ImportError as error:
     sys.exit(2)
 
 from checkpoint import default_model, load_model, pick_device, pick_dtype
-from configurator import run
+from configurator import at_least, run
 from generate import Engine
-from guard import Guard, Protocol, Refused, answer, is_loopback
-from protocol import ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, Feedback, conversation
-from replies import Events, Replies, whole
 from reward import load_reward_model
 from sampling import ChatSampling, Sampling, for_template
-from scheduler import Full, Scheduler
+from serving.guard import Guard, Protocol, Refused, answer, is_loopback
+from serving.protocol import ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, Feedback, conversation
+from serving.replies import Events, Replies, whole
+from serving.scheduler import Full, Scheduler
 from tokenizer import END_OF_TEXT, fit_context
 
 PAGE = Path(__file__).with_name("assets") / "page.html"
@@ -363,9 +363,7 @@ def check(config):
     for name in ("max_rows", "max_body", "request_seconds", "max_seconds", "grace"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}={getattr(config, name)}: it must be above 0")
-    for name in ("max_queue", "prefill_tokens"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name}={getattr(config, name)}: it must be 0 or more")
+    at_least(0, config, "max_queue", "prefill_tokens")
     if not 0 <= config.port < 2**16:
         raise ValueError(f"port={config.port} is not from 0 to 65535")
     if config.cors and not re.match(r"https?://|\*$", config.cors):

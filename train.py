@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import load_model, save_model
-from configurator import run
+from configurator import at_least, run
 from generate import generate
 from induction import set_induction_heads
 from model import GPT, GPTConfig, move
@@ -92,9 +92,9 @@ class Config:
 
 def check(config):
     """Raise ValueError for a knob that is out of range."""
-    positive = ["n_layer", "n_head", "n_embd", "batch_size", "block_size", "gradient_accumulation_steps"]
-    positive += ["eval_interval", "eval_iters", "log_interval"]
-    check_knobs(config, positive, ["max_iters", "warmup_iters", "grad_clip", "adam_eps", "freeze_rare", "seed"])
+    check_knobs(config)
+    at_least(1, config, "n_layer", "n_head", "n_embd", "block_size", "gradient_accumulation_steps", "eval_iters")
+    at_least(0, config, "freeze_rare")
     if not 0 <= config.max_epochs < math.inf:
         raise ValueError(f"max_epochs={config.max_epochs} is not 0 or more")
     if not 0 <= config.label_smoothing < 1:

@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import default_model, load_model, save_model
-from configurator import run
+from configurator import at_least, run
 from generate import generate
 from metrics import repeated_4grams
 from monitor import Log, StopSignal
@@ -257,19 +257,18 @@ def check_kl(kl, it, config):
 
 def check(config):
     """Raise ValueError for a knob that is out of range."""
-    positive = ["rollouts", "max_new_tokens", "max_prompt", "epochs", "batch_size", "eval_interval", "log_interval"]
-    check_knobs(config, positive, ["max_iters", "warmup_iters", "grad_clip", "adam_eps", "seed", "kl_coef"])
+    check_knobs(config)
+    at_least(1, config, "rollouts", "max_new_tokens", "max_prompt", "epochs")
+    at_least(0, config, "kl_coef")
     for name in ("temperature", "kl_target", "clip", "value_clip"):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name}={getattr(config, name)} is not above 0")
     for name in ("gamma", "lam"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name}={getattr(config, name)} is not from 0 to 1")
-    if not math.isfinite(config.no_end) or config.weight_decay < 0:
-        raise ValueError(f"no_end={config.no_end} or weight_decay={config.weight_decay} is out of range")
-    for name in ("normalize_on", "eval_replies"):
-        if getattr(config, name) < 2:
-            raise ValueError(f"{name}={getattr(config, name)} is too small: a mean needs some")
+    if not math.isfinite(config.no_end):
+        raise ValueError(f"no_end={config.no_end} is not finite")
+    at_least(2, config, "normalize_on", "eval_replies")
     if config.rollouts % config.batch_size:
         raise ValueError(f"rollouts={config.rollouts} is not a multiple of batch_size={config.batch_size}")
     if config.kl_horizon < config.rollouts:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import NoScore, load_model, save_model
-from configurator import run
+from configurator import at_least, run
 from metrics import auc, calibration_error
 from model import GPTConfig, RewardModel
 from monitor import Log, StopSignal, Trouble
@@ -177,15 +177,12 @@ def in_order(margin):
 
 def check(config):
     """Raise ValueError for a knob that is out of range."""
-    positive = ["batch_size", "block_size", "gradient_accumulation_steps"]
-    positive += ["eval_interval", "eval_iters", "log_interval"]
-    check_knobs(config, positive, ["max_iters", "warmup_iters", "grad_clip", "adam_eps", "seed"])
+    check_knobs(config)
+    at_least(1, config, "block_size", "gradient_accumulation_steps", "eval_iters")
     if config.loss not in ("labels", "pairs"):
         raise ValueError(f"loss={config.loss} is not one of labels, pairs")
     if config.loss == "pairs" and config.batch_size % 2:
         raise ValueError(f"batch_size={config.batch_size} has half a pair: take an even number")
-    if config.weight_decay < 0:
-        raise ValueError(f"weight_decay={config.weight_decay} is below 0")
     if not 0 <= config.max_epochs < math.inf:
         raise ValueError(f"max_epochs={config.max_epochs} is not 0 or more")
 

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from checkpoint import keep_freed_memory, load_tensors, pick_device, pick_dtype, replacing, save_model
+from configurator import at_least
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # a checkpoint knows nothing of shards
 
@@ -158,13 +159,13 @@ def restore(model, optimizer, scaler, state):
         scaler.load_state_dict(saved)
 
 
-def check_knobs(config, positive, not_negative):
-    """Raise ValueError for a knob that is below 1 (`positive`) or below 0 (`not_negative`), or no known schedule."""
+def check_knobs(config):
+    """Raise ValueError where one of the knobs that all training scripts have is out of range."""
     if config.lr_schedule not in ("cosine", "linear", "constant"):
         raise ValueError(f"lr_schedule={config.lr_schedule} is not one of cosine, linear, constant")
-    for name in [*positive, *not_negative]:
-        if getattr(config, name) < (name in positive):
-            raise ValueError(f"{name}={getattr(config, name)} is too small")
+    at_least(1, config, "batch_size", "eval_interval", "log_interval")
+    at_least(0, config, "max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip")
+    at_least(0, config, "adam_eps", "seed")
 
 
 def learning_rate(config, it):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from corpus import Config as CorpusConfig
 from corpus import JsonStream, divide, existing, prepare
 
-from configurator import run
+from configurator import at_least, run
 from download import hub_file
 
 FILE = "formatted_data.json"
@@ -127,8 +127,7 @@ def classifier():
 
 
 def main(config):
-    if config.max_examples < 0:
-        raise ValueError(f"max_examples={config.max_examples} is too small")
+    at_least(0, config, "max_examples")
     if config.source:
         path = existing(config.source)
         path = existing(path / FILE) if path.is_dir() else path

@@ -15,7 +15,7 @@ from itertools import islice
 from corpus import Config as CorpusConfig
 from corpus import JsonStream, divide, existing, prepare, prepare_text
 
-from configurator import run
+from configurator import at_least, run
 from download import hub_file
 
 FILES = {  # split -> file, bytes, sha256
@@ -103,8 +103,7 @@ def questions(config, counts, form):
 def main(config):
     if config.mask not in ("reply", "all"):
         raise ValueError(f"mask={config.mask} is not one of reply, all")
-    if config.max_examples < 0:
-        raise ValueError(f"max_examples={config.max_examples} is too small")
+    at_least(0, config, "max_examples")
     counts = {"questions": 0, "unanswered": 0}
     if config.mask == "all":
         prepare_text(config, "eli5", questions(config, counts, as_text))

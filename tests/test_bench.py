@@ -11,8 +11,8 @@ from conftest import assert_refused, small_talk, write_shards
 from transformers import GPT2LMHeadModel
 
 import bench
+from benchmarks.serve import Heard, same
 from checkpoint import save_model
-from load import Heard, same
 from model import GPT, GPTConfig, RewardModel
 from shards import open_shard
 from tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from checkpoint import save_model
 from generate import Engine, generate
 from model import GPT, GPTConfig, move
 from sampling import Sampling
-from scheduler import Job, Scheduler
+from serving.scheduler import Job, Scheduler
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

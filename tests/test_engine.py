@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_generate import PROMPTS, hf, model  # noqa: F401 (fixtures)
 
-import bench
+from benchmarks import fidelity
 from checkpoint import load_model, save_model
 from generate import Engine, generate
 from linear import FBGEMM
@@ -379,8 +379,8 @@ def trained(tmp_path_factory):
 @pytest.mark.skipif(not FBGEMM, reason="x86 only")
 @pytest.mark.parametrize(("dtype", "kl", "same_top"), [("int8", 5e-3, 0.97), ("float16", 1e-4, 0.999)])
 def test_on_real_text_a_trained_model_in_fewer_bits_says_the_same(trained, dtype, kl, same_top):
-    config = bench.Fidelity(str(trained / "model"), str(trained), "talk", 2000, dtype)
-    result = bench.fidelity(config)
+    config = fidelity.Config(str(trained / "model"), str(trained), "talk", 2000, dtype)
+    result = fidelity.measure(config)
     assert result["positions"] == 2000
     assert 0 < result["kl"] < kl
     assert result["same_top"] >= same_top

@@ -10,7 +10,7 @@ import torch
 from generate import Engine, generate
 from model import GPT, GPTConfig
 from sampling import Sampling
-from scheduler import Full, Job, Scheduler
+from serving.scheduler import Full, Job, Scheduler
 from tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer()
@@ -174,7 +174,7 @@ def test_what_loading_raises_is_raised():
 
 
 def test_the_more_jobs_run_the_more_of_each_is_told_at_once(model, start, monkeypatch):
-    monkeypatch.setattr("scheduler.PAUSE", 10.0)
+    monkeypatch.setattr("serving.scheduler.PAUSE", 10.0)
     scheduler, heard = start(rows=2)
     scheduler.add(each := job(PROMPTS[0], n=20, seed=1))
     _, tokens, _, pieces = result(heard, each)

@@ -9,10 +9,10 @@ import time
 
 from fastapi.responses import Response, StreamingResponse
 
-from guard import Refused, answer
-from protocol import usage
 from reward import scores_behind
-from scheduler import Job
+from serving.guard import Refused, answer
+from serving.protocol import usage
+from serving.scheduler import Job
 from tokenizer import Trim
 
 

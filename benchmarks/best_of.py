@@ -1,0 +1,75 @@
+"""
+What choosing the best of several replies costs, beside one reply, and how much better it is.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, fields
+
+import torch
+
+from checkpoint import load_model, pick_device, pick_dtype
+from configurator import at_least
+from generate import Engine, generate
+from reward import best_of, load_reward_model, scores_behind
+from sampling import ChatSampling, Sampling
+from shards import find_shards, open_shard, openings
+
+
+@dataclass
+class Config(ChatSampling):
+    init_from: str = "nano"  # as for chat.py
+    reward: str = "out/reward"  # a reward model, as for chat.py
+    n: int = 8  # replies to choose from
+    most: int = 16  # the curve of rewards goes up to the best of so many
+    data_dir: str = "data"  # where the shards are
+    dataset: str = "personachat"  # whose held-out people are replied to: this data set's val*.bin
+    prompts: int = 50  # so many of them
+    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+
+
+def measure(config):
+    """Return the time of the best of `n` replies, their scores included, as a multiple of that of one reply (`ratio`),
+    and the mean reward of the best of 1, 2, 4, ... replies (`rewards`), with the standard deviation of one."""
+    at_least(1, config, "n", "most", "prompts")
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device, inference=True)
+    model, tokenizer = load_model(config.init_from, device, dtype, inference=True)
+    reward_model = load_reward_model(config.reward, tokenizer, device, dtype=dtype, inference=True)
+    shards = [open_shard(path) for path, _ in find_shards(config.data_dir, config.dataset, "val")]
+    room = model.config.block_size - config.max_new_tokens
+    prompts, _ = openings(shards, tokenizer, config.prompts, room, 0)
+    if not prompts:
+        raise ValueError(f"no reply in {config.dataset} has a prompt of at most {room} tokens: lower max_new_tokens")
+    options = {field.name: getattr(config, field.name) for field in fields(Sampling)}
+    options |= {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
+    engines = [Engine(model, rows, n_vocab=tokenizer.n_vocab) for rows in (1, config.n, config.most)]
+    seconds, drawn, n_tokens = [0.0, 0.0], [], 0
+    for number, prompt in enumerate([prompts[0], *prompts]):  # the first time does not count
+        seed = number * config.most
+        for which in (0, 1) if number % 2 else (1, 0):
+            t0 = time.perf_counter()
+            if which:
+                chosen = best_of(engines[1], reward_model, tokenizer, prompt, config.n, seed=seed, **options)
+                n_tokens += sum(len(ids) for _, ids in chosen) * (number > 0)
+            else:
+                generate(model, [prompt], engine=engines[0], tokenizer=tokenizer, seed=seed, **options)
+            seconds[which] += (time.perf_counter() - t0) * (number > 0)
+        if not number:
+            continue
+        replies = generate(model, [prompt] * config.most, engine=engines[2], tokenizer=tokenizer, seed=seed, **options)
+        drawn.append(scores_behind(reward_model, tokenizer, prompt, replies))
+        print(f"{number} prompts", file=sys.stderr)
+    drawn = torch.stack(drawn)  # (prompts, most)
+    best = drawn.cummax(1).values.mean(0).tolist()
+    return {
+        "tokens_per_s": n_tokens / seconds[1],
+        "seconds": seconds[1],
+        "seconds_of_one": seconds[0],
+        "ratio": seconds[1] / seconds[0],
+        "rewards": {
+            n: round(best[n - 1], 4) for n in (2**k for k in range(config.most.bit_length())) if n <= config.most
+        },
+        "std": drawn.std().item(),
+    }
