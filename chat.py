@@ -7,14 +7,14 @@ import contextlib
 import json
 import sys
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import default_model, load_model, pick_device, pick_dtype
+from checkpoint import default_model, load_model, load_reward_model
 from configurator import at_least, run
-from generate import Engine, stream
-from reward import best_of, load_reward_model
-from sampling import ChatSampling, Sampling, for_template
+from device import pick_device, pick_dtype
+from generate import Engine, best_of, stream
+from sampling import ChatSampling, for_template, options_of
 from tokenizer import Trim, fit_context
 
 COMMANDS = """\
@@ -33,8 +33,8 @@ SHORT = {"role": "user", "content": "a"}  # the least that must fit into the con
 class Config(ChatSampling):
     init_from: str = default_model()  # nano, a directory, gpt2[-medium|-large|-xl], distilgpt2 or org/name on the hub
     persona: str = ""  # who the bot is, in sentences: "i am a zookeeper. i like tea."
-    best_of: int = 1  # take the best of so many replies, by
-    reward: str = ""  # a reward model of train_reward.py: a directory or org/name on the hub
+    best_of: int = 1  # say the best of so many replies, by the score of `reward`
+    reward: str = ""  # with best_of: a reward model of train_reward.py, a directory or org/name on the hub
     seed: int = 1337  # the same seed and messages give the same replies
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16, int8; auto is float16 on an x86 CPU, bfloat16 on CUDA
@@ -102,7 +102,7 @@ class Chat:
     def choose(self, prompt, **stops):
         """Yield the best reply to a prompt, whole; another one than those that were taken back, if there is one."""
         c = self.config
-        options = {field.name: getattr(c, field.name) for field in fields(Sampling)} | stops
+        options = options_of(c) | stops
         seed = c.seed + self.replies * c.best_of
         found = best_of(self.engine, self.reward_model, self.tokenizer, prompt, c.best_of, seed=seed, **options)
         turns = sum(m["role"] != "system" for m in self.messages)

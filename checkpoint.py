@@ -9,9 +9,7 @@ Weights in and out. A checkpoint is a Hugging Face GPT-2 directory; `init_from` 
 """
 
 import contextlib
-import ctypes
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -20,6 +18,8 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from atomic import replacing
+from device import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, mallopt
 from download import hub_file
 from linear import FBGEMM, BFloat16Linear, Float16Linear, Int8Linear
 from model import GPT, PRESETS, Conv1D, GPTConfig, RewardModel
@@ -52,54 +52,9 @@ SCORE = "score.weight"  # what a reward model has in place of the head
 
 NANO = Path(__file__).with_name("assets") / "nano"  # a small chat model that is part of the project; see its README.md
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
-
 
 class NoScore(ValueError):
     """A reward model was asked for, and what is there is none."""
-
-
-def pick_device(name):
-    """Return the device of a `device` knob; 'auto' is CUDA, else Apple's MPS, else the CPU. Raises ValueError for one
-    that this machine has not."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device, there in available.items() if there)
-    with contextlib.suppress(RuntimeError):  # of torch.device, for a name that is none
-        device = torch.device(name)
-        if available.get(device.type) and (device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()):
-            return name
-    there = ", ".join(device for device, there in available.items() if there)
-    raise ValueError(f"device={name} is not there; this machine has {there}")
-
-
-def keep_freed_memory():
-    """Have glibc keep the memory that is freed, for training on a CPU: else every large tensor of a step is made of new
-    pages, which the kernel clears first. 0.6 of the time of a step (GPT-2 124M, 4 x 256 tokens), in as much memory."""
-    mallopt(M_MMAP_MAX, 0)  # nothing comes by mmap, which would go back at once
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def mallopt(option, value):
-    """Set an option of malloc, where the C library is glibc."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(option, value)
-
-
-def pick_dtype(name, device, inference=False):
-    """Return the torch dtype of a `dtype` knob. 'auto' is bfloat16 (or float16) on CUDA, else float32; for inference
-    on an x86 CPU float16, which is faster there and whose text is float32's. int8 is for inference on such a CPU."""
-    device = torch.device(device).type
-    if name == "auto":
-        in_hardware = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        half = device == "cuda" or (inference and device == "cpu" and FBGEMM)
-        name = "bfloat16" if in_hardware else "float16" if half else "float32"
-    if name == "int8" and inference:
-        if device != "cpu" or not FBGEMM:
-            raise ValueError(f"dtype=int8 needs an x86 CPU, not {device}; take dtype=auto")
-    elif name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={name} is not one of auto, float32, bfloat16, float16" + inference * ", int8")
-    return getattr(torch, name)
 
 
 @torch.no_grad()
@@ -149,6 +104,27 @@ def load_model(init_from, device="cpu", dtype=torch.float32, dropout=0.0, infere
     return model.requires_grad_(not Linear), tokenizer
 
 
+def load_reward_model(name, tokenizer, device, **how):
+    """Return the RewardModel of that name, to score what this tokenizer writes; `how` goes to load_model. Raises
+    ValueError where it is none, or knows other tokens."""
+    if how.get("dtype") == torch.float16 and device == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        how["dtype"] = torch.bfloat16  # many tokens at once: 0.75 of the time of float16, which is for few
+    try:
+        model, theirs = load_model(name, device, Model=RewardModel, **how)
+    except (FileNotFoundError, NoScore) as error:
+        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition(";")[0]
+        what = what.removeprefix(f"init_from={name}: ")
+        raise ValueError(f"reward={name}: {what}. Make one by train_reward.py") from error
+    if theirs.template != tokenizer.template or model.config.vocab_size < tokenizer.n_vocab:
+        which = f"{model.config.vocab_size} tokens, in template {theirs.template}"
+        ours = f"{tokenizer.n_vocab} in template {tokenizer.template}"
+        raise ValueError(
+            f"reward={name} knows {which}; the model that talks {ours}: another vocabulary. Train one on shards in "
+            f"template {tokenizer.template}"
+        )
+    return model.eval()
+
+
 def save_model(model, tokenizer, directory):
     """Write `model` and `tokenizer` as a Hugging Face GPT-2 directory. If that fails, what was there is whole.
 
@@ -196,28 +172,6 @@ def load_tensors(path):
         raise ValueError(f"{path} is damaged or holds more than tensors, which could run code: not loaded") from error
     except Exception as error:  # of whatever kind: the unpickler promises none for damaged bytes
         raise ValueError(f"{path} is damaged or cut short ({error}); fetch or save it again") from error
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yield a path to write to; what was written there then takes the place of `path` at one instant, or not at all.
-
-    Raises OSError, with the path, where it cannot be written.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (safetensors.SafetensorError, RuntimeError) as error:  # how these and torch tell of a full disk
-        raise OSError(f"cannot write {path}: {error}") from error
-    except OSError as error:
-        if error.errno and not error.filename:
-            error.filename = str(path)
-        raise
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def default_model():

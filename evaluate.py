@@ -15,13 +15,15 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import NANO, default_model, keep_freed_memory, load_model, pick_device, pick_dtype, replacing
+from atomic import replacing
+from checkpoint import NANO, default_model, load_model
 from configurator import at_least, run
 from convai2 import PUBLISHED, marks
+from device import keep_freed_memory, pick_device, pick_dtype
 from generate import generate
 from metrics import METRICS, f1, likeness, manner, perplexity, predict, remembers
 from report import BATCH_COLUMNS, FIGURES, page, read_run, table, table_of_batches
-from sampling import ChatSampling, Sampling, for_template
+from sampling import ChatSampling, Sampling, for_template, options_of
 from shards import Loader, find_shards, open_shard, openings
 from tokenizer import END_OF_TEXT, Tokenizer, fit_context
 
@@ -192,7 +194,7 @@ def evaluate(config, model, tokenizer, material):
     """
     figures, replies, said = dict.fromkeys(FIGURES), [], []
     config = for_template(config, tokenizer.template)
-    sampling = {name: getattr(config, name) for name in SAMPLING}
+    sampling = options_of(config)
     if material.loader:
         figures |= predictions(model, material.loader, model.transformer.wpe.weight.device)
     if material.prompts:
@@ -250,14 +252,18 @@ def main(config):
             f"convai2={config.convai2} does not exist: prepare/personachat.py fetches PersonaChat's"
         )
     for mode, names_of_no_use in (
-        ("first_batches", ("dtype", "max_conversations", "replies")),
-        ("convai2", ("batch_size", "replies")),
+        ("first_batches", ("dtype", "max_conversations", "replies", "probes", *SAMPLING)),
+        ("convai2", ("batch_size", "replies", "data_dir")),
     ):
         for name in names_of_no_use:
             if getattr(config, mode) and name in getattr(config, "given", ()):
                 raise ValueError(f"{name} does nothing with {mode}: leave it out")
+    if not config.first_batches and "learning_rate" in getattr(config, "given", ()):
+        raise ValueError("learning_rate does nothing without first_batches: leave it out")
     if config.first_batches and (config.convai2 or config.report or not config.dataset):
         raise ValueError("first_batches needs a dataset, and goes with neither convai2 nor report")
+    if config.convai2 and config.dataset and "dataset" in getattr(config, "given", ()):
+        raise ValueError("convai2 goes without a dataset: leave it out")
     if not (config.dataset or config.convai2 or config.probes):
         raise ValueError("nothing is asked for: set dataset, convai2 or probes")
     if config.dataset and not config.convai2:  # before models are fetched

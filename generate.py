@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from model import KVCache
+from reward import scores_behind
 from sampling import Sampling, penalize, sample
 from tokenizer import TextStream
 
@@ -69,6 +70,14 @@ def generate(
         for row in at:
             engine.end(row)
     return new
+
+
+def best_of(engine, reward_model, tokenizer, prompt, n, **how):
+    """Return [(score, ids)] of n replies to one prompt, the best first; `how` goes to `generate`, and no row of the
+    engine may run. The prompt is computed once, and the replies are decoded together, and scored together."""
+    replies = generate(engine.model, [prompt] * n, engine=engine, tokenizer=tokenizer, **how)
+    found = scores_behind(reward_model, tokenizer, prompt, replies).tolist()
+    return sorted(zip(found, replies, strict=True), key=lambda pair: -pair[0])
 
 
 def stream(engine, tokenizer, prompt, options, *, stop_strings=(), **add):

@@ -361,8 +361,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def grow_vocab(self, vocab_size):
-        """Append token embeddings up to `vocab_size`, each the mean of those there are: no new token stands out."""
+        """Append token embeddings up to `vocab_size`, each the mean of those there are: no new token stands out. Where
+        there are as many, nothing happens."""
         old = self.transformer.wte.weight
+        if vocab_size <= len(old):
+            return
         mean = old.mean(0, keepdim=True).expand(vocab_size - old.size(0), -1)
         self.transformer.wte = nn.Embedding.from_pretrained(torch.cat([old, mean]), freeze=False)
         self.lm_head.out_features = self.config.vocab_size = vocab_size

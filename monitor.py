@@ -1,26 +1,18 @@
 """
-What a training run says of itself: its log, its speed, its trouble; and how it is asked to stop.
+What a training run says of itself: its log and its trouble; and how it is asked to stop.
 """
 
 import contextlib
 import json
 import math
-import re
-import resource
 import signal
 import statistics
-import sys
 from collections import defaultdict, deque
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
+from atomic import replacing
 
-from checkpoint import replacing
-
-# pattern in the device's name -> dense bf16 or fp16 FLOP/s, accumulated in fp32, from the makers' datasheets
-PEAK_FLOPS = {r"H200|H100(?! PCIe)": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "L40S": 362e12, r"L4\b": 121e12}
-PEAK_FLOPS |= {"RTX 4090": 165e12, "RTX 3090": 71e12, "RTX A6000": 155e12, "V100": 125e12, r"T4\b": 65e12}
 # a value is too high beyond so many times the usual, and so much more
 LIMITS = {"loss": (2, 1), "validation loss": (2, 1), "gradient norm": (100, 100)}
 
@@ -93,18 +85,3 @@ class StopSignal:
     def _ask(self, number, _frame):
         self.asked = True
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-
-def peak_flops(device):
-    """Return the FLOP/s of a CUDA device's tensor cores, None where it is not in the table."""
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
-    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, name)), None)
-
-
-def peak_memory(device):
-    """Return the most memory in use so far, in MB: on CUDA what PyTorch had allocated, else the process's own."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    if Path("/proc/self/status").exists():  # getrusage would count the process that we were forked from
-        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6

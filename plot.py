@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from atomic import replacing
 from configurator import run
 from report import losses, read_run
 
@@ -43,8 +44,6 @@ def draw_png(runs, log, path):
     """Write the curves of {name: curves} to `path`. Raises ModuleNotFoundError without matplotlib, OSError."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
-
-    from checkpoint import replacing  # here, since it brings torch: seconds that the terminal need not wait for
 
     figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
     axes = figure.subplots()

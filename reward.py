@@ -1,35 +1,12 @@
 """
-A reward model at work: what it sees of a text, the scores of many texts, and the best of many replies to one prompt.
+A reward model at work: what it sees of a text, and the scores of many texts or of many replies to one prompt.
 """
 
 import torch
 
-from checkpoint import NoScore, load_model
-from generate import generate
-from model import Branches, RewardModel
+from model import Branches
 
 TOKENS = 4096  # in a batch, padding included
-
-
-def load_reward_model(name, tokenizer, device, **how):
-    """Return the RewardModel of that name, to score what this tokenizer writes; `how` goes to load_model. Raises
-    ValueError where it is none, or knows other tokens."""
-    if how.get("dtype") == torch.float16 and device == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        how["dtype"] = torch.bfloat16  # many tokens at once: 0.75 of the time of float16, which is for few
-    try:
-        model, theirs = load_model(name, device, Model=RewardModel, **how)
-    except (FileNotFoundError, NoScore) as error:
-        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition(";")[0]
-        what = what.removeprefix(f"init_from={name}: ")
-        raise ValueError(f"reward={name}: {what}. Make one by train_reward.py") from error
-    if theirs.template != tokenizer.template or model.config.vocab_size < tokenizer.n_vocab:
-        which = f"{model.config.vocab_size} tokens, in template {theirs.template}"
-        ours = f"{tokenizer.n_vocab} in template {tokenizer.template}"
-        raise ValueError(
-            f"reward={name} knows {which}; the model that talks {ours}: another vocabulary. Train one on shards in "
-            f"template {tokenizer.template}"
-        )
-    return model.eval()
 
 
 def scored(ids, tokenizer, size):
@@ -77,11 +54,3 @@ def scores_behind(model, tokenizer, context, replies):
     # behind a reply of no tokens stands what is before it: the end of the context
     ends[[n for n, ids in enumerate(replies) if not ids]] = len(context) - 1
     return model.score_of(hidden[ends]).cpu()
-
-
-def best_of(engine, reward_model, tokenizer, prompt, n, **how):
-    """Return [(score, ids)] of n replies to one prompt, the best first; `how` goes to `generate`, and no row of the
-    engine may run. The prompt is computed once, and the replies are decoded together, and scored together."""
-    replies = generate(engine.model, [prompt] * n, engine=engine, tokenizer=tokenizer, **how)
-    found = scores_behind(reward_model, tokenizer, prompt, replies).tolist()
-    return sorted(zip(found, replies, strict=True), key=lambda pair: -pair[0])

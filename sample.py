@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from checkpoint import default_model, load_model, pick_device, pick_dtype
+from checkpoint import default_model, load_model
 from configurator import run
+from device import pick_device, pick_dtype
 from generate import Engine, stream
 from sampling import Sampling
 

@@ -4,7 +4,7 @@ The next token: what the options are, what they do to the logits, and the draw.
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -55,6 +55,11 @@ class ChatSampling(Sampling):
     top_k: int = 50
     top_p: float = 0.8
     frequency_penalty: float = 0.7
+
+
+def options_of(config):
+    """Return the fields of a Sampling, {name: value}, of a config that has them."""
+    return {field.name: getattr(config, field.name) for field in fields(Sampling)}
 
 
 # with what the models of another template were shown: gpt2-conversational-or-qa's card

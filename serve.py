@@ -38,10 +38,10 @@ except ImportError as error:
     print(f"serve.py: {error.name} is missing: pip install -e '.[serve]'", file=sys.stderr)
     sys.exit(2)
 
-from checkpoint import default_model, load_model, pick_device, pick_dtype
+from checkpoint import default_model, load_model, load_reward_model
 from configurator import at_least, run
+from device import pick_device, pick_dtype
 from generate import Engine
-from reward import load_reward_model
 from sampling import ChatSampling, Sampling, for_template
 from serving.guard import Guard, Protocol, Refused, answer, is_loopback
 from serving.protocol import ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, Feedback, conversation

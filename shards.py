@@ -169,15 +169,17 @@ def _open_headerless(path, size, head):
     return Shard(path, tokens, None, np.array([0, len(tokens)]), None, 0)
 
 
-def find_shards(data_dir, dataset, split):
+def find_shards(data_dir, dataset, split, shares=False):
     """Return [(path, share)] of data_dir/NAME/{split}*.bin for each NAME or NAME:SHARE in `dataset`, comma-separated.
 
-    share: how much of it comes in an epoch, 1.0 is once. Raises FileNotFoundError where there is none, ValueError for
-    a share that is no positive number.
+    share: how much of it comes in an epoch, 1.0 is once; `shares` says that there may be one. Raises FileNotFoundError
+    where there is none, ValueError for a share that is no positive number, or that nothing would come of.
     """
     found = []
     for part in dataset.split(","):
-        name, _, share = (text.strip() for text in part.partition(":"))
+        name, colon, share = (text.strip() for text in part.partition(":"))
+        if colon and not shares:
+            raise ValueError(f"dataset={dataset}: only train.py takes shares; write {name}")
         try:
             share = float(share or 1)
         except ValueError:
@@ -257,7 +259,8 @@ class Loader:
 
     def __init__(self, shards, batch_size, block_size, seed, tokenizer, max_conversations=0):
         """shards: [(path, share)]; of each the first `max_conversations`, if not 0. Raises ValueError where one is in
-        another template than the tokenizer's, holds tokens beyond its vocabulary, or nothing to learn."""
+        another template than the tokenizer's or has nothing to learn, `batch` where one holds tokens beyond its
+        vocabulary."""
         self.batch_size, self.block_size, self.seed, self.tokenizer = batch_size, block_size, seed, tokenizer
         self.parts = [self._pack(open_shard(path, max_conversations), share) for path, share in shards]
         self.n_tokens = sum(len(part.shard.tokens) for part in self.parts)

@@ -21,10 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import load_model, save_model
 from configurator import at_least, run
+from device import peak_flops
 from generate import generate
 from induction import set_induction_heads
 from model import GPT, GPTConfig, move
-from monitor import Log, StopSignal, Trouble, peak_flops
+from monitor import Log, StopSignal, Trouble
 from shards import Loader, find_shards
 from tokenizer import Tokenizer
 from training import (
@@ -44,16 +45,16 @@ from training import (
 @dataclass
 class Config:
     # where from, where to
-    init_from: str = "gpt2"  # scratch, resume, gpt2[-medium|-large|-xl], distilgpt2, org/name or a directory
+    init_from: str = "gpt2"  # scratch, resume, nano, gpt2[-medium|-large|-xl], distilgpt2, org/name or a directory
     out_dir: str = "out/chat"  # the best weights so far; the latest and the trainer's state in its last/
     data_dir: str = "data"  # where the datasets are
     dataset: str = "personachat"  # folders of data_dir with train*.bin and val*.bin; a,b:0.5 takes half of b an epoch
-    template: str = "human_bot"  # how conversations are written: human_bot or user_assistant, as in the shards
-    # the model, when it starts from scratch
-    n_layer: int = 12  # layers
-    n_head: int = 12  # attention heads in each
-    n_embd: int = 768  # width
+    template: str = ""  # how conversations are written: human_bot or user_assistant; the model's own unless given
     dropout: float = 0.1  # share of activations dropped in training
+    # the model, when it starts from scratch
+    n_layer: int = 12  # layers, from scratch
+    n_head: int = 12  # attention heads in each, from scratch
+    n_embd: int = 768  # width, from scratch
     induction_heads: bool = False  # from scratch: begin with heads that copy (induction.py), so that it soon remembers
     # the batch
     batch_size: int = 8  # rows in a micro-batch
@@ -78,8 +79,8 @@ class Config:
     eval_iters: int = 50  # micro-batches of each split in an evaluation, at most
     log_interval: int = 10  # steps from one line to the next
     wandb_log: bool = False  # log to Weights & Biases too
-    wandb_project: str = "nanochatgpt"  # its project
-    wandb_run_name: str = ""  # and run
+    wandb_project: str = "nanochatgpt"  # project at Weights & Biases
+    wandb_run_name: str = ""  # name of the run there
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # what autocast computes in: float32, bfloat16, float16 (CUDA only); auto: what is fastest
@@ -129,17 +130,19 @@ def main(config):
         model = GPT(GPTConfig(**state["config"] | {"dropout": config.dropout}))
         model.load_state_dict(state.pop("model"))
     elif config.init_from == "scratch":
-        tokenizer = Tokenizer(config.template)
+        tokenizer = Tokenizer(config.template or "human_bot")
         shape = (config.n_layer, config.n_head, config.n_embd)
         model = GPT(GPTConfig(config.block_size, tokenizer.n_vocab, *shape, config.dropout))
         if config.induction_heads:
             set_induction_heads(model)
     else:
+        for name in ("n_layer", "n_head", "n_embd", "induction_heads"):
+            if name in getattr(config, "given", ()):
+                raise ValueError(f"{name} is of models from scratch; {config.init_from} has its own: leave it out")
         with world.one_by_one():
-            model, _ = load_model(config.init_from, dropout=config.dropout)
-        tokenizer = Tokenizer(config.template)
-        if tokenizer.n_vocab > model.config.vocab_size:
-            model.grow_vocab(tokenizer.n_vocab)
+            model, tokenizer = load_model(config.init_from, dropout=config.dropout)
+        tokenizer = Tokenizer(config.template or tokenizer.template)
+        model.grow_vocab(tokenizer.n_vocab)
     if config.block_size > model.config.block_size:
         raise ValueError(
             f"block_size={config.block_size}, but the model's context is {model.config.block_size}: lower it"
@@ -152,7 +155,7 @@ def main(config):
     # 4. the data
     loaders = {}
     for split in ("train", "val"):
-        shards = find_shards(config.data_dir, config.dataset, split)
+        shards = find_shards(config.data_dir, config.dataset, split, shares=True)
         loaders[split] = Loader(shards, config.batch_size, config.block_size, config.seed, tokenizer)
     steps_per_epoch = loaders["train"].n_rows / (config.batch_size * config.gradient_accumulation_steps)
     if config.max_epochs:

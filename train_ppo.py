@@ -19,12 +19,12 @@ import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import default_model, load_model, save_model
+from checkpoint import default_model, load_model, load_reward_model, save_model
 from configurator import at_least, run
 from generate import generate
 from metrics import repeated_4grams
 from monitor import Log, StopSignal
-from reward import load_reward_model, pad, scored, scores
+from reward import pad, scored, scores
 from shards import find_shards, open_shard, openings
 from training import (
     adamw,
@@ -65,9 +65,9 @@ class Config:
     value_coef: float = 0.1  # weight of the values' loss
     gamma: float = 1.0  # discount of a token later
     lam: float = 0.95  # of generalized advantage estimation: 1 trusts what came, 0 the values
-    kl_coef: float = 0.15  # what a nat of KL from the model at the start costs of the score; it is adapted to
-    kl_target: float = 6.0  # nats a reply
-    kl_horizon: int = 10_000  # replies over which it is adapted
+    kl_coef: float = 0.15  # what a nat of KL from the model at the start costs of the score, at first; see kl_target
+    kl_target: float = 6.0  # nats a reply, to which kl_coef is adapted
+    kl_horizon: int = 10_000  # replies over which kl_coef is adapted
     learning_rate: float = 1e-5  # at its highest
     lr_schedule: str = "linear"  # cosine or linear, down to min_lr at max_iters; or constant
     min_lr: float = 0.0  # learning rate at the end
@@ -75,7 +75,7 @@ class Config:
     weight_decay: float = 0.0  # on matrices, not on biases and LayerNorms
     beta1: float = 0.9  # decay of the gradient's mean
     beta2: float = 0.999  # decay of the gradient's square's mean
-    adam_eps: float = 1e-5  # added to the root of the latter
+    adam_eps: float = 1e-5  # keeps the step of a tiny gradient small
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     # looking on
     normalize_on: int = 256  # replies of the model at the start whose rewards get mean 0 and standard deviation 1
@@ -83,8 +83,8 @@ class Config:
     eval_replies: int = 200  # replies to held-out people in an evaluation
     log_interval: int = 1  # iterations from one line to the next
     wandb_log: bool = False  # log to Weights & Biases too
-    wandb_project: str = "nanochatgpt"  # its project
-    wandb_run_name: str = ""  # and run
+    wandb_project: str = "nanochatgpt"  # project at Weights & Biases
+    wandb_run_name: str = ""  # name of the run there
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # what autocast computes in: float32, bfloat16, float16 (CUDA only); auto: what is fastest

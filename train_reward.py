@@ -45,7 +45,7 @@ class Config:
     out_dir: str = "out/reward"  # the best weights so far; the latest and the trainer's state in its last/
     data_dir: str = "data"  # where the datasets are
     dataset: str = "retry"  # folders of data_dir with train*.bin and val*.bin of prepare/retry.py: a,b
-    template: str = "human_bot"  # how conversations are written: human_bot or user_assistant, as in the shards
+    template: str = ""  # how conversations are written: human_bot or user_assistant; the model's own unless given
     loss: str = "labels"  # labels: binary cross-entropy; pairs: Bradley-Terry, of a chosen reply and one that was not
     dropout: float = 0.1  # share of activations dropped in training
     # the batch
@@ -62,15 +62,15 @@ class Config:
     weight_decay: float = 0.01  # on matrices, not on biases and LayerNorms
     beta1: float = 0.9  # decay of the gradient's mean
     beta2: float = 0.999  # decay of the gradient's square's mean
-    adam_eps: float = 1e-8  # added to the root of the latter
+    adam_eps: float = 1e-8  # keeps the step of a tiny gradient small
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     # looking on
     eval_interval: int = 200  # steps from one evaluation and checkpoint to the next
     eval_iters: int = 1000  # micro-batches in an evaluation, at most
     log_interval: int = 10  # steps from one line to the next
     wandb_log: bool = False  # log to Weights & Biases too
-    wandb_project: str = "nanochatgpt"  # its project
-    wandb_run_name: str = ""  # and run
+    wandb_project: str = "nanochatgpt"  # project at Weights & Biases
+    wandb_run_name: str = ""  # name of the run there
     # the machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # what autocast computes in: float32, bfloat16, float16 (CUDA only); auto: what is fastest
@@ -203,18 +203,19 @@ def main(config):
         raw_model = RewardModel(GPTConfig(**state["config"] | {"dropout": config.dropout}))
         raw_model.load_state_dict(state.pop("model"))
     else:
-        tokenizer = Tokenizer(config.template)
         with world.one_by_one():
             try:
-                raw_model, _ = load_model(config.init_from, dropout=config.dropout, Model=RewardModel)
+                raw_model, tokenizer = load_model(config.init_from, dropout=config.dropout, Model=RewardModel)
             except NoScore:
-                gpt, _ = load_model(config.init_from, dropout=config.dropout)
-                if tokenizer.n_vocab > gpt.config.vocab_size:
-                    gpt.grow_vocab(tokenizer.n_vocab)
+                gpt, tokenizer = load_model(config.init_from, dropout=config.dropout)
+                gpt.grow_vocab(Tokenizer(config.template or tokenizer.template).n_vocab)
                 raw_model = RewardModel(gpt.config)
                 raw_model.transformer = gpt.transformer
+        tokenizer = Tokenizer(config.template or tokenizer.template)
         if tokenizer.n_vocab > (n := raw_model.config.vocab_size):
-            raise ValueError(f"{config.init_from} knows {n} tokens, template {config.template} has {tokenizer.n_vocab}")
+            raise ValueError(
+                f"{config.init_from} knows {n} tokens, template {tokenizer.template} has {tokenizer.n_vocab}"
+            )
         if config.block_size > (n := raw_model.config.block_size):
             raise ValueError(f"block_size={config.block_size}, but the model's context is {n}: lower it")
         raw_model.shorten(config.block_size)  # what it was not trained for cannot be asked of it

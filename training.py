@@ -19,8 +19,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from checkpoint import keep_freed_memory, load_tensors, pick_device, pick_dtype, replacing, save_model
+from atomic import replacing
+from checkpoint import load_tensors, save_model
 from configurator import at_least
+from device import keep_freed_memory, pick_device, pick_dtype
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # a checkpoint knows nothing of shards
 
@@ -124,7 +126,7 @@ def run_to_resume(config, world, script, same=()):
     if not state.exists():
         raise FileNotFoundError(f"no {state} to resume from: start with another --init_from, the name of a model")
     found = load_tensors(state)
-    if (of := found.get("script", "train")) != script:
+    if (of := found["script"]) != script:
         raise ValueError(f"{state.parent} is a run of {of}.py: resume it by that, or set another --out_dir")
     for name in same:
         if getattr(config, name) != (was := found["knobs"][name]):

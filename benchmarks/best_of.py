@@ -4,15 +4,16 @@ What choosing the best of several replies costs, beside one reply, and how much 
 
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
-from checkpoint import load_model, pick_device, pick_dtype
+from checkpoint import load_model, load_reward_model
 from configurator import at_least
-from generate import Engine, generate
-from reward import best_of, load_reward_model, scores_behind
-from sampling import ChatSampling, Sampling
+from device import pick_device, pick_dtype
+from generate import Engine, best_of, generate
+from reward import scores_behind
+from sampling import ChatSampling, for_template, options_of
 from shards import find_shards, open_shard, openings
 
 
@@ -42,7 +43,7 @@ def measure(config):
     prompts, _ = openings(shards, tokenizer, config.prompts, room, 0)
     if not prompts:
         raise ValueError(f"no reply in {config.dataset} has a prompt of at most {room} tokens: lower max_new_tokens")
-    options = {field.name: getattr(config, field.name) for field in fields(Sampling)}
+    options = options_of(for_template(config, tokenizer.template))
     options |= {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
     engines = [Engine(model, rows, n_vocab=tokenizer.n_vocab) for rows in (1, config.n, config.most)]
     seconds, drawn, n_tokens = [0.0, 0.0], [], 0

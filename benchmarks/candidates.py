@@ -8,9 +8,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import load_model, pick_device, pick_dtype
+from checkpoint import load_model
 from configurator import at_least
 from convai2 import continuation, loglikelihoods
+from device import pick_device, pick_dtype
 from tokenizer import fit_context
 
 sys.path.append(str(Path(__file__).parents[1] / "prepare"))

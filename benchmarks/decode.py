@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpoint import load_model, pick_device, pick_dtype
+from checkpoint import load_model
 from configurator import at_least
+from device import peak_memory, pick_device, pick_dtype
 from generate import Engine
-from monitor import peak_memory
 from sampling import Sampling
 
 ITEMSIZE = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.int8: 1}

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from checkpoint import load_model, pick_device, pick_dtype
+from checkpoint import load_model
 from configurator import at_least
+from device import pick_device, pick_dtype
 from shards import find_shards, open_shard
 
 
@@ -19,8 +20,8 @@ class Config:
     data_dir: str = "data"  # where the shards are
     dataset: str = "chitchat"  # the text: this data set's val*.bin
     positions: int = 2000  # next-token distributions to compare
-    dtype: str = "int8"  # what to compare with float32: bfloat16, float16, int8
-    device: str = "cpu"  # cpu, cuda
+    dtype: str = "int8"  # what to compare with float32: auto, bfloat16, float16, int8
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
 @torch.inference_mode()

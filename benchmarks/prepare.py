@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import at_least
-from monitor import peak_memory
+from device import peak_memory
 from shards import open_shard
 from tokenizer import gpt2_encoding
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from checkpoint import keep_freed_memory, load_model, pick_device, pick_dtype
+from checkpoint import load_model
 from configurator import at_least
-from model import PRESETS, move
-from monitor import peak_flops, peak_memory
+from device import keep_freed_memory, peak_flops, peak_memory, pick_device, pick_dtype
+from model import GPT, PRESETS, GPTConfig, move
 from shards import Loader, find_shards
 from tokenizer import Tokenizer
 
@@ -41,29 +41,35 @@ def measure(config):
     at_least(1, config, "batch_size", "block_size", "steps")
     if config.loop not in ("packed", "nanogpt", "padded"):
         raise ValueError(f"loop={config.loop} is not one of packed, nanogpt, padded")
-    if not config.init_from.startswith("random:"):
-        raise ValueError(f"init_from={config.init_from}: speed does not depend on the weights; take a random: one")
+    shape = config.init_from.removeprefix("random:")
+    if shape not in PRESETS or shape == config.init_from:
+        names = ", ".join(f"random:{name}" for name in PRESETS)
+        raise ValueError(f"init_from={config.init_from} is not one of {names}; speed does not depend on the weights")
+    if config.loop == "padded" and config.gradient_checkpointing:
+        raise ValueError("gradient_checkpointing is not for loop=padded: leave it out")
     start = time.perf_counter()
     B, T, device = config.batch_size, config.block_size, pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     if config.loop == "packed":
         keep_freed_memory()
-    model = raw_model = load_model(config.init_from, device, dropout=config.dropout)[0].train()
     if config.loop == "padded":
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        shape = PRESETS[config.init_from.removeprefix("random:")]
         drop = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
-        model = GPT2LMHeadModel(GPT2Config(**shape, **drop)).to(device).train()
-    model.gradient_checkpointing = config.gradient_checkpointing
+        model = GPT2LMHeadModel(GPT2Config(**PRESETS[shape], **drop)).to(device).train()
+    else:
+        model = load_model(config.init_from, device, dropout=config.dropout)[0].train()
+        model.gradient_checkpointing = config.gradient_checkpointing
+    with torch.device("meta"):
+        flops_per_token = GPT(GPTConfig(**PRESETS[shape])).flops_per_token
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     run_model = model
     if config.compile:
         run_model = torch.compile(model) if config.loop == "padded" else model.compiled()
 
     if config.dataset:
-        shards = find_shards(config.data_dir, config.dataset, "train")
+        shards = find_shards(config.data_dir, config.dataset, "train", shares=True)
         loader = Loader(shards, B, T, 0, Tokenizer())
     fill, span = (loader.fill, loader.span) if config.dataset else (1.0, T)
     random_ids = torch.randint(0, 50257, (B, T + 1), generator=torch.Generator().manual_seed(0))
@@ -117,7 +123,7 @@ def measure(config):
         "supervised_tokens_per_s": rate(1),
         "seconds": statistics.median(seconds),
         "fill": sum(count[0] for count in counts) / sum(count[2] for count in counts),
-        "mfu": rate(0) * raw_model.flops_per_token(span, rate(1) / rate(0)) / peak if peak else None,
+        "mfu": rate(0) * flops_per_token(span, rate(1) / rate(0)) / peak if peak else None,
         "first_step_s": first_step,  # since the imports, with loading and compiling
         "peak_memory_mb": peak_memory(device),
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts here
 
 import numpy as np
 
-from checkpoint import replacing
+from atomic import replacing
 from shards import ShardWriter
 from tokenizer import Tokenizer
 

@@ -9,9 +9,9 @@ import torch
 import chat
 import generate
 from checkpoint import load_model, save_model
-from generate import Engine
+from generate import Engine, best_of
 from model import GPT, GPTConfig, RewardModel
-from reward import best_of, scored, scores
+from reward import scored, scores
 from sampling import Sampling
 from tokenizer import Tokenizer
 

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 import chat
 import configurator
-from checkpoint import load_model, pick_device, pick_dtype, save_model
+from checkpoint import load_model, save_model
+from device import pick_device, pick_dtype
 from model import GPT, PRESETS, GPTConfig
 from tokenizer import Tokenizer, vocab_file
 

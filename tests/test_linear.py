@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from checkpoint import load_model, pick_dtype, save_model
+from checkpoint import load_model, save_model
+from device import pick_dtype
 from linear import FBGEMM, BFloat16Linear, Float16Linear, Int8Linear
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer

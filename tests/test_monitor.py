@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from monitor import LIMITS, Trouble, peak_flops
+from device import peak_flops
+from monitor import LIMITS, Trouble
 
 CUDA = torch.device("cuda")
 
