@@ -137,6 +137,7 @@ def save_model(model, tokenizer, directory):
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": c.vocab_size,
         "n_positions": c.block_size,
+        "n_ctx": c.block_size,  # as OpenAI's own config.json has it: llama.cpp's converter asks for it
         "n_embd": c.n_embd,
         "n_layer": c.n_layer,
         "n_head": c.n_head,

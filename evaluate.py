@@ -10,7 +10,7 @@ import contextlib
 import json
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from device import keep_freed_memory, pick_device, pick_dtype
 from generate import generate
 from metrics import METRICS, f1, likeness, manner, perplexity, predict, remembers
 from report import BATCH_COLUMNS, FIGURES, page, read_run, table, table_of_batches
-from sampling import ChatSampling, Sampling, for_template, options_of
+from sampling import ChatSampling, for_template, options_of
 from shards import Loader, find_shards, open_shard, openings
 from tokenizer import END_OF_TEXT, Tokenizer, fit_context
 
@@ -32,7 +32,6 @@ from personachat import examples
 from recall import Speaker, probe
 
 PROBES = {"recall_1": 1, "recall_3": 3, "recall_6": 6, "persona": 0}  # -> exchanges since the fact was told
-SAMPLING = [field.name for field in fields(Sampling)]
 SHOWN = 20  # conversations in a report
 REPLIES = 64  # that are generated at once, between two looks at the clock
 
@@ -252,7 +251,7 @@ def main(config):
             f"convai2={config.convai2} does not exist: prepare/personachat.py fetches PersonaChat's"
         )
     for mode, names_of_no_use in (
-        ("first_batches", ("dtype", "max_conversations", "replies", "probes", *SAMPLING)),
+        ("first_batches", ("dtype", "max_conversations", "replies")),
         ("convai2", ("batch_size", "replies", "data_dir")),
     ):
         for name in names_of_no_use:

@@ -99,7 +99,7 @@ class Tokenizer:
     """
 
     def __init__(self, template="human_bot"):
-        """Raises ValueError for a template that is not in TEMPLATES."""
+        """Raises ValueError for a template that is not in TEMPLATES, or one whose turns could be forged."""
         if template not in TEMPLATES:
             raise ValueError(f"template '{template}' is not one of {', '.join(TEMPLATES)}")
         self.template = template
@@ -115,6 +115,9 @@ class Tokenizer:
         # openers as ids: of the first turn, and of the later ones
         self._first = {role: self._marker_ids(opener.strip()) for role, opener in t.openers.items()}
         self._later = {role: self._marker_ids(opener) for role, opener in t.openers.items()}
+        for opener, ids in zip(t.openers.values(), self._later.values(), strict=True):
+            if len(ids) > 1 and len(self.decode(ids[-1:])) < 2:  # see _disarmed
+                raise ValueError(f"template '{template}': the last token of {opener!r} has one character, take ']:' say")
 
     def _marker_ids(self, marker):
         return [self.special_ids[marker]] if marker in self.special_ids else self.encode(marker)
@@ -306,7 +309,8 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory):
-        """Return the tokenizer of a Hugging Face directory: the template whose tokens were added, else human_bot.
+        """Return the tokenizer of a Hugging Face directory: the template whose tokens were added, or whose chat
+        template `files` wrote there, else human_bot.
 
         Raises ValueError where the vocabulary is not GPT-2's, or the template's tokens have other ids than ours.
         """
@@ -322,6 +326,9 @@ class Tokenizer:
                 if (directory / "added_tokens.json").exists():
                     path = directory / "added_tokens.json"
                     added = dict(json.loads(path.read_bytes()))
+            chat_template = None
+            if (path := directory / "tokenizer_config.json").exists():
+                chat_template = dict(json.loads(path.read_bytes())).get("chat_template")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged or no tokenizer's: {error!r}") from error
         if any(vocab.get(token) != i for token, i in gpt2_vocab().items()):
@@ -332,7 +339,7 @@ class Tokenizer:
                 if tokenizer.special_ids.items() - {"<|endoftext|>": END_OF_TEXT, **added}.items():
                     raise ValueError(f"{path}: the tokens of template {name} have other ids than here")
                 return tokenizer
-        return cls()
+        return next((cls(name) for name in TEMPLATES if cls(name)._chat_template() == chat_template), cls())
 
     def _chat_template(self):
         """Return the template in Jinja, for `apply_chat_template` of transformers."""

@@ -1,0 +1,194 @@
+"""
+Draw what the README shows: python figures.py attention|repetition|best_of [--knob=value ...]
+
+    attention   a packed row: what each token may look at, and where one head of the model in the box does look
+    repetition  how much of a reply has been said before, the longer it gets, with and without a penalty
+    best_of     the reward of the best of N replies
+
+The picture needs matplotlib (pip install matplotlib); its numbers are printed as one JSON object.
+Loss curves are plot.py's.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from atomic import replacing
+from benchmarks import best_of
+from checkpoint import default_model, load_model
+from configurator import at_least, run
+from device import pick_device, pick_dtype
+from generate import generate
+from metrics import repeated_4grams
+from sampling import ChatSampling, options_of
+from shards import Loader, find_shards, open_shard, openings
+
+COLOURS = ("#2f6fde", "#d9731a", "#3a9d5d", "#9b59b6", "#888888")
+PENALTIES = {  # of the curves of repetition
+    "none": {"frequency_penalty": 0.0},
+    "repetition_penalty 1.1": {"frequency_penalty": 0.0, "repetition_penalty": 1.1},
+    "frequency_penalty 0.7": {"frequency_penalty": 0.7},
+}
+
+
+@dataclass
+class Attention:
+    init_from: str = "nano"  # as for chat.py
+    data_dir: str = "data"  # where the shards are
+    dataset: str = "recall"  # whose val*.bin is packed
+    tokens: int = 480  # in the row
+    row: int = 5  # which row of it, from 0 on
+    conversation: int = 1  # in the row, from 0 on: of it the last reply is looked into
+    layer: int = 1  # whose head is drawn, from 0 on
+    head: int = 0  # which of its heads, from 0 on
+    png: str = "attention.png"  # where the picture is written
+
+
+@dataclass
+class Repetition(ChatSampling):
+    init_from: str = default_model()  # as for chat.py
+    data_dir: str = "data"  # where the shards are
+    dataset: str = "personachat"  # whose held-out people are replied to: this data set's val*.bin
+    prompts: int = 200  # so many of them
+    max_new_tokens: int = 120  # tokens of a reply, which is not allowed to end before
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
+    png: str = "repetition.png"  # where the picture is written
+
+
+@dataclass
+class BestOf(best_of.Config):
+    png: str = "best_of.png"  # where the picture is written
+
+
+@torch.inference_mode()
+def attention(config):
+    """Draw a row's mask and a head's attention; return how many conversations there are and where each begins."""
+    at_least(1, config, "tokens")
+    at_least(0, config, "row", "conversation", "layer", "head")
+    model, tokenizer = load_model(config.init_from)
+    c = model.eval().config
+    if config.layer >= c.n_layer or config.head >= c.n_head:
+        raise ValueError(f"layer={config.layer}, head={config.head}: there are {c.n_layer} layers of {c.n_head} heads")
+    shards = find_shards(config.data_dir, config.dataset, "val")
+    x, y, documents = Loader(shards, 1, config.tokens, 0, tokenizer).batch(config.row)
+    caught = []
+    model.transformer.h[config.layer].attn.c_attn.register_forward_hook(lambda *a: caught.append(a[2]))
+    model.hidden(x, documents=documents)
+    q, k, _ = caught[0].view(config.tokens, 3, c.n_head, -1)[:, :, config.head].unbind(1)  # (T, hs)
+    starts = documents.unique()[:-1]
+    number = torch.searchsorted(starts, torch.arange(config.tokens, dtype=starts.dtype), right=True)
+    seen = (number[:, None] == number).tril()  # (T, T)
+    if config.conversation >= len(starts):
+        raise ValueError(f"conversation={config.conversation}: there are {len(starts)} in the row")
+    weights = (q @ k.T / q.size(-1) ** 0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+
+    # of one conversation the last reply, and what it looks at
+    first, last = [*starts.tolist(), config.tokens][config.conversation : config.conversation + 2]
+    learned = (y[0] != -100).nonzero()[:, 0]
+    reply = learned[(learned >= first) & (learned < last)]
+    reply = reply[(reply.diff() > 1).nonzero()[-1] + 1 :] if (reply.diff() > 1).any() else reply
+    texts = [tokenizer.decode([token]).replace("\n", "\\n").replace("$", r"\$") for token in x[0].tolist()]
+
+    def draw(figure):
+        row, one = figure.subplots(1, 2, width_ratios=(1, 2))
+        row.imshow(torch.where(seen, number[:, None] % 2 + 1, 0), cmap="Blues", vmin=0, vmax=3, interpolation="none")
+        row.scatter([-0.02 * config.tokens] * len(learned), learned, s=4, color=COLOURS[1], marker="s", clip_on=False)
+        row.set(xlabel="looked at: position in the row", ylabel="looking (orange: what follows is learned)")
+        row.set_title("who may look at whom")
+        one.imshow(weights[reply, first:last], cmap="Blues", aspect="auto", interpolation="none")
+        one.set_xticks(range(last - first), texts[first:last], rotation=90, fontsize=6)
+        one.set_yticks(range(len(reply)), [texts[at] for at in reply], fontsize=7)
+        one.set_title(
+            f"where head {config.head} of layer {config.layer} looks in a reply of conversation {config.conversation}"
+        )
+
+    return (
+        draw,
+        (11, 4.2),
+        {"tokens": config.tokens, "begin": starts.tolist(), "reply": "".join(texts[i] for i in reply)},
+    )
+
+
+def repetition(config):
+    """Draw the share of 4-grams that came before in the same reply; return it for each penalty, every 20 tokens."""
+    at_least(1, config, "prompts")
+    at_least(20, config, "max_new_tokens")
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device, inference=True)
+    model, tokenizer = load_model(config.init_from, device, dtype, inference=True)
+    shards = [open_shard(path) for path, _ in find_shards(config.data_dir, config.dataset, "val")]
+    prompts, _ = openings(shards, tokenizer, config.prompts, model.config.block_size - config.max_new_tokens, 0)
+    if not prompts:
+        raise ValueError(
+            f"no reply in {config.dataset} leaves room for max_new_tokens={config.max_new_tokens}: lower it"
+        )
+    lengths = range(20, config.max_new_tokens + 1, 20)
+    found = {}
+    for name, penalty in PENALTIES.items():
+        options = options_of(config) | penalty
+        never = dict.fromkeys(tokenizer.stop_ids, -100.0)  # a reply that ended could not repeat itself any more
+        replies = generate(model, prompts, seed=0, logit_bias=never, tokenizer=tokenizer, **options)
+        found[name] = [repeated_4grams([tokenizer.decode(ids[:n]) for ids in replies]) for n in lengths]
+        print(f"{name}: {', '.join(f'{share:.1%}' for share in found[name])}", file=sys.stderr)
+
+    def draw(figure):
+        axes = figure.subplots()
+        for (name, shares), colour in zip(found.items(), COLOURS, strict=False):
+            axes.plot(lengths, [100 * share for share in shares], "o-", color=colour, label=name, markersize=4)
+        axes.set(xlabel="tokens of the reply so far", ylabel="% of its 4-grams that it has said before")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+    return draw, (7, 3.8), {"lengths": list(lengths)} | found
+
+
+def rewards(config):
+    """Draw the mean reward of the best of 1, 2, 4, ... replies; return what `bench.py best_of` does."""
+    result = best_of.measure(config)
+
+    def draw(figure):
+        axes = figure.subplots()
+        axes.plot(list(result["rewards"]), list(result["rewards"].values()), "o-", color=COLOURS[0])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(result["rewards"]), list(result["rewards"]))
+        axes.set(xlabel="replies to choose from", ylabel="mean reward of the best")
+        axes.grid(alpha=0.3)
+
+    return draw, (7, 3.3), result
+
+
+MODES = {"attention": (attention, Attention), "repetition": (repetition, Repetition), "best_of": (rewards, BestOf)}
+
+
+def main():
+    mode = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
+    if mode in ("-h", "--help"):
+        return print(__doc__.strip())
+    if mode not in MODES:
+        print(f"figures.py: {mode} is none of {', '.join(MODES)}", file=sys.stderr)
+        sys.exit(2)
+    make, Config = MODES[mode]
+
+    def save(config):
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError:
+            raise ValueError("pictures need matplotlib: pip install matplotlib") from None
+        draw, size, numbers = make(config)
+        figure = Figure(figsize=size, dpi=110, layout="constrained")
+        draw(figure)
+        with replacing(Path(config.png)) as part:
+            figure.savefig(part, format="png")
+        print(f"wrote {config.png}", file=sys.stderr)
+        print(json.dumps(numbers))
+
+    run(save, Config)
+
+
+if __name__ == "__main__":
+    main()
