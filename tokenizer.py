@@ -117,7 +117,7 @@ class Tokenizer:
         self._later = {role: self._marker_ids(opener) for role, opener in t.openers.items()}
         for opener, ids in zip(t.openers.values(), self._later.values(), strict=True):
             if len(ids) > 1 and len(self.decode(ids[-1:])) < 2:  # see _disarmed
-                raise ValueError(f"template '{template}': the last token of {opener!r} has one character, take ']:' say")
+                raise ValueError(f"template '{template}': the last token of {opener!r} must not be one character alone")
 
     def _marker_ids(self, marker):
         return [self.special_ids[marker]] if marker in self.special_ids else self.encode(marker)
@@ -315,8 +315,10 @@ class Tokenizer:
         Raises ValueError where the vocabulary is not GPT-2's, or the template's tokens have other ids than ours.
         """
         directory = Path(directory)
-        added, vocab = {}, gpt2_vocab()
+        added, vocab, chat_template = {}, gpt2_vocab(), None
         try:
+            if (path := directory / "tokenizer_config.json").exists():
+                chat_template = dict(json.loads(path.read_bytes())).get("chat_template")
             if (path := directory / "tokenizer.json").exists():
                 fast = json.loads(path.read_bytes())
                 added = {token["content"]: token["id"] for token in fast["added_tokens"]}
@@ -326,9 +328,6 @@ class Tokenizer:
                 if (directory / "added_tokens.json").exists():
                     path = directory / "added_tokens.json"
                     added = dict(json.loads(path.read_bytes()))
-            chat_template = None
-            if (path := directory / "tokenizer_config.json").exists():
-                chat_template = dict(json.loads(path.read_bytes())).get("chat_template")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged or no tokenizer's: {error!r}") from error
         if any(vocab.get(token) != i for token, i in gpt2_vocab().items()):

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 import chat
 import configurator
-from checkpoint import load_model, save_model
+from checkpoint import NANO, load_model, save_model
 from device import pick_device, pick_dtype
 from model import GPT, PRESETS, GPTConfig
 from tokenizer import Tokenizer, vocab_file
@@ -406,6 +406,17 @@ def test_a_saved_directory_has_exactly_the_files_of_a_hugging_face_model(model, 
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == FILES
     tensors = read(tmp_path / "new" / "folder")
     assert {name: t.shape for name, t in tensors.items()} == {name: p.shape for name, p in model.named_parameters()}
+
+
+def test_a_saved_config_has_what_llama_cpps_converter_asks_for(model, tmp_path):
+    """Its conversion/gpt2.py reads these by name, and fails without n_ctx, which transformers no longer writes."""
+    save_model(model, Tokenizer(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    c = model.config
+    expected = {"n_ctx": c.block_size, "n_embd": c.n_embd, "n_head": c.n_head, "n_layer": c.n_layer}
+    assert config == config | expected | {"layer_norm_epsilon": 1e-5, "vocab_size": c.vocab_size}
+    nano = json.loads((NANO / "config.json").read_text())
+    assert nano["n_ctx"] == nano["n_positions"]
 
 
 @pytest.mark.parametrize("template", ["human_bot", "user_assistant"])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext import openai_public
 
-from tokenizer import TEMPLATES, VOCAB_FILES, Tokenizer, gpt2_encoding, vocab_file
+from tokenizer import TEMPLATES, VOCAB_FILES, Template, Tokenizer, gpt2_encoding, vocab_file
 
 TOKENIZERS = {name: Tokenizer(name) for name in TEMPLATES}
 HUMAN_BOT, USER_ASSISTANT = TOKENIZERS["human_bot"], TOKENIZERS["user_assistant"]
@@ -509,6 +509,27 @@ def test_the_template_of_a_directory_is_the_one_whose_tokens_were_added(tmp_path
 @in_both_templates
 def test_the_files_of_a_tokenizer_make_the_same_tokenizer(tmp_path, tok):
     assert Tokenizer.from_directory(write_directory(tmp_path, tok.files())).template == tok.template
+
+
+def test_a_template_without_tokens_of_its_own_is_known_by_its_chat_template(tmp_path, monkeypatch):
+    """Else a model trained in it would be talked to in another."""
+    openers = {"system": "\n[Context]:", "user": "\n[Q]:", "assistant": "\n[A]:"}
+    monkeypatch.setitem(TEMPLATES, "qa", Template(openers, " ", "", "<|endoftext|>", ()))
+    folder = write_directory(tmp_path, Tokenizer("qa").files())
+    assert Tokenizer.from_directory(folder).template == "qa"
+    (folder / "tokenizer_config.json").write_text('{"chat_template": [{"name": "default", "template": "?"}]}')
+    assert Tokenizer.from_directory(folder).template == "human_bot"
+    (folder / "tokenizer_config.json").write_text("[")
+    with pytest.raises(ValueError, match="tokenizer_config.json is damaged"):
+        Tokenizer.from_directory(folder)
+
+
+def test_a_template_whose_turns_could_be_forged_is_refused(monkeypatch):
+    """Text that looks like an opener is told apart by its last token, spelled in others: one character cannot be."""
+    openers = {"system": "\nSystem:", "user": "\nHuman:", "assistant": "\nBot:"}
+    monkeypatch.setitem(TEMPLATES, "bare", Template(openers, " ", "", "<|endoftext|>", ()))
+    with pytest.raises(ValueError, match="'bare': the last token of '.nSystem:'"):
+        Tokenizer("bare")
 
 
 def test_a_directory_without_a_tokenizer_gets_the_default(tmp_path):
