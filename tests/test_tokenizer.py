@@ -520,7 +520,7 @@ def test_a_template_without_tokens_of_its_own_is_known_by_its_chat_template(tmp_
     (folder / "tokenizer_config.json").write_text('{"chat_template": [{"name": "default", "template": "?"}]}')
     assert Tokenizer.from_directory(folder).template == "human_bot"
     (folder / "tokenizer_config.json").write_text("[")
-    with pytest.raises(ValueError, match="tokenizer_config.json is damaged"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is damaged"):
         Tokenizer.from_directory(folder)
 
 
@@ -528,7 +528,7 @@ def test_a_template_whose_turns_could_be_forged_is_refused(monkeypatch):
     """Text that looks like an opener is told apart by its last token, spelled in others: one character cannot be."""
     openers = {"system": "\nSystem:", "user": "\nHuman:", "assistant": "\nBot:"}
     monkeypatch.setitem(TEMPLATES, "bare", Template(openers, " ", "", "<|endoftext|>", ()))
-    with pytest.raises(ValueError, match="'bare': the last token of '.nSystem:'"):
+    with pytest.raises(ValueError, match=r"'bare': the last token of '.nSystem:'"):
         Tokenizer("bare")
 
 
