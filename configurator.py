@@ -49,12 +49,13 @@ def run(main, Config):
     on stderr and exit status 2. `python -X dev SCRIPT.py` shows the traceback instead."""
     script = Path(sys.argv[0]).name
     # lines appear at once in a pipe too; a terminal that lacks a character shows another
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(usage(Config, sys.argv[0], inspect.getmodule(main).__doc__))
-        return
+    if sys.stdout:  # which the shell may have closed
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
-        main(parse(Config, sys.argv[1:]))
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(usage(Config, sys.argv[0], inspect.getmodule(main).__doc__))
+        else:
+            main(parse(Config, sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)  # the shell's status for Ctrl-C
     except BrokenPipeError:  # the reader of our output, `head` say, has enough

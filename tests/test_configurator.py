@@ -2,6 +2,8 @@
 
 import importlib
 import io
+import os
+import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass, fields
@@ -346,6 +348,18 @@ def test_help_is_printed_on_a_terminal_that_lacks_a_character(demo):
     done = demo("--help", PYTHONIOENCODING="ascii:strict")
     assert (done.returncode, done.stderr) == (0, "")
     assert "n? le m?me" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
+@pytest.mark.parametrize("arg", ["--help", "--seed=2"])
+@pytest.mark.parametrize("output", [">&-", "| true"])
+def test_a_script_whose_output_nobody_reads_ends_quietly(tmp_path, arg, output):
+    (tmp_path / "demo.py").write_text(SCRIPT, encoding="utf-8")
+    line = f'{{ sleep 0.2; "$0" demo.py {arg}; echo $? >status; }} {output}'
+    command, env = ["sh", "-c", line, sys.executable], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert (tmp_path / "status").read_text() == "0\n"
 
 
 SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "prepare").glob("*.py"))]
