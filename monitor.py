@@ -2,7 +2,6 @@
 What a training run says of itself: its log and its trouble; and how it is asked to stop.
 """
 
-import contextlib
 import json
 import math
 import signal
@@ -12,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from atomic import replacing
+from report import read_log
 
 # a value is too high beyond so many times the usual, and so much more
 LIMITS = {"loss": (2, 1), "validation loss": (2, 1), "gradient norm": (100, 100)}
@@ -25,12 +25,10 @@ class Log:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if first_iter:
-            for line in path.read_text().splitlines() if path.exists() else ():
-                with contextlib.suppress(ValueError):  # a line that a kill cut short
-                    record = json.loads(line)
-                    evaluation = any(name.startswith("val_") for name in record)  # the one there comes again
-                    if record["iter"] + evaluation <= first_iter:
-                        kept.append(line + "\n")
+            for line, record in read_log(path) if path.exists() else ():
+                evaluation = any(name.startswith("val_") for name in record)  # the one there comes again
+                if record["iter"] + evaluation <= first_iter:
+                    kept.append(line + "\n")
         with replacing(path) as part:
             part.write_text("".join(kept))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115

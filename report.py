@@ -2,7 +2,6 @@
 What came of a run or an evaluation, to look at: the log of a run, tables, and one HTML page that needs nothing else.
 """
 
-import contextlib
 import json
 import math
 from html import escape
@@ -54,21 +53,32 @@ svg { max-width: 100%; height: auto; font: 12px system-ui, sans-serif; fill: cur
 """
 
 
+def read_log(path):
+    """Yield (line, record) of a metrics.jsonl. Raises ValueError where it is not one that monitor.Log wrote."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # a line that a kill cut short
+            continue
+        numbers = isinstance(record, dict) and all(isinstance(value, int | float | None) for value in record.values())
+        if not numbers or type(record.get("iter")) is not int:
+            raise ValueError(f"{path} is not the log of a run: {line[:60]!r}")
+        yield line, record
+
+
 def read_run(directory):
     """Return {"loss": {iter: nats}, "val_loss": {iter: nats}, "tokens_per_s": {iter: tokens a second}} of a run.
 
-    Raises FileNotFoundError where there is no metrics.jsonl, ValueError where it has no losses.
+    Raises FileNotFoundError where there is no metrics.jsonl, ValueError where it has no losses or is another's.
     """
     path = Path(directory) / "metrics.jsonl"
     if not path.is_file():
         what = path if Path(directory).is_dir() else directory
         raise FileNotFoundError(f"{what} does not exist: give the out_dir of a run of train.py")
     curves = {"loss": {}, "val_loss": {}, "tokens_per_s": {}}
-    for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):  # a line that a kill cut short
-            record = json.loads(line)
-            for name in curves.keys() & record.keys():
-                curves[name][record["iter"]] = math.nan if record[name] is None else record[name]
+    for _, record in read_log(path):
+        for name in curves.keys() & record.keys():
+            curves[name][record["iter"]] = math.nan if record[name] is None else record[name]
     if not losses([curves]):
         raise ValueError(f"{path} has no losses: train for longer, or lower log_interval (train_ppo.py has none)")
     return curves

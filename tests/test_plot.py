@@ -179,6 +179,10 @@ def test_mistakes_are_named(here, tmp_path):
     assert_refused_in_a_line(here("empty"), "empty/metrics.jsonl does not exist", "train.py")
     assert_refused_in_a_line(here("young"), "young/metrics.jsonl has no losses")
     assert_refused_in_a_line(here("run", "--pgn=a.png"), "png")
+    (tmp_path / "other").mkdir()
+    for line in ("[1]", "5", "null", '{"loss": 1}', '{"iter": "1", "loss": 1}', '{"iter": 1, "loss": "low"}'):
+        (tmp_path / "other" / "metrics.jsonl").write_text(line + "\n")
+        assert_refused_in_a_line(here("other"), "other/metrics.jsonl is not the log of a run", line[-10:])
     assert not list(tmp_path.glob("*.png*"))
 
 

@@ -918,6 +918,14 @@ def test_a_damaged_state_is_refused_by_name(kind, uninterrupted):
         fit(init_from="resume")
 
 
+def test_another_programs_log_is_refused_by_name_and_left(uninterrupted):
+    shutil.copytree(uninterrupted(dropout=0.1), "out")
+    Path("out/metrics.jsonl").write_text('["loss", 1]\n')
+    with pytest.raises(ValueError, match=r"out/metrics.jsonl is not the log of a run"):
+        fit(init_from="resume", max_iters=12)
+    assert Path("out/metrics.jsonl").read_text() == '["loss", 1]\n'
+
+
 def test_a_mistake_ends_in_a_sentence_and_status_2(script):
     assert_refused(script("train.py", *arguments(init_from="resume")), "out/last/state.pt", "--init_from")
 
