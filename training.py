@@ -107,8 +107,8 @@ def precision(name, device):
 def run_to_resume(config, world, script, same=()):
     """Return what the run of `script` in `out_dir` last saved, None for a new one.
 
-    Raises ValueError where a new one would meet another there, where it is another script's, or where one of the knobs
-    in `same` was another; FileNotFoundError where there is none to resume.
+    Raises ValueError where a new one would meet another there, where what is there is no run or another script's, or
+    where one of the knobs in `same` was another; FileNotFoundError where there is none to resume.
     """
     state = Path(config.out_dir) / "last" / "state.pt"
     resume = config.init_from == "resume"
@@ -126,6 +126,8 @@ def run_to_resume(config, world, script, same=()):
     if not state.exists():
         raise FileNotFoundError(f"no {state} to resume from: start with another --init_from, the name of a model")
     found = load_tensors(state)
+    if not (isinstance(found, dict) and {"script", "iter", "template", "config", "model"} <= found.keys()):
+        raise ValueError(f"{state} is not the state of a run: start a new one, with another --out_dir")
     if (of := found["script"]) != script:
         raise ValueError(f"{state.parent} is a run of {of}.py: resume it by that, or set another --out_dir")
     for name in same:

@@ -918,6 +918,14 @@ def test_a_damaged_state_is_refused_by_name(kind, uninterrupted):
         fit(init_from="resume")
 
 
+@pytest.mark.parametrize("state", [[1], torch.zeros(2), {"script": "train"}], ids=["list", "tensor", "dict"])
+def test_tensors_that_are_not_a_state_are_refused_by_name(state):
+    Path("out/last").mkdir(parents=True)
+    torch.save(state, "out/last/state.pt")
+    with pytest.raises(ValueError, match=r"out/last/state.pt is not the state of a run"):
+        fit(init_from="resume")
+
+
 def test_another_programs_log_is_refused_by_name_and_left(uninterrupted):
     shutil.copytree(uninterrupted(dropout=0.1), "out")
     Path("out/metrics.jsonl").write_text('["loss", 1]\n')
