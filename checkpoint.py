@@ -201,7 +201,7 @@ def _find(init_from):
 
 def _find_local(directory):
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / name).exists():
+        if (directory / name).is_file():
             return directory / name, _read_config(directory / "config.json"), Tokenizer.from_directory(directory)
     raise FileNotFoundError(f"{directory} has neither model.safetensors nor pytorch_model.bin")
 
@@ -225,15 +225,15 @@ def _read_config(path):
     """Return the GPTConfig of a Hugging Face config.json. Raises ValueError naming the option that is not GPT-2's."""
     try:
         config = dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     for name, value in SUPPORTED.items():
         if config.get(name, value) != value:
             raise ValueError(f"{path}: {name}={config[name]!r} is not supported, only {value!r}")
     shape = {name: config.get(name) for name in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")}
     for name, value in shape.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{path}: {name}={value!r} is not a whole number above 0")
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise ValueError(f"{path}: {name}={value!r} is not a whole number above 0 and below 2^31")
     if config.get("n_inner") not in (None, 4 * shape["n_embd"]):
         raise ValueError(f"{path}: n_inner={config['n_inner']!r} is not supported, only 4 n_embd")
     return GPTConfig(block_size=shape.pop("n_positions"), **shape)

@@ -328,8 +328,8 @@ class Tokenizer:
                 if (directory / "added_tokens.json").exists():
                     path = directory / "added_tokens.json"
                     added = dict(json.loads(path.read_bytes()))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged or no tokenizer's: {error!r}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged or no tokenizer's: {type(error).__name__}: {error}") from error
         if any(vocab.get(token) != i for token, i in gpt2_vocab().items()):
             raise ValueError(f"{path} is not GPT-2's vocabulary; only models that use it can be loaded")
         for name, template in TEMPLATES.items():

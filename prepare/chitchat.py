@@ -31,7 +31,7 @@ def read(path):
             for roles in (("user", "assistant"), ("assistant", "user")):
                 yield key, [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not chitchat-dataset's dataset.json: {error!r}") from error
+        raise ValueError(f"{path} is not chitchat-dataset's dataset.json: {type(error).__name__}: {error}") from error
 
 
 def packaged():

@@ -72,7 +72,8 @@ def read(path, counts, form):
                 else:
                     counts["unanswered"] += 1
         except DAMAGED as error:
-            raise ValueError(f"{path} is damaged or not eli5_category's JSON: {error!r}") from error
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} is damaged or not eli5_category's JSON: {what}") from error
 
 
 def questions(config, counts, form):

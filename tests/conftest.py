@@ -57,6 +57,7 @@ def assert_refused(done, *words):
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
     assert 1 <= len(done.stderr.strip().splitlines()) <= 2, done.stderr
+    assert len(done.stderr) < 1000, done.stderr  # none of them is a file's content
     for word in words:
         assert str(word) in done.stderr, done.stderr
 

@@ -174,11 +174,12 @@ def test_a_directory_with_gpt2s_own_tokenizer_or_none_has_the_template_human_bot
     assert load_model(str(directory))[1].template == "human_bot"
 
 
-@pytest.mark.parametrize("content", ['{"added', "{}", "[]", ""])
+@pytest.mark.parametrize("content", ['{"added', "{}", "[]", "", "[" * 100_000, "\xff" * 10_000])
 def test_a_damaged_tokenizer_is_refused_by_its_name(directory, content):
-    (directory / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+    (directory / "tokenizer.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"tokenizer\.json") as refused:
         load_model(str(directory))
+    assert len(str(refused.value)) < 500
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -278,14 +279,14 @@ def test_an_option_may_be_written_out_as_its_default(directory, logits):
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"])
-@pytest.mark.parametrize("value", ["absent", "12", None, 0, -1, 1.5])
+@pytest.mark.parametrize("value", ["absent", "12", None, 0, -1, 1.5, 10**30])
 def test_a_config_without_a_sound_shape_is_refused(directory, key, value):
     edit_config(directory, **{key: value})
     with pytest.raises(ValueError, match=f"{key}|config"):
         load_model(str(directory))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"gpt2"', "\xff\xfe"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"gpt2"', "\xff\xfe", "[" * 100_000])
 def test_a_config_that_is_no_json_object_is_refused(directory, content):
     (directory / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=r"config\.json"):
@@ -296,6 +297,9 @@ def test_a_config_that_is_no_json_object_is_refused(directory, content):
 def test_a_missing_file_is_named(directory, name):
     (directory / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
+        load_model(str(directory))
+    (directory / name).mkdir()
+    with pytest.raises(OSError, match=name):
         load_model(str(directory))
 
 
