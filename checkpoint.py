@@ -245,6 +245,7 @@ def _open_weights(path, config, Model):
     What the file holds is checked against `config` first. A safetensors file is mapped anew for each tensor, so that
     what was read does not stay in memory.
     """
+    open(path, "rb").close()  # safetensors says of a file that may not be read that there is none
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:

@@ -303,6 +303,15 @@ def test_a_missing_file_is_named(directory, name):
         load_model(str(directory))
 
 
+def test_weights_that_may_not_be_read_are_not_called_missing(directory):
+    weights = directory / "model.safetensors"
+    weights.chmod(0)
+    if os.access(weights, os.R_OK):
+        pytest.skip("root reads what it likes")
+    with pytest.raises(PermissionError, match=r"model\.safetensors"):
+        load_model(str(directory))
+
+
 def test_missing_extra_misshapen_and_integer_tensors_are_named(directory):
     tensors = read(directory)
     lacking = {name: tensor for name, tensor in tensors.items() if name != "transformer.h.1.mlp.c_fc.bias"}
