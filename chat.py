@@ -5,10 +5,10 @@ When the input is not a terminal, each line of it is a message and gets one line
 
 import contextlib
 import json
+import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from checkpoint import default_model, load_model, load_reward_model
 from configurator import at_least, run
@@ -167,7 +167,7 @@ def command(chat, line):
         if all(message["role"] != "assistant" for message in chat.messages):
             print("there is nothing to save yet")
         else:
-            chat.save(Path(argument).expanduser())
+            chat.save(os.path.expanduser(argument))
             print(f"saved to {argument}")
     elif name == "/quit":
         raise EOFError

@@ -67,8 +67,10 @@ def hub_file(repo: str, name: str, size: int | None = None, sha256: str | None =
     HF_HUB_CACHE, HF_HOME, HF_ENDPOINT (a mirror), HF_TOKEN and HF_HUB_OFFLINE mean what they mean to transformers.
     """
     env = os.environ
-    cache = Path(env.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    hub = Path(env.get("HF_HUB_CACHE") or Path(env.get("HF_HOME") or cache / "huggingface") / "hub").expanduser()
+    # os.path's, since Path's raises where there is no such home, as for a user that a container knows by number only
+    cache = Path(os.path.expanduser(env.get("XDG_CACHE_HOME") or "~/.cache"))
+    hub = env.get("HF_HUB_CACHE") or os.path.join(env.get("HF_HOME") or cache / "huggingface", "hub")
+    hub = Path(os.path.expanduser(hub))
     # Until 2024 gpt2 and distilgpt2 had no organisation, and from_pretrained("gpt2") still caches under that name.
     short = repo.removeprefix("openai-community/").removeprefix("distilbert/")
     for alias in (repo, short):

@@ -372,7 +372,7 @@ def test_a_conversation_that_has_not_begun_is_not_saved(persona, at_terminal):
 
 
 def test_a_file_that_cannot_be_written_does_not_end_the_chat(at_terminal):
-    shown = at_terminal("hello", "/save no/such/folder/talk.jsonl", "bye")
+    shown = at_terminal("hello", "/save no/such/folder/talk.jsonl", "/save ~nobody-of-this-name/talk.jsonl", "bye")
     assert "No such file or directory" in shown and shown.count("Bot: ") == 2
 
 

@@ -501,6 +501,15 @@ def test_hub_file_finds_what_transformers_has_fetched(hub, tmp_path, monkeypatch
     assert hub.seen == []
 
 
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"])
+def test_a_home_that_there_is_not_is_no_defect(hub, tmp_path, monkeypatch, variable):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(variable, "~nobody-of-this-name/cache")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="nobody-of-this-name"):
+        hub_file("org/name", "w.bin")
+
+
 def test_hub_file_finds_a_dataset_that_the_datasets_library_has_fetched(tmp_path):
     file = cached(tmp_path / "cache/huggingface/hub", "datasets--org--name", "abc", b"cached", ref="abc")
     assert hub_file("org/name", "w.bin", kind="datasets") == file
