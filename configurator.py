@@ -73,10 +73,12 @@ def run(main, Config):
 
 
 def at_least(least, config, *names):
-    """Raise ValueError for a knob that is below `least`."""
+    """Raise ValueError for a knob that is below `least`, NaN, or beyond all sense."""
     for name in names:
         if not getattr(config, name) >= least:
             raise ValueError(f"{name}={getattr(config, name)} is too small: it must be {least} or more")
+        if getattr(config, name) >= 2**32:
+            raise ValueError(f"{name}={getattr(config, name)} is too large")
 
 
 def usage(Config, script, doc):

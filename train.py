@@ -96,8 +96,6 @@ def check(config):
     check_knobs(config)
     at_least(1, config, "n_layer", "n_head", "n_embd", "block_size", "gradient_accumulation_steps", "eval_iters")
     at_least(0, config, "freeze_rare")
-    if not 0 <= config.max_epochs < math.inf:
-        raise ValueError(f"max_epochs={config.max_epochs} is not 0 or more")
     if not 0 <= config.label_smoothing < 1:
         raise ValueError(f"label_smoothing={config.label_smoothing} is not from 0 to below 1")
     if config.strategy not in ("ddp", "fsdp"):

@@ -183,8 +183,6 @@ def check(config):
         raise ValueError(f"loss={config.loss} is not one of labels, pairs")
     if config.loss == "pairs" and config.batch_size % 2:
         raise ValueError(f"batch_size={config.batch_size} has half a pair: take an even number")
-    if not 0 <= config.max_epochs < math.inf:
-        raise ValueError(f"max_epochs={config.max_epochs} is not 0 or more")
 
 
 def main(config):

@@ -164,12 +164,16 @@ def restore(model, optimizer, scaler, state):
 
 
 def check_knobs(config):
-    """Raise ValueError where one of the knobs that all training scripts have is out of range."""
+    """Raise ValueError where one of the knobs that training scripts share is out of range."""
     if config.lr_schedule not in ("cosine", "linear", "constant"):
         raise ValueError(f"lr_schedule={config.lr_schedule} is not one of cosine, linear, constant")
     at_least(1, config, "batch_size", "eval_interval", "log_interval")
     at_least(0, config, "max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip")
     at_least(0, config, "adam_eps", "seed")
+    if not 0 <= getattr(config, "dropout", 0) < 1:
+        raise ValueError(f"dropout={config.dropout} is not from 0 to below 1")
+    if not 0 <= getattr(config, "max_epochs", 0) < 2**20:  # and so the time that is left can be told
+        raise ValueError(f"max_epochs={config.max_epochs} is not from 0 to a million")
 
 
 def learning_rate(config, it):

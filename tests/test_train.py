@@ -779,6 +779,13 @@ def test_a_compiled_model_trains_alike(uninterrupted):
         ({"n_head": 0}, "n_head"),
         ({"max_iters": -1}, "max_iters"),
         ({"seed": -1}, "seed"),
+        ({"seed": 10**30}, "seed=1000000000000000000000000000000 is too large"),
+        ({"max_iters": 10**30}, "is too large"),
+        ({"max_epochs": 1e300}, "max_epochs=1e+300 is not from 0 to a million"),
+        ({"grad_clip": math.nan}, "grad_clip=nan"),
+        ({"min_lr": -1.0}, "min_lr=-1.0 is too small"),
+        ({"dropout": math.nan}, "dropout=nan is not from 0 to below 1"),
+        ({"dropout": 1.0}, "dropout=1.0"),
     ],
     ids=str,
 )
