@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import re
 import runpy
@@ -75,10 +76,11 @@ def run(main, Config):
 def at_least(least, config, *names):
     """Raise ValueError for a knob that is below `least`, NaN, or beyond all sense."""
     for name in names:
-        if not getattr(config, name) >= least:
-            raise ValueError(f"{name}={getattr(config, name)} is too small: it must be {least} or more")
-        if getattr(config, name) >= 2**32:
-            raise ValueError(f"{name}={getattr(config, name)} is too large")
+        value = getattr(config, name)
+        if not value >= least:
+            raise ValueError(f"{name}={value} is too small: it must be {least} or more")
+        if value >= (2**32 if isinstance(value, int) else math.inf):
+            raise ValueError(f"{name}={value} is too large")
 
 
 def usage(Config, script, doc):

@@ -244,8 +244,9 @@ def main(config):
         if Path(name).is_dir() and not any((Path(name) / file).exists() for file in ("tokenizer.json", "vocab.json")):
             raise FileNotFoundError(f"{name} has no tokenizer.json: figures would be of tokens that nobody knows")
     for name in ("json", "report"):
-        if not Path(getattr(config, name) or ".").parent.is_dir():
-            raise FileNotFoundError(f"{name}={getattr(config, name)}: there is no such folder")
+        path = Path(getattr(config, name))
+        if not path.parent.is_dir() or (getattr(config, name) and path.is_dir()):
+            raise ValueError(f"{name}={getattr(config, name)} is not a file in a folder that there is")
     if config.convai2 and not Path(config.convai2).exists():
         raise FileNotFoundError(
             f"convai2={config.convai2} does not exist: prepare/personachat.py fetches PersonaChat's"

@@ -122,6 +122,9 @@ def main(config):
         torch.use_deterministic_algorithms(True)
 
     # 3. the model and its tokenizer
+    shards = {  # that there are any is known before weights are fetched
+        split: find_shards(config.data_dir, config.dataset, split, shares=True) for split in ("train", "val")
+    }
     state = run_to_resume(config, world, "train")
     if state is not None:
         tokenizer = Tokenizer(state["template"])
@@ -134,11 +137,14 @@ def main(config):
         if config.induction_heads:
             set_induction_heads(model)
     else:
-        for name in ("n_layer", "n_head", "n_embd", "induction_heads"):
-            if name in getattr(config, "given", ()):
-                raise ValueError(f"{name} is of models from scratch; {config.init_from} has its own: leave it out")
         with world.one_by_one():
             model, tokenizer = load_model(config.init_from, dropout=config.dropout)
+        for name in ("n_layer", "n_head", "n_embd"):
+            asked, there = getattr(config, name), getattr(model.config, name)
+            if name in getattr(config, "given", ()) and asked != there:
+                raise ValueError(
+                    f"{name}={asked}, but {config.init_from} has {there}: leave it out, or start from scratch"
+                )
         tokenizer = Tokenizer(config.template or tokenizer.template)
         model.grow_vocab(tokenizer.n_vocab)
     if config.block_size > model.config.block_size:
@@ -153,8 +159,7 @@ def main(config):
     # 4. the data
     loaders = {}
     for split in ("train", "val"):
-        shards = find_shards(config.data_dir, config.dataset, split, shares=True)
-        loaders[split] = Loader(shards, config.batch_size, config.block_size, config.seed, tokenizer)
+        loaders[split] = Loader(shards[split], config.batch_size, config.block_size, config.seed, tokenizer)
     steps_per_epoch = loaders["train"].n_rows / (config.batch_size * config.gradient_accumulation_steps)
     if config.max_epochs:
         config.max_iters = max(1, round(config.max_epochs * steps_per_epoch))

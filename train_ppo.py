@@ -284,6 +284,9 @@ def main(config):
     device = world.device
     dtype, autocast, scaler = precision(config.dtype, device)
 
+    # that there are shards is known before weights are fetched
+    paths = {split: find_shards(config.data_dir, config.dataset, split) for split in ("train", "val")}
+
     # 2. the policy, the model that it has to stay near to, and what it is paid by
     state = run_to_resume(config, world, "train_ppo", SAME)
     if state is None:
@@ -304,9 +307,7 @@ def main(config):
     reward = make_reward(config.reward, tokenizer, device, autocast)
     if (longest := config.max_prompt + config.max_new_tokens) > (n := policy.config.block_size):
         raise ValueError(f"max_prompt and max_new_tokens are {longest} together, but the model's context is {n}")
-    shards = {}
-    for split in ("train", "val"):
-        shards[split] = [open_shard(path) for path, _ in find_shards(config.data_dir, config.dataset, split)]
+    shards = {split: [open_shard(path) for path, _ in paths[split]] for split in paths}
 
     def prompts(split, n, *seed):
         """Return n prompts of a split, a function of the seed: the turns of different people, as far as there are."""

@@ -194,6 +194,9 @@ def main(config):
     device = world.device
     dtype, autocast, scaler = precision(config.dtype, device)
 
+    # that there are shards is known before weights are fetched
+    shards = {split: find_shards(config.data_dir, config.dataset, split) for split in ("train", "val")}
+
     # 2. the model: a GPT's head gives way to a score that has yet to be learned
     state = run_to_resume(config, world, "train_reward", SAME)
     if state is not None:
@@ -222,7 +225,7 @@ def main(config):
     # 3. the data
     data, pairs = {}, config.loss == "pairs"
     for split in ("train", "val"):
-        paths = [path for path, _ in find_shards(config.data_dir, config.dataset, split)]
+        paths = [path for path, _ in shards[split]]
         data[split] = Replies(paths, config.batch_size, config.block_size, config.seed, tokenizer, pairs)
     train, val = data["train"], data["val"]
     if config.max_epochs:

@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +80,9 @@ def writing(folder, tokenizer):
         if error.errno and not error.filename:
             error.filename = str(folder)  # a full disk does not say where it is
         raise
+    finally:
+        with suppress(OSError):  # unless it is empty, since nothing came of it
+            folder.rmdir()
 
 
 def next_batch(conversations):

@@ -245,7 +245,7 @@ def prepare(config, found):
                 if not any(map(sum, counts.values())):
                     counted = "there is no reply of which it is known whether it was kept"
                 elif not good + bad:
-                    counted += ", since all conversations begin alike, and such ones stay together"
+                    counted += ", since what begins with the same message stays in one of the two, and here all does"
                 raise ValueError(f"{counted}: more conversations are needed, with both")
     for split, (bad, good) in counts.items():
         n_tokens = writers[split].n_tokens

@@ -273,7 +273,9 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_place(prepare, tmp_path,
 
 def test_a_file_of_one_conversation_or_of_nothing_is_refused(prepare, tmp_path):
     alike = [{"text": f"[Human]: hi\n[Bot]: {n}", "label": n % 2} for n in range(30)]
-    assert_refused(prepare(source=write(tmp_path / "r.jsonl", alike)), "all conversations begin alike")
+    refused = prepare(source=write(tmp_path / "r.jsonl", alike))
+    assert_refused(refused, "what begins with the same message stays in one of the two")
+    assert not list((tmp_path / "data").glob("*"))  # not even an empty folder
     (tmp_path / "empty.jsonl").touch()
     assert_refused(prepare(source=tmp_path / "empty.jsonl"), "there is no reply of which it is known")
 

@@ -293,14 +293,19 @@ def test_a_dataset_is_all_its_shards_and_several_can_be_given_with_their_shares(
         tmp_path / "a/val.bin",
     )
     assert find_shards(tmp_path, "b, a", "train") == [(b, 1.0), (a[0], 1.0), (a[1], 1.0)]
-    assert find_shards(tmp_path, "a:2,b : 0.5", "train") == [(a[0], 2.0), (a[1], 2.0), (b, 0.5)]
+    assert find_shards(tmp_path, "a:2,b : 0.5", "train", shares=True) == [(a[0], 2.0), (a[1], 2.0), (b, 0.5)]
     assert find_shards(tmp_path, "a", "val") == [(val, 1.0)]
 
 
 @pytest.mark.parametrize("share", ["0", "-1", "x", "nan", "inf", "1:2"])
 def test_a_share_that_is_no_positive_number_is_refused_by_the_name_of_its_dataset(data_dir, share):
     with pytest.raises(ValueError, match=r"the share of talk must be a positive number, as in talk:0\.5"):
-        find_shards(data_dir, f"talk:{share}", "train")
+        find_shards(data_dir, f"talk:{share}", "train", shares=True)
+
+
+def test_a_share_where_nothing_would_come_of_it_is_refused(data_dir):
+    with pytest.raises(ValueError, match=r"dataset=talk:0\.5: only train\.py takes shares; write talk"):
+        find_shards(data_dir, "talk:0.5", "val")
 
 
 # nanoGPT's files

@@ -745,6 +745,22 @@ def test_a_context_too_short_for_the_sampled_reply_trains():
     assert len(losses(fit(block_size=8, max_iters=1))) == 1
 
 
+def test_a_model_that_is_trained_further_keeps_its_template():
+    write_shards("data/theirs", small_talk(20), small_talk(5), "user_assistant")
+    first = fit(template="user_assistant", dataset="theirs", max_iters=1)
+    again = fit(init_from=str(first), dataset="theirs", out_dir="again", max_iters=1)
+    assert Tokenizer.from_directory(again).template == "user_assistant"
+    fit(init_from=str(first), template="human_bot", out_dir="other", max_iters=1)
+    assert Tokenizer.from_directory("other").template == "human_bot"
+
+
+def test_a_shape_that_the_model_has_not_is_refused(monkeypatch, capfd):
+    fit(max_iters=0)
+    done = run_script(monkeypatch, capfd, init_from="out/last", out_dir="other", n_layer=3)
+    assert_refused(done, "n_layer=3, but out/last has 2")
+    assert run_script(monkeypatch, capfd, init_from="out/last", out_dir="other", max_iters=0).returncode == 0
+
+
 @pytest.mark.slow
 def test_a_compiled_model_trains_alike(uninterrupted):
     assert losses(fit(compile=True)) == pytest.approx(losses(uninterrupted()), abs=1e-3)
