@@ -14,7 +14,7 @@ import inspect
 import math
 import os
 import re
-import runpy
+import reprlib
 import sys
 import traceback
 import types
@@ -69,7 +69,8 @@ def run(main, Config):
             error = "not enough memory: take a smaller model, or a smaller batch_size or block_size to train it"
         elif isinstance(error, OSError) and error.strerror:
             error = f"{error.filename or ''}: {error.strerror}".lstrip(": ")
-        print("\n".join(f"{script}: {error}".splitlines()[:2]), file=sys.stderr)
+        lines = f"{script}: {error}".splitlines()[:2]
+        print("\n".join(line[:1000] for line in lines), file=sys.stderr)  # a file may have any text
         sys.exit(2)
 
 
@@ -118,7 +119,11 @@ def _checked(field, value, path):
         with contextlib.suppress(OverflowError):  # then it is refused as the int that it is
             value = float(value)
     if type(value) is not field.type:
-        raise ValueError(f"{path}: {field.name} = {value!r}: {field.name} is of type {field.type.__name__}")
+        try:
+            shown = reprlib.repr(value)
+        except ValueError:  # of an int with more digits than Python prints
+            shown = "a number out of range"
+        raise ValueError(f"{path}: {field.name} = {shown}: {field.name} is of type {field.type.__name__}")
     return value
 
 
@@ -126,9 +131,10 @@ def _run_file(path):
     """Run a config file; return what it assigned, less modules, functions, classes and _names."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"config file {path} does not exist; arguments are config files or --knob=value")
+    names = {"__name__": "config", "__file__": path}
     try:
-        names = runpy.run_path(path)
-    except Exception as error:
+        exec(compile(Path(path).read_bytes(), path, "exec"), names)
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = lines[-1] if lines else getattr(error, "lineno", None)  # a SyntaxError has no frame of its own
         where = f"{path}, line {line}" if line else path

@@ -1,9 +1,10 @@
 """Knobs from files and arguments: what they become, in which order, and what a person reads when one is wrong."""
 
-import importlib
+import importlib.util
 import io
 import os
 import subprocess
+import marshal
 import sys
 import zipfile
 from dataclasses import dataclass, fields
@@ -224,10 +225,18 @@ def test_a_value_of_the_wrong_type_in_a_file_is_refused(config_file, line, kind)
         parse(Config, [path])
 
 
-def test_a_number_too_large_for_a_float_is_refused(config_file):
-    path = config_file("learning_rate = 10**400")
-    with pytest.raises(ValueError, match="learning_rate"):
+@pytest.mark.parametrize("value", ["10**400", "10**5000"])
+def test_a_number_too_large_for_a_float_is_refused(config_file, value):
+    path = config_file(f"learning_rate = {value}")
+    with pytest.raises(ValueError, match=r"own\.py: learning_rate = .*: learning_rate is of type float"):
         parse(Config, [path])
+
+
+def test_a_value_that_is_long_or_deep_is_shown_in_part(config_file):
+    for text in ("seed = 'long' * 100_000", "seed = 1\nfor _ in range(100_000): seed = [seed]"):
+        with pytest.raises(ValueError, match=r"own\.py: seed = .*\.\.\..*: seed is of type int") as error:
+            parse(Config, [config_file(text)])
+        assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Config)])
@@ -261,6 +270,7 @@ def test_what_is_neither_knob_nor_file_is_named(arg):
         ("import json\n\nseed = json.loads('{')\n", 3, "JSONDecodeError"),  # raised in a file of Python's
         ("seed = 2\nout_dir = b'\\xff'.decode()\n", 2, "UnicodeDecodeError"),
         ("from pathlib import Path\nout_dir = Path('absent.txt').read_text()\n", 2, "FileNotFoundError"),
+        ("import sys\nsys.exit('not here')\n", 2, "SystemExit: not here"),
     ],
 )
 def test_an_error_in_a_file_is_told_with_the_files_name_and_line(config_file, text, line, says):
@@ -276,10 +286,14 @@ def a_zip():
     return file.getvalue()
 
 
+def a_pyc():
+    return importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(compile("seed = 2", "own.py", "exec"))
+
+
 @pytest.mark.parametrize(
     "content",
-    [b"seed = 1\0\n", b"out_dir = '\xff'\n", b"\x7fELF\x02\x01\x01" + bytes(50), a_zip()],
-    ids=["a zero byte", "not UTF-8", "a program", "a zip"],
+    [b"seed = 1\0\n", b"out_dir = '\xff'\n", b"\x7fELF\x02\x01\x01" + bytes(50), a_zip(), a_pyc()],
+    ids=["a zero byte", "not UTF-8", "a program", "a zip", "compiled"],
 )
 def test_a_file_that_is_not_python_text_is_refused_by_name(config_file, content):
     path = config_file(content)
@@ -411,6 +425,12 @@ def test_what_a_person_can_mend_ends_in_a_line_and_status_2(demo, args, words):
 @pytest.mark.parametrize("text", ["seed = (", "sed = 1", "seed = 1.5", "raise ValueError('one\\ntwo\\nthree\\nfour')"])
 def test_a_mistake_in_a_file_ends_in_at_most_two_lines_and_status_2(demo, config_file, text):
     assert_refused(demo(config_file(text)), "demo.py: ", "own.py")
+
+
+def test_a_long_message_is_cut(demo):
+    done = demo("--fail=raise ValueError('long' * 100_000)")
+    assert_refused(done, "demo.py: longlong")
+    assert len(done.stderr) < 1100
 
 
 def test_a_bug_shows_its_traceback(demo):
