@@ -11,7 +11,9 @@ Weights in and out. A checkpoint is a Hugging Face GPT-2 directory; `init_from` 
 import contextlib
 import json
 import pickle
+import reprlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors
@@ -47,6 +49,9 @@ SUPPORTED = {
 }
 # the layers that weights of a dtype are packed into for inference on a CPU
 PACKED = {torch.bfloat16: BFloat16Linear, torch.float16: Float16Linear, torch.int8: Int8Linear}
+
+LARGEST = 1 << 24  # of the numbers that make a shape: with more, the number of a matrix's bytes may overflow
+FLOATS = {"f64", "f32", "f16", "bf16", "float64", "float32", "float16", "bfloat16"}  # of safetensors, and of torch
 
 SCORE = "score.weight"  # what a reward model has in place of the head
 
@@ -229,13 +234,15 @@ def _read_config(path):
         raise ValueError(f"{path} is damaged: {error}") from error
     for name, value in SUPPORTED.items():
         if config.get(name, value) != value:
-            raise ValueError(f"{path}: {name}={config[name]!r} is not supported, only {value!r}")
+            raise ValueError(f"{path}: {name}={reprlib.repr(config[name])} is not supported, only {value!r}")
     shape = {name: config.get(name) for name in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")}
     for name, value in shape.items():
-        if type(value) is not int or not 1 <= value < 2**31:
-            raise ValueError(f"{path}: {name}={value!r} is not a whole number above 0 and below 2^31")
+        if type(value) is not int or not 1 <= value <= LARGEST:
+            raise ValueError(f"{path}: {name}={reprlib.repr(value)} is not a whole number from 1 to {LARGEST:,}")
+    if shape["n_embd"] % shape["n_head"]:
+        raise ValueError(f"{path}: n_embd={shape['n_embd']} is not a multiple of n_head={shape['n_head']}")
     if config.get("n_inner") not in (None, 4 * shape["n_embd"]):
-        raise ValueError(f"{path}: n_inner={config['n_inner']!r} is not supported, only 4 n_embd")
+        raise ValueError(f"{path}: n_inner={reprlib.repr(config['n_inner'])} is not supported, only 4 n_embd")
     return GPTConfig(block_size=shape.pop("n_positions"), **shape)
 
 
@@ -267,6 +274,8 @@ def _open_weights(path, config, Model):
         }
     except (safetensors.SafetensorError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or no state dict ({error}); fetch or save it again") from error
+    # no more layers than there are tensors: a config may ask for any number, and the first that lacks is named below
+    config = replace(config, n_layer=min(config.n_layer, len(stored) + 1))
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in Model(config).state_dict().items()}
     expected.pop("lm_head.weight", None)
@@ -281,6 +290,6 @@ def _open_weights(path, config, Model):
         there, dtype = found[stored[name]]
         if there != shape:
             raise ValueError(f"{path}: {name} has shape {there}, its config says {shape}")
-        if not dtype.lower().startswith(("f", "bf")):  # F32, BF16, ... in a safetensors file
+        if dtype.lower() not in FLOATS:
             raise ValueError(f"{path}: {name} is of {dtype}; quantized weights are not supported")
     return lambda name: read(stored[name])

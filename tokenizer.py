@@ -335,7 +335,8 @@ class Tokenizer:
         for name, template in TEMPLATES.items():
             if template.end in added.keys() - {"<|endoftext|>"}:
                 tokenizer = cls(name)
-                if tokenizer.special_ids.items() - {"<|endoftext|>": END_OF_TEXT, **added}.items():
+                added = {"<|endoftext|>": END_OF_TEXT} | added
+                if any(added.get(token) != i for token, i in tokenizer.special_ids.items()):
                     raise ValueError(f"{path}: the tokens of template {name} have other ids than here")
                 return tokenizer
         return next((cls(name) for name in TEMPLATES if cls(name)._chat_template() == chat_template), cls())

@@ -174,8 +174,12 @@ def test_a_directory_with_gpt2s_own_tokenizer_or_none_has_the_template_human_bot
     assert load_model(str(directory))[1].template == "human_bot"
 
 
-@pytest.mark.parametrize("content", ['{"added', "{}", "[]", "", "[" * 100_000, "\xff" * 10_000])
+ODD_TOKEN = '{"added_tokens": [{"content": "<|End|>", "id": [1]}], "model": {"vocab": %s}}'
+
+
+@pytest.mark.parametrize("content", ['{"added', "{}", "[]", "", "[" * 100_000, "\xff" * 10_000, ODD_TOKEN])
 def test_a_damaged_tokenizer_is_refused_by_its_name(directory, content):
+    content = content.replace("%s", vocab_file("encoder.json").read_text())
     (directory / "tokenizer.json").write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=r"tokenizer\.json") as refused:
         load_model(str(directory))
@@ -279,11 +283,18 @@ def test_an_option_may_be_written_out_as_its_default(directory, logits):
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"])
-@pytest.mark.parametrize("value", ["absent", "12", None, 0, -1, 1.5, 10**30])
+@pytest.mark.parametrize("value", ["absent", "12", None, 0, -1, 1.5, 10**9, 2**62, 10**30])
 def test_a_config_without_a_sound_shape_is_refused(directory, key, value):
     edit_config(directory, **{key: value})
     with pytest.raises(ValueError, match=f"{key}|config"):
         load_model(str(directory))
+
+
+def test_a_config_of_very_many_layers_or_heads_is_refused_at_once(directory):
+    for key, value in (("n_layer", 1 << 24), ("n_head", 3)):
+        edit_config(directory, **{key: value})
+        with pytest.raises(ValueError, match=str(directory)):
+            load_model(str(directory))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '"gpt2"', "\xff\xfe", "[" * 100_000])
@@ -319,12 +330,14 @@ def test_missing_extra_misshapen_and_integer_tensors_are_named(directory):
     scoring = tensors | {"score.weight": torch.zeros(1, 32)}
     transposed = tensors | {"transformer.h.0.attn.c_attn.weight": tensors["transformer.h.0.attn.c_attn.weight"].T}
     integer = tensors | {"transformer.ln_f.bias": torch.zeros(32, dtype=torch.int32)}
+    four_bits = tensors | {"transformer.ln_f.bias": torch.zeros(16, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}
     for wrong, words in (
         (lacking, r"lacks the tensor transformer\.h\.1\.mlp\.c_fc\.bias"),
         (extra, r"has the tensor .*classifier\.weight"),
         (scoring, "is a reward model"),
         (transposed, r"transformer\.h\.0\.attn\.c_attn\.weight has shape \(96, 32\), its config says \(32, 96\)"),
         (integer, r"transformer\.ln_f\.bias.*I32"),
+        (four_bits, r"transformer\.ln_f\.bias.*F4"),
     ):
         write(directory, wrong)
         with pytest.raises(ValueError, match=words):
