@@ -200,9 +200,16 @@ def _check_template(shard, tokenizer):
         raise ValueError(f"{shard.path} is in {which}: prepare it again with --template={tokenizer.template}")
 
 
+def check_vocabulary(shard, token, tokenizer):
+    """Raise ValueError where the largest token of a part of a shard is beyond the tokenizer's vocabulary."""
+    if token >= (n := tokenizer.n_vocab):
+        raise ValueError(f"{shard.path} has token {token}, but the tokenizer's vocabulary is {n} tokens")
+
+
 def openings(shards, tokenizer, n, room, seed):
     """Return ([ids of a prompt, at most `room`], [what a person replied there]), at most `n` of them: each a turn of
-    another conversation, both drawn by the seed. Raises ValueError for a shard in another template."""
+    another conversation, both drawn by the seed. Raises ValueError for a shard in another template, or with tokens
+    that are beyond its vocabulary."""
     draw = random.Random(seed)
     shards = [shard for shard in shards if shard.template]  # text without turns has no replies
     for shard in shards:
@@ -221,6 +228,7 @@ def openings(shards, tokenizer, n, room, seed):
         spans = [(at, ids.index(tokenizer.eos_id, at)) for at in begins if tokenizer.eos_id in ids[at:]]
         if spans:
             at, end = draw.choice(spans)
+            check_vocabulary(shard, max(ids[:end]), tokenizer)
             prompts.append(ids[:at])
             replies.append(tokenizer.decode(ids[at:end]).strip())
     return prompts, replies
@@ -295,7 +303,7 @@ class Loader:
                 end = at + len(ids) - 1
                 x[at:end] = ids[:-1]
                 y[at:end] = np.where(mask[1:], ids[1:], -100)
-                self._check(part.shard, ids.max())
+                check_vocabulary(part.shard, ids.max(), self.tokenizer)
                 at = end
             documents.append(at)  # of the padding
         documents += [B * T] * (self.max_documents + 1 - len(documents))
@@ -307,7 +315,9 @@ class Loader:
         for part in self.parts:
             tokens = part.shard.tokens
             for at in range(0, len(tokens), 1 << 24):  # bincount takes 8 bytes for each
-                counts += np.bincount(tokens[at : at + (1 << 24)], minlength=n_vocab) * (part.taken / len(part))
+                some = tokens[at : at + (1 << 24)]
+                check_vocabulary(part.shard, some.max(), self.tokenizer)
+                counts += np.bincount(some, minlength=n_vocab) * (part.taken / len(part))
         return counts
 
     def _order(self, epoch):
@@ -326,7 +336,7 @@ class Loader:
         PersonaChat's rows of 1,024 get 98.1% full, and 96.7% by putting the longest first into the fullest row.
         """
         _check_template(shard, self.tokenizer)
-        self._check(shard, shard.vocab_size - 1)
+        check_vocabulary(shard, shard.vocab_size - 1, self.tokenizer)
         pieces = np.random.default_rng(self.seed).permutation(self._pieces(shard))
         personas = np.unique(pieces[:, :2], axis=0)  # each once, whatever the pieces
         kept = (pieces[:, 3] - pieces[:, 2]).sum() + (personas[:, 1] - personas[:, 0]).sum()
@@ -361,6 +371,8 @@ class Loader:
         room = self.block_size + 1
         starts, stops = shard.offsets[:-1], shard.offsets[1:]
         if shard.template is None:  # text, which is one long document
+            if len(shard.tokens) < 2:
+                raise ValueError(f"{shard.path} has nothing to learn, it is a single token: prepare it again")
             cuts = np.arange(0, stops[-1] - 1, self.block_size)
             return np.stack([cuts, cuts, cuts, np.minimum(cuts + room, stops[-1])], 1)
         fits = (stops - starts >= 2) & (stops - starts <= room)
@@ -374,7 +386,3 @@ class Loader:
         if not any(shard.mask(start + 1, stop).any() for _, _, start, stop in pieces.tolist()):
             raise ValueError(f"{shard.path} has nothing to learn in {self.block_size} tokens: raise block_size")
         return pieces
-
-    def _check(self, shard, token):
-        if token >= (n := self.tokenizer.n_vocab):
-            raise ValueError(f"{shard.path} has token {token}, but the tokenizer's vocabulary is {n} tokens")

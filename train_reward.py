@@ -21,7 +21,7 @@ from metrics import auc, calibration_error
 from model import GPTConfig, RewardModel
 from monitor import Log, StopSignal, Trouble
 from reward import pad, scored
-from shards import find_shards, open_shard
+from shards import check_vocabulary, find_shards, open_shard
 from tokenizer import Tokenizer
 from training import (
     adamw,
@@ -87,7 +87,7 @@ class Replies:
 
     def __init__(self, paths, batch_size, block_size, seed, tokenizer, pairs):
         """pairs: a chosen reply and the rejected one next to it stay together. Raises ValueError where a shard is in
-        another template than the tokenizer's, or has no pairs."""
+        another template than the tokenizer's, has a reply without tokens, or no pairs."""
         self.batch_size, self.block_size, self.seed, self.tokenizer = batch_size, block_size, seed, tokenizer
         self.shards = [open_shard(path) for path in paths]
         labels = []
@@ -97,6 +97,8 @@ class Replies:
                 raise ValueError(
                     f"{shard.path} is {which}: make it by prepare/retry.py --template={tokenizer.template}"
                 )
+            if (np.diff(shard.offsets) == 0).any():
+                raise ValueError(f"{shard.path} has a reply without tokens: make it by prepare/retry.py")
             last = shard.offsets[1:] - 1  # of a reply that was kept it is supervised
             labels.append((shard.bits[last // 8] >> (last % 8)) & 1 == 1)
             if pairs and not (len(labels[-1]) % 2 == 0 and labels[-1][::2].all() and not labels[-1][1::2].any()):
@@ -116,10 +118,11 @@ class Replies:
         return len(self.labels)
 
     def ids(self, i):
-        """Return what is scored of reply i."""
-        start, stop = self.spans[i]
-        start = max(start, stop - self.block_size - 1)
-        return scored(self.shards[self.of[i]].tokens[start:stop].astype(np.int64), self.tokenizer, self.block_size)
+        """Return what is scored of reply i. Raises ValueError for a token beyond the tokenizer's vocabulary."""
+        shard, (start, stop) = self.shards[self.of[i]], self.spans[i]
+        ids = shard.tokens[max(start, stop - self.block_size - 1) : stop].astype(np.int64)
+        check_vocabulary(shard, ids.max(), self.tokenizer)
+        return scored(ids, self.tokenizer, self.block_size)
 
     def numbers(self, number):
         """Return the numbers of the replies in batch `number` (0, 1, ...)."""

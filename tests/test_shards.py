@@ -15,7 +15,7 @@ from conftest import assert_refused, largest_file, small_talk, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import HEADER, Loader, ShardWriter, find_shards, open_shard
+from shards import HEADER, Loader, ShardWriter, find_shards, open_shard, openings
 from tokenizer import TEMPLATES, Tokenizer
 
 TOKENIZERS = {name: Tokenizer(name) for name in TEMPLATES}
@@ -664,6 +664,15 @@ def test_a_token_beyond_the_vocabulary_is_refused_wherever_it_stands(tmp_path, a
     loader = load(tmp_path / "train.bin", block=8)
     with pytest.raises(ValueError, match=r"train\.bin has token 50257, but the tokenizer's vocabulary is 50257 tokens"):
         epoch(loader)
+    with pytest.raises(ValueError, match=r"train\.bin has token 50257"):
+        loader.counts(50257)
+
+
+def test_a_prompt_with_a_token_beyond_the_vocabulary_is_refused(tmp_path):
+    tok = TOKENIZERS["human_bot"]
+    shard = open_shard(write(tmp_path / "train.bin", [([11, 60000, 12, tok.eos_id], [0, 0, 1, 1])]))
+    with pytest.raises(ValueError, match=r"train\.bin has token 60000"):
+        openings([shard], tok, 1, 8, 0)
 
 
 @pytest.mark.parametrize(
@@ -677,6 +686,12 @@ def test_a_token_beyond_the_vocabulary_is_refused_wherever_it_stands(tmp_path, a
 def test_a_corpus_of_nothing_to_learn_is_refused(tmp_path, many):
     with pytest.raises(ValueError, match=r"train\.bin has nothing to learn in 8 tokens: raise block_size"):
         load(write(tmp_path / "train.bin", many), block=8)
+
+
+def test_a_text_of_one_token_is_refused(tmp_path):
+    (tmp_path / "train.bin").write_bytes(b"\x07\x00")
+    with pytest.raises(ValueError, match=r"train\.bin has nothing to learn, it is a single token"):
+        load(tmp_path / "train.bin", block=8)
 
 
 def test_the_span_is_the_mean_length_of_the_conversation_that_a_token_is_in(tmp_path):

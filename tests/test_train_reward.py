@@ -267,6 +267,21 @@ def test_a_reward_model_can_be_trained_further():
 
 
 @pytest.mark.parametrize(
+    ("many", "says"),
+    [
+        ([([11, 60000], [0, 0]), ([11, 12], [0, 1])], r"train\.bin has token 60000"),
+        ([([11, 12], [0, 1]), ([], []), ([11, 12], [0, 0])], r"train\.bin has a reply without tokens"),
+    ],
+    ids=["beyond the vocabulary", "empty"],
+)
+def test_a_shard_with_a_reply_that_cannot_be_scored_is_refused(tmp_path, many, says):
+    with ShardWriter(tmp_path / "train.bin", TOKENIZER.n_vocab, "human_bot") as writer:
+        writer.write(many)
+    with pytest.raises(ValueError, match=says):
+        Replies([tmp_path / "train.bin"], 4, 8, 0, TOKENIZER, False).batch(0, "cpu")
+
+
+@pytest.mark.parametrize(
     ("knobs", "words"),
     [
         ({"loss": "both"}, ["loss=both is not one of labels, pairs"]),
