@@ -131,12 +131,13 @@ def examples(record, negatives="adversarial"):
         return beginning(context), [([*context, said(text)], label) for text, label in of if text is not None]
     if "dialog" in record:
         utterances = record["dialog"]
+        texts = [as_text(utterance["text"], "text") for utterance in utterances]
         of = [
             ([*spoken(utterances[:i], utterances[i]), said(utterances[i]["text"])], as_label(score))
             for i, score in enumerate(utterance["evaluation_score"] for utterance in utterances)
             if score is not None
         ]
-        return str([utterance["text"] for utterance in utterances]), of
+        return str(texts), of
     text, label = (next((record[name] for name in names if name in record), None) for names in (TEXTS, LABELS))
     if text is None or label is None:
         missing = " nor ".join(TEXTS if text is None else LABELS)

@@ -244,6 +244,7 @@ def test_chats_that_begin_alike_are_divided(prepare, tmp_path):
         (["a", 1], ["is no object"]),
         ({"messages": [HI, HELLO], "retried": None}, ["is of no known form"]),
         ({"context": "hello", "positive_responses": []}, ["context is no list"]),
+        ({"dialog": [{"text": 5, "evaluation_score": 1}]}, ["text is no text: 5"]),
         (
             {"context": ["a"], "positive_responses": [5], "adversarial_negative_responses": ["b"]},
             ["positive_responses is no text: 5"],
