@@ -2,9 +2,9 @@
 
 import importlib.util
 import io
+import marshal
 import os
 import subprocess
-import marshal
 import sys
 import zipfile
 from dataclasses import dataclass, fields
