@@ -70,7 +70,7 @@ def run(main, Config):
         elif isinstance(error, OSError) and error.strerror:
             error = f"{error.filename or ''}: {error.strerror}".lstrip(": ")
         lines = f"{script}: {error}".splitlines()[:2]
-        print("\n".join(line[:1000] for line in lines), file=sys.stderr)  # a file may have any text
+        print("\n".join(line[:480] for line in lines), file=sys.stderr)  # a file may have any text
         sys.exit(2)
 
 

@@ -16,6 +16,7 @@ from configurator import run
 from evaluate import Config, Material, Reply, predictions, reply
 from metrics import distinct, remembers, repeated_4grams
 from model import GPT, GPTConfig
+from sampling import options_of
 from shards import Loader, find_shards, open_shard, openings
 from tokenizer import Tokenizer
 
@@ -187,7 +188,7 @@ def test_bleu_and_chrf_are_sacrebleus_of_the_same_replies(data_dir, model_dir):
     figures, _ = evaluate.evaluate(config, model, tokenizer, Material(config, tokenizer, 256))
     shard = open_shard(data_dir / "talk" / "val.bin")
     prompts, references = openings([shard], tokenizer, 6, 256 - 20, config.seed)
-    options = {name: getattr(config, name) for name in evaluate.SAMPLING}
+    options = options_of(config)
     texts = [r.text for r in reply(model, tokenizer, prompts, options, config.seed, "")]
     assert figures["bleu"] == pytest.approx(BLEU().corpus_score(texts, [references]).score / 100)
     assert figures["chrf"] == pytest.approx(CHRF().corpus_score(texts, [references]).score / 100)

@@ -526,9 +526,9 @@ def test_any_checkpoint_is_a_model_or_a_message(checkpoint, data, inference):
 
 
 @settings(cases, max_examples=20)  # nobody reads it
-@given(data=st.data(), name=st.sampled_from(["generation_config.json", "tokenizer_config.json"]))
-def test_a_file_that_is_for_other_programs_may_hold_anything(checkpoint, data, name):
-    directory, files = checkpoint
+@given(data=st.data())
+def test_a_file_that_is_for_other_programs_may_hold_anything(checkpoint, data):
+    (directory, files), name = checkpoint, "generation_config.json"
     for other, content in files.items():
         (directory / other).write_bytes(content)
     (directory / name).write_bytes(data.draw(as_json(spoilt(json.loads(files[name]))) | edited(files[name])))
@@ -542,11 +542,12 @@ def vocab():
     return vocab_file("encoder.json").read_bytes()
 
 
+NAMES = ("tokenizer.json", "added_tokens.json", "vocab.json")
 LOCUTUSQUE = [{"id": i, "content": token} for token, i in TOKENIZERS["user_assistant"].special_ids.items()]
 
 
 @cases
-@given(data=st.data(), file=st.sampled_from(["tokenizer.json", "added_tokens.json", "vocab.json"]))
+@given(data=st.data(), file=st.sampled_from([*NAMES, "tokenizer_config.json"]))
 def test_any_tokenizers_files_are_a_template_or_a_message(folder, vocab, data, file):
     directory = folder / "tokenizer"
     directory.mkdir(exist_ok=True)
@@ -558,6 +559,8 @@ def test_any_tokenizers_files_are_a_template_or_a_message(folder, vocab, data, f
         (directory / "vocab.json").write_bytes(vocab)
         added = {token["content"]: token["id"] for token in LOCUTUSQUE}
         (directory / file).write_bytes(data.draw(as_json(spoilt(added))))
+    elif file == "tokenizer_config.json":
+        (directory / file).write_bytes(data.draw(as_json(spoilt({"chat_template": "?", "eos_token": "<|End|>"}))))
     else:
         fast = {"added_tokens": LOCUTUSQUE, "model": {"vocab": "the vocabulary"}}
         content = data.draw(as_json(spoilt(fast)))
