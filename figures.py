@@ -25,6 +25,7 @@ from generate import generate
 from metrics import repeated_4grams
 from sampling import ChatSampling, options_of
 from shards import Loader, find_shards, open_shard, openings
+from tokenizer import Tokenizer
 
 COLOURS = ("#2f6fde", "#d9731a", "#3a9d5d", "#9b59b6", "#888888")
 PENALTIES = {  # of the curves of repetition
@@ -43,7 +44,7 @@ class Attention:
     row: int = 5  # which row of it, from 0 on
     conversation: int = 1  # in the row, from 0 on: of it the last reply is looked into
     layer: int = 1  # whose head is drawn, from 0 on
-    head: int = 0  # which of its heads, from 0 on
+    head: int = 1  # which of its heads, from 0 on
     png: str = "attention.png"  # where the picture is written
 
 
@@ -65,52 +66,55 @@ class BestOf(best_of.Config):
 
 
 @torch.inference_mode()
-def attention(config):
-    """Draw a row's mask and a head's attention; return how many conversations there are and where each begins."""
+def row_attention(config):
+    """Return (seen (T, T) bool, a head's attention (T, T), the row's ids (T,), where its conversations begin, which of
+    its tokens are followed by one that is learned)."""
     at_least(1, config, "tokens")
     at_least(0, config, "row", "conversation", "layer", "head")
     model, tokenizer = load_model(config.init_from)
-    c = model.eval().config
+    c, T = model.eval().config, config.tokens
     if config.layer >= c.n_layer or config.head >= c.n_head:
         raise ValueError(f"layer={config.layer}, head={config.head}: there are {c.n_layer} layers of {c.n_head} heads")
     shards = find_shards(config.data_dir, config.dataset, "val")
-    x, y, documents = Loader(shards, 1, config.tokens, 0, tokenizer).batch(config.row)
+    x, y, documents = Loader(shards, 1, T, 0, tokenizer).batch(config.row)
     caught = []
-    model.transformer.h[config.layer].attn.c_attn.register_forward_hook(lambda *a: caught.append(a[2]))
+    model.transformer.h[config.layer].attn.c_attn.register_forward_hook(lambda *call: caught.append(call[2]))
     model.hidden(x, documents=documents)
-    q, k, _ = caught[0].view(config.tokens, 3, c.n_head, -1)[:, :, config.head].unbind(1)  # (T, hs)
+    q, k, _ = caught[0].view(T, 3, c.n_head, -1)[:, :, config.head].unbind(1)  # (T, hs)
     starts = documents.unique()[:-1]
-    number = torch.searchsorted(starts, torch.arange(config.tokens, dtype=starts.dtype), right=True)
+    number = torch.searchsorted(starts, torch.arange(T, dtype=starts.dtype), right=True)
     seen = (number[:, None] == number).tril()  # (T, T)
-    if config.conversation >= len(starts):
-        raise ValueError(f"conversation={config.conversation}: there are {len(starts)} in the row")
     weights = (q @ k.T / q.size(-1) ** 0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+    return seen, weights, x[0], starts.tolist(), (y[0] != -100).nonzero()[:, 0]
 
-    # of one conversation the last reply, and what it looks at
-    first, last = [*starts.tolist(), config.tokens][config.conversation : config.conversation + 2]
-    learned = (y[0] != -100).nonzero()[:, 0]
+
+def attention(config):
+    """Draw a row's mask, and what a head looks at in the last reply of one of its conversations."""
+    seen, weights, ids, starts, learned = row_attention(config)
+    if config.conversation >= len(starts):
+        raise ValueError(f"conversation={config.conversation}: there are {len(starts)} in the row, from 0 on")
+    first, last = [*starts, len(ids)][config.conversation : config.conversation + 2]
     reply = learned[(learned >= first) & (learned < last)]
-    reply = reply[(reply.diff() > 1).nonzero()[-1] + 1 :] if (reply.diff() > 1).any() else reply
-    texts = [tokenizer.decode([token]).replace("\n", "\\n").replace("$", r"\$") for token in x[0].tolist()]
+    gaps = (reply.diff() > 1).nonzero()[:, 0].tolist()
+    reply = reply[gaps[-1] + 1 :] if gaps else reply
+    decode = Tokenizer().decode
+    texts = [decode([token]).replace("\n", r"\n").replace("$", r"\$") for token in ids.tolist()]
 
     def draw(figure):
         row, one = figure.subplots(1, 2, width_ratios=(1, 2))
-        row.imshow(torch.where(seen, number[:, None] % 2 + 1, 0), cmap="Blues", vmin=0, vmax=3, interpolation="none")
-        row.scatter([-0.02 * config.tokens] * len(learned), learned, s=4, color=COLOURS[1], marker="s", clip_on=False)
+        shade = torch.zeros(len(ids))
+        for n, start in enumerate(starts):
+            shade[start:] = n % 2 + 1
+        row.imshow((seen * shade[:, None]).numpy(), cmap="Blues", vmin=0, vmax=3, interpolation="none")
+        row.scatter([-0.02 * len(ids)] * len(learned), learned, s=4, color=COLOURS[1], marker="s", clip_on=False)
         row.set(xlabel="looked at: position in the row", ylabel="looking (orange: what follows is learned)")
         row.set_title("who may look at whom")
-        one.imshow(weights[reply, first:last], cmap="Blues", aspect="auto", interpolation="none")
+        one.imshow(weights[reply, first:last].numpy(), cmap="Blues", aspect="auto", interpolation="none")
         one.set_xticks(range(last - first), texts[first:last], rotation=90, fontsize=6)
         one.set_yticks(range(len(reply)), [texts[at] for at in reply], fontsize=7)
-        one.set_title(
-            f"where head {config.head} of layer {config.layer} looks in a reply of conversation {config.conversation}"
-        )
+        one.set_title(f"where head {config.head} of layer {config.layer} looks, in the last reply of one of them")
 
-    return (
-        draw,
-        (11, 4.2),
-        {"tokens": config.tokens, "begin": starts.tolist(), "reply": "".join(texts[i] for i in reply)},
-    )
+    return draw, (11, 4.2), {"begin": starts, "reply": "".join(texts[at] for at in reply)}
 
 
 def repetition(config):

@@ -49,7 +49,10 @@ def draw_png(runs, log, path):
     axes = figure.subplots()
     for name, curves in runs.items():
         loss, val_loss = curves["loss"], curves["val_loss"]
-        (line,) = axes.plot(list(loss), list(loss.values()), linewidth=0.7, label=name)
+        n = 1 + len(loss) // 50  # losses of single steps are noisy: over them a moving mean of so many
+        means = np.convolve(list(loss.values()), np.ones(n) / n, "valid") if loss else []
+        (line,) = axes.plot(list(loss)[n - 1 :], means, linewidth=1.5, label=name)
+        axes.plot(list(loss), list(loss.values()), color=line.get_color(), linewidth=0.5, alpha=0.4)
         axes.plot(list(val_loss), list(val_loss.values()), "o-", color=line.get_color(), markersize=4)
     if log:
         axes.set_yscale("log")
@@ -57,7 +60,7 @@ def draw_png(runs, log, path):
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="iter", ylabel="loss (nats)")
     axes.grid(alpha=0.3)
-    axes.legend(title="thin: training, dots: validation")
+    axes.legend(title="lines: training, dots: validation")
     with replacing(path) as part:
         figure.savefig(part, format="png")
 

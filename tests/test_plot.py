@@ -89,10 +89,16 @@ def test_labels_say_what_is_drawn_and_the_scale_is_logarithmic_over_decades(here
     (axes,) = drawn[0].axes
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("iter", "loss (nats)", scale)
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
-    loss, val_loss = axes.lines[:2]
+    mean, loss, val_loss = axes.lines[:3]
+    assert list(mean.get_ydata()) == pytest.approx(list(loss.get_ydata()))  # of one each where there are few
     assert (len(loss.get_xdata()), loss.get_marker()) == (10, "None")
     assert (list(val_loss.get_xdata()), val_loss.get_marker()) == ([0, 50, 100], "o")
-    assert loss.get_color() == val_loss.get_color() != axes.lines[2].get_color()
+    assert loss.get_color() == val_loss.get_color() == mean.get_color() != axes.lines[3].get_color()
+    write_run(tmp_path / "long", iters=2000)
+    here("long")
+    mean, loss = drawn[1].axes[0].lines[:2]
+    assert list(mean.get_xdata()) == list(loss.get_xdata())[4:]
+    assert mean.get_ydata()[7] == pytest.approx(sum(loss.get_ydata()[7:12]) / 5)
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out(here, tmp_path):
