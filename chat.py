@@ -201,6 +201,7 @@ def talk(chat):
         if not message:
             continue
         print("Bot: ", end="", flush=True)
+        dropped = chat.dropped
         try:
             with contextlib.closing(chat.reply(message)) as reply:
                 for piece in reply:
@@ -208,6 +209,8 @@ def talk(chat):
         except KeyboardInterrupt:
             chat.cut_short()
         print()
+        if chat.dropped > dropped:
+            print(f"(the oldest {chat.dropped} messages are out of its sight now: the context is full)")
 
 
 def main(config):

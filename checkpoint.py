@@ -219,6 +219,8 @@ def _find_on_hub(repo):
             folder = hub_file(repo, name).parent
             if name == "tokenizer.json":
                 break
+    with contextlib.suppress(FileNotFoundError):
+        hub_file(repo, "tokenizer_config.json")  # which says in which template it talks
     try:
         weights = hub_file(repo, "model.safetensors")
     except FileNotFoundError:

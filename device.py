@@ -5,7 +5,6 @@ Where to compute, and in which precision; what there is of speed and memory.
 import contextlib
 import ctypes
 import re
-import resource
 import sys
 from pathlib import Path
 
@@ -74,4 +73,6 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device) / 1e6
     if Path("/proc/self/status").exists():  # getrusage would count the process that we were forked from
         return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+    import resource  # here, since there is none on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6

@@ -25,7 +25,6 @@ from generate import generate
 from metrics import repeated_4grams
 from sampling import ChatSampling, options_of
 from shards import Loader, find_shards, open_shard, openings
-from tokenizer import Tokenizer
 
 COLOURS = ("#2f6fde", "#d9731a", "#3a9d5d", "#9b59b6", "#888888")
 PENALTIES = {  # of the curves of repetition
@@ -68,7 +67,7 @@ class BestOf(best_of.Config):
 @torch.inference_mode()
 def row_attention(config):
     """Return (seen (T, T) bool, a head's attention (T, T), the row's ids (T,), where its conversations begin, which of
-    its tokens are followed by one that is learned)."""
+    its tokens are followed by one that is learned, the Tokenizer)."""
     at_least(1, config, "tokens")
     at_least(0, config, "row", "conversation", "layer", "head")
     model, tokenizer = load_model(config.init_from)
@@ -82,23 +81,24 @@ def row_attention(config):
     model.hidden(x, documents=documents)
     q, k, _ = caught[0].view(T, 3, c.n_head, -1)[:, :, config.head].unbind(1)  # (T, hs)
     starts = documents.unique()[:-1]
+    if not (x[0, starts[-1] :].any() or (y[0, starts[-1] :] >= 0).any()):
+        starts = starts[:-1]  # what is there is padding
     number = torch.searchsorted(starts, torch.arange(T, dtype=starts.dtype), right=True)
     seen = (number[:, None] == number).tril()  # (T, T)
     weights = (q @ k.T / q.size(-1) ** 0.5).masked_fill(~seen, -torch.inf).softmax(-1)
-    return seen, weights, x[0], starts.tolist(), (y[0] != -100).nonzero()[:, 0]
+    return seen, weights, x[0], starts.tolist(), (y[0] != -100).nonzero()[:, 0], tokenizer
 
 
 def attention(config):
     """Draw a row's mask, and what a head looks at in the last reply of one of its conversations."""
-    seen, weights, ids, starts, learned = row_attention(config)
+    seen, weights, ids, starts, learned, tokenizer = row_attention(config)
     if config.conversation >= len(starts):
         raise ValueError(f"conversation={config.conversation}: there are {len(starts)} in the row, from 0 on")
     first, last = [*starts, len(ids)][config.conversation : config.conversation + 2]
     reply = learned[(learned >= first) & (learned < last)]
     gaps = (reply.diff() > 1).nonzero()[:, 0].tolist()
     reply = reply[gaps[-1] + 1 :] if gaps else reply
-    decode = Tokenizer().decode
-    texts = [decode([token]).replace("\n", r"\n").replace("$", r"\$") for token in ids.tolist()]
+    texts = [tokenizer.decode([token]).replace("\n", r"\n").replace("$", r"\$") for token in ids.tolist()]
 
     def draw(figure):
         row, one = figure.subplots(1, 2, width_ratios=(1, 2))

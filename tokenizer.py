@@ -116,8 +116,9 @@ class Tokenizer:
         self._first = {role: self._marker_ids(opener.strip()) for role, opener in t.openers.items()}
         self._later = {role: self._marker_ids(opener) for role, opener in t.openers.items()}
         for opener, ids in zip(t.openers.values(), self._later.values(), strict=True):
-            if len(ids) > 1 and len(self.decode(ids[-1:])) < 2:  # see _disarmed
-                raise ValueError(f"template '{template}': the last token of {opener!r} must not be one character alone")
+            if opener not in self.special_ids and (len(ids) < 2 or len(self.decode(ids[-1:])) < 2):  # see _disarmed
+                which = f"template '{template}': {opener!r} is {len(ids)} tokens"
+                raise ValueError(f"{which}; two are needed, the last of them of two characters or more")
 
     def _marker_ids(self, marker):
         return [self.special_ids[marker]] if marker in self.special_ids else self.encode(marker)

@@ -126,7 +126,7 @@ def run_to_resume(config, world, script, same=()):
     if not state.exists():
         raise FileNotFoundError(f"no {state} to resume from: start with another --init_from, the name of a model")
     found = load_tensors(state)
-    if not (isinstance(found, dict) and {"script", "iter", "template", "config", "model"} <= found.keys()):
+    if not (isinstance(found, dict) and {"script", "knobs", "iter", "template", "config", "model"} <= found.keys()):
         raise ValueError(f"{state} is not the state of a run: start a new one, with another --out_dir")
     if (of := found["script"]) != script:
         raise ValueError(f"{state.parent} is a run of {of}.py: resume it by that, or set another --out_dir")

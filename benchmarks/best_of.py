@@ -69,8 +69,6 @@ def measure(config):
         "seconds": seconds[1],
         "seconds_of_one": seconds[0],
         "ratio": seconds[1] / seconds[0],
-        "rewards": {
-            n: round(best[n - 1], 4) for n in (2**k for k in range(config.most.bit_length())) if n <= config.most
-        },
+        "rewards": {2**k: round(best[2**k - 1], 4) for k in range(config.most.bit_length())},
         "std": drawn.std().item(),
     }

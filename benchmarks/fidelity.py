@@ -32,11 +32,10 @@ def measure(config):
     if config.init_from.startswith("random:"):
         raise ValueError(f"init_from={config.init_from}: two random models have nothing in common; take a trained one")
     device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device, inference=True)
     paths = find_shards(config.data_dir, config.dataset, "val")
     models = [load_model(config.init_from, device)[0].eval()]
-    models.append(
-        load_model(config.init_from, device, pick_dtype(config.dtype, device, True), inference=True)[0].eval()
-    )
+    models.append(load_model(config.init_from, device, dtype, inference=True)[0].eval())
     block = models[0].config.block_size
     tokens = torch.from_numpy(open_shard(paths[0][0]).tokens[: config.positions + 1].astype("int64")).to(device)
     if len(tokens) < 2:

@@ -81,8 +81,13 @@ def writing(folder, tokenizer):
             error.filename = str(folder)  # a full disk does not say where it is
         raise
     finally:
-        with suppress(OSError):  # unless it is empty, since nothing came of it
-            folder.rmdir()
+        remove_if_empty(folder)
+
+
+def remove_if_empty(folder):
+    """Remove a folder that was made for what has not come about."""
+    with suppress(OSError):  # it is not empty
+        folder.rmdir()
 
 
 def next_batch(conversations):
@@ -106,6 +111,7 @@ def prepare_text(config, name, texts):
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {"train": 0, "val": 0}
     with ExitStack() as stack:
+        stack.callback(remove_if_empty, folder)
         paths = {split: stack.enter_context(replacing(folder / f"{split}.bin")) for split in sizes}
         with ExitStack() as files:
             opened = {split: files.enter_context(open(path, "wb")) for split, path in paths.items()}

@@ -1,10 +1,12 @@
 """What the tests share: no network, scripts run as a user runs them, small corpora and models made on the spot."""
 
+import io
 import json
 import os
 import random
 import re
 import resource
+import runpy
 import signal
 import socket
 import subprocess
@@ -163,6 +165,30 @@ def in_process(monkeypatch, capsys):
         except SystemExit as exit:
             status = exit.code
         return subprocess.CompletedProcess(argv, status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def as_main(monkeypatch, capfd):
+    """Run a script as `script` does, but in this process and where it is: as_main("train.py", "--max_iters=1")."""
+
+    def run(name, *args, input=""):
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        capfd.readouterr()
+        status = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode()), encoding="utf-8"))
+            patch.setattr(sys, "argv", [name, *map(str, args)])
+            patch.setattr(sys, "path", [str((ROOT / name).parent), *sys.path])
+            try:
+                runpy.run_path(str(ROOT / name), run_name="__main__")
+            except SystemExit as end:
+                status = end.code or 0
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+        return subprocess.CompletedProcess(sys.argv, status, *capfd.readouterr())
 
     return run
 

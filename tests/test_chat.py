@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import re
 import select
 import signal
 import subprocess
@@ -321,6 +322,13 @@ def test_help_and_an_unknown_command_list_the_commands(line, at_terminal):
 def test_each_message_is_answered_and_an_empty_line_is_not(at_terminal):
     shown = at_terminal("hello", "", "  ", "bye")
     assert shown.count("Bot: ") == 2 and shown.count("You: ") == 5
+
+
+def test_it_is_said_when_the_oldest_messages_are_out_of_sight(at_terminal):
+    shown = at_terminal(*["hello there"] * 8, block_size=64)
+    said = re.findall(r"\(the oldest (\d+) messages are out of its sight now", shown)
+    assert 1 <= len(said) < 8 and sorted(map(int, said)) == [int(n) for n in said]
+    assert "out of its sight" not in at_terminal("hello", "bye")
 
 
 def test_retry_gives_another_answer_to_the_last_message(at_terminal, prompts):

@@ -13,6 +13,8 @@ import figures
 from checkpoint import load_model, save_model
 from generate import generate
 from model import GPT, GPTConfig, RewardModel
+from reward import scores
+from sampling import ChatSampling, options_of
 from shards import open_shard, openings
 from tokenizer import Tokenizer
 
@@ -46,7 +48,7 @@ def test_attention_is_the_models_own_within_one_conversation(here, tmp_path, tin
     result = result_of(here("attention", *knobs, "--head=1", "--png=a.png"))
     assert png_size(tmp_path / "a.png")[0] > 500
     config = figures.Attention(tiny, "data", "talk", 200, 0, 1, 0, 1, "a.png")
-    _, weights, x, starts, _ = figures.row_attention(config)
+    _, weights, x, starts, *_ = figures.row_attention(config)
     assert result["begin"] == starts and len(starts) > 2
     first, last = starts[1:3]
     hf = GPT2LMHeadModel.from_pretrained("tiny", attn_implementation="eager")
@@ -82,11 +84,28 @@ def test_repetition_is_counted_over_the_beginnings_of_the_same_replies(here, tmp
 def test_the_best_of_n_is_what_the_benchmark_measures(here, tmp_path, tiny):
     torch.manual_seed(0)
     save_model(RewardModel(load_model(tiny)[0].config), Tokenizer(), tmp_path / "reward")
-    knobs = ["--init_from=tiny", "--reward=reward", "--dataset=talk", "--prompts=2", "--most=4", "--n=2"]
+    knobs = [
+        "--init_from=tiny",
+        "--reward=reward",
+        "--dataset=talk",
+        "--prompts=2",
+        "--most=4",
+        "--n=2",
+        "--dtype=float32",
+    ]
     result = result_of(here("best_of", *knobs, "--max_new_tokens=8", "--device=cpu", "--png=b.png"))
     assert png_size(tmp_path / "b.png")[0] > 500
-    assert list(result["rewards"]) == ["1", "2", "4"]
-    assert sorted(result["rewards"].values()) == list(result["rewards"].values())
+    tokenizer, (model, _) = Tokenizer(), load_model(tiny)
+    prompts, _ = openings([open_shard("data/talk/val.bin")], tokenizer, 2, 256 - 8, 0)
+    options = options_of(ChatSampling(max_new_tokens=8)) | {"stop_ids": tokenizer.stop_ids}
+    options |= {"stop_strings": tokenizer.stop_strings, "tokenizer": tokenizer}
+    drawn = [generate(model, [prompt] * 4, seed=4 * n, **options) for n, prompt in enumerate(prompts, 1)]
+    reward_model = load_model("reward", Model=RewardModel)[0].eval()
+    found = [
+        scores(reward_model, [[*prompt, *ids] for ids in each]) for prompt, each in zip(prompts, drawn, strict=True)
+    ]
+    expected = {str(n): torch.stack(found)[:, :n].max(1).values.mean().item() for n in (1, 2, 4)}
+    assert result["rewards"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_mistakes_end_in_a_line(here, tiny):

@@ -524,11 +524,15 @@ def test_a_template_without_tokens_of_its_own_is_known_by_its_chat_template(tmp_
         Tokenizer.from_directory(folder)
 
 
-def test_a_template_whose_turns_could_be_forged_is_refused(monkeypatch):
-    """Text that looks like an opener is told apart by its last token, spelled in others: one character cannot be."""
-    openers = {"system": "\nSystem:", "user": "\nHuman:", "assistant": "\nBot:"}
+@pytest.mark.parametrize(
+    ("openers", "which"),
+    [(("\nSystem:", "\nHuman:", "\nBot:"), "'.nSystem:' is 3 tokens"), (("###", ">>>", "==="), "'###' is 1 tokens")],
+)
+def test_a_template_whose_turns_could_be_forged_is_refused(monkeypatch, openers, which):
+    """Text that looks like an opener is told apart by its last token, spelled in others."""
+    openers = dict(zip(("system", "user", "assistant"), openers, strict=True))
     monkeypatch.setitem(TEMPLATES, "bare", Template(openers, " ", "", "<|endoftext|>", ()))
-    with pytest.raises(ValueError, match=r"'bare': the last token of '.nSystem:'"):
+    with pytest.raises(ValueError, match=f"'bare': {which}"):
         Tokenizer("bare")
 
 
