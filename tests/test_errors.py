@@ -93,7 +93,7 @@ def test_weights_that_are_to_be_fetched_without_a_network(call, name, empty_cach
     assert_refused(call(name, *MODELS[name], "--init_from=gpt2"), "openai-community/gpt2", "HF_HUB_OFFLINE")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "bench.py fidelity"])  # takes no random model
 def test_not_enough_memory_for_a_model(call, name):
     """There are 200 MB more than are used, and the model needs 1.4 GB."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -143,12 +143,12 @@ def test_a_corpus_that_is_to_be_fetched_without_a_network(call, name, empty_cach
         ("train.py", "out/chat"),
         ("train_reward.py", "out/reward"),
         ("train_ppo.py", "out/ppo"),
-        ("evaluate.py", "figures.json"),
+        ("evaluate.py", "report.html"),
     ],
 )
 def test_a_full_disk(call, name, written):
-    with largest_file(100):
-        done = call(name, *MODELS[name], "--init_from=tiny", *["--json=figures.json"] * (name == "evaluate.py"))
+    with largest_file(5000):  # more than is printed: that goes to a file too
+        done = call(name, *MODELS[name], "--init_from=tiny", *["--report=report.html"] * (name == "evaluate.py"))
     assert_refused(done, written)
     assert not list(Path().rglob("*.part"))
 
@@ -162,7 +162,7 @@ def test_a_full_disk_in_a_preparation(call, name):
     pairs = "".join(f'{{"text": "[Human]: {n}\\n[Bot]: {n}", "label": {n % 2}}}\n' for n in range(200))
     Path("retry.jsonl").write_text(pairs)
     source = {"jsonl": "mine.jsonl", "text": "text", "retry": "retry.jsonl"}[name]
-    with largest_file(100):
+    with largest_file(500):
         done = call(f"prepare/{name}.py", f"--source={source}", "--out_dir=data/new")
     assert_refused(done, "data/new")
     assert not Path("data/new").exists()
