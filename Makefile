@@ -29,7 +29,7 @@ chat = if [ -t 0 ]; then $(BIN)/python chat.py --init_from=$(1); else \
 
 # an interrupted training goes on where it was
 $(OUT)/trained: | data/$(CORPUS)/train.bin data/recall/train.bin
-	$(BIN)/python train.py config/demo.py --dataset=$(CORPUS),recall$(if $(DATA),:0.05) --out_dir=$(OUT) \
+	$(BIN)/python train.py config/demo.py --dataset=$(CORPUS)$(if $(DATA),:20),recall$(if $(DATA),:0.05) --out_dir=$(OUT) \
 	  $$([ -e $(OUT)/last/state.pt ] && echo --init_from=resume)
 	@grep -q "\"iter\": $$(sed -n 's/^max_iters = //p' config/demo.py), \"train_loss\"" $(OUT)/metrics.jsonl || \
 	  { echo 'stopped before its end: make demo goes on'; exit 1; }

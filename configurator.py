@@ -33,7 +33,7 @@ def parse(Config, argv):
             name, equals, text = arg[2:].partition("=")
             field = _field(Config, name, arg)
             if not equals:
-                raise ValueError(f"{arg} needs a value: --{name}={field.default}")
+                raise ValueError(f"{arg} needs a value behind a =, as in --{name}={field.default}")
             values[name] = _from_text(field, text)
         elif arg.startswith("-"):
             raise ValueError(f"{arg} is not an argument: write --knob=value; --help lists the knobs")

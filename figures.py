@@ -112,7 +112,9 @@ def attention(config):
         one.imshow(weights[reply, first:last].numpy(), cmap="Blues", aspect="auto", interpolation="none")
         one.set_xticks(range(last - first), texts[first:last], rotation=90, fontsize=6)
         one.set_yticks(range(len(reply)), [texts[at] for at in reply], fontsize=7)
-        one.set_title(f"where head {config.head} of layer {config.layer} looks, in the last reply of one of them")
+        one.set_title(
+            f"where head {config.head} of layer {config.layer} looks in a reply of conversation {config.conversation}"
+        )
 
     return draw, (11, 4.2), {"begin": starts, "reply": "".join(texts[at] for at in reply)}
 

@@ -60,7 +60,7 @@ def draw_png(runs, log, path):
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="iter", ylabel="loss (nats)")
     axes.grid(alpha=0.3)
-    axes.legend(title="lines: training, dots: validation")
+    axes.legend(title="training: thin each step, bold their mean; dots: validation")
     with replacing(path) as part:
         figure.savefig(part, format="png")
 

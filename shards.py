@@ -197,7 +197,8 @@ def find_shards(data_dir, dataset, split, shares=False):
 def _check_template(shard, tokenizer):
     if shard.template not in (None, tokenizer.template):
         which = f"template {shard.template}, the model in template {tokenizer.template}"
-        raise ValueError(f"{shard.path} is in {which}: prepare it again with --template={tokenizer.template}")
+        remedy = f"prepare it again with --template={tokenizer.template}, or train with --template={shard.template}"
+        raise ValueError(f"{shard.path} is in {which}: {remedy}")
 
 
 def check_vocabulary(shard, token, tokenizer):

@@ -49,7 +49,7 @@ class Config:
     out_dir: str = "out/chat"  # the best weights so far; the latest and the trainer's state in its last/
     data_dir: str = "data"  # where the datasets are
     dataset: str = "personachat"  # folders of data_dir with train*.bin and val*.bin; a,b:0.5 takes half of b an epoch
-    template: str = ""  # how conversations are written: human_bot or user_assistant; the model's own unless given
+    template: str = ""  # one of TEMPLATES in tokenizer.py: how conversations are written; the model's own unless given
     dropout: float = 0.1  # share of activations dropped in training
     # the model, when it starts from scratch
     n_layer: int = 12  # layers, from scratch
@@ -149,7 +149,7 @@ def main(config):
         model.grow_vocab(tokenizer.n_vocab)
     if config.block_size > model.config.block_size:
         raise ValueError(
-            f"block_size={config.block_size}, but the model's context is {model.config.block_size}: lower it"
+            f"block_size={config.block_size}, but the model's context is {model.config.block_size}: lower it to that"
         )
     state = state or {"iter": 0, "best_val_loss": math.inf}
     raw_model = model.to(device)
@@ -227,6 +227,8 @@ def main(config):
             print(f"no MFU: the peak rate of {torch.cuda.get_device_name(device)} in {dtype} is not in PEAK_FLOPS")
         for split, loader in loaders.items():
             rows = f"{loader.n_rows:,} rows of {config.block_size}, {loader.fill:.1%} full"
+            if len(loader.parts) > 1:  # a small data set may drown in a large one
+                rows += f" ({', '.join(f'{part.taken:,} of {part.shard.path.parent.name}' for part in loader.parts)})"
             lost = f"; {loader.n_lost:,} left out, beyond a row" if loader.n_lost else ""
             print(f"{split}: {loader.n_tokens:,} tokens in {rows}{lost}")
         print(f"{config.max_iters:,} steps are {round(config.max_iters / steps_per_epoch, 2):,g} epochs")

@@ -45,7 +45,7 @@ class Config:
     out_dir: str = "out/reward"  # the best weights so far; the latest and the trainer's state in its last/
     data_dir: str = "data"  # where the datasets are
     dataset: str = "retry"  # folders of data_dir with train*.bin and val*.bin of prepare/retry.py: a,b
-    template: str = ""  # how conversations are written: human_bot or user_assistant; the model's own unless given
+    template: str = ""  # one of TEMPLATES in tokenizer.py: how conversations are written; the model's own unless given
     loss: str = "labels"  # labels: binary cross-entropy; pairs: Bradley-Terry, of a chosen reply and one that was not
     dropout: float = 0.1  # share of activations dropped in training
     # the batch

@@ -28,7 +28,7 @@ from tokenizer import Tokenizer
 class Config:
     source: str = ""  # the published file or folder, where it need not be downloaded
     out_dir: str = ""  # where train.bin and val.bin go; by default data/ and the corpus's name
-    template: str = "human_bot"  # how conversations are written: human_bot or user_assistant
+    template: str = "human_bot"  # one of TEMPLATES in tokenizer.py: how conversations are written
 
 
 def prepare(config, name, conversations):

@@ -242,7 +242,7 @@ def test_a_value_that_is_long_or_deep_is_shown_in_part(config_file):
 @pytest.mark.parametrize("name", [field.name for field in fields(Config)])
 def test_an_argument_without_a_value_is_told_how_to_give_one(name):
     default = getattr(Config(), name)
-    with pytest.raises(ValueError, match=f"--{name} needs a value: --{name}={default}"):
+    with pytest.raises(ValueError, match=f"--{name} needs a value behind a =, as in --{name}={default}"):
         parse(Config, [f"--{name}"])
 
 
@@ -404,7 +404,7 @@ def test_every_config_of_ours_is_one_that_its_script_takes(path):
     [
         (["--sed=1"], ["demo.py: --sed=1: unknown knob 'sed', did you mean 'seed'?"]),
         (["--seed=x"], ["--seed=x: seed is of type int"]),
-        (["--seed"], ["--seed needs a value: --seed=1"]),
+        (["--seed"], ["--seed needs a value behind a =, as in --seed=1"]),
         (["absent.py"], ["config file absent.py does not exist"]),
         (["a" * 300], ["a" * 300]),
         (["--fail=open('absent.txt')"], ["demo.py: absent.txt: No such file or directory"]),

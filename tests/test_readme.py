@@ -76,6 +76,7 @@ RUNS = {
     "python prepare/jsonl.py --source=mine.jsonl --out_dir=data/mine": "",
     "python train.py config/finetune_chat.py --dataset=mine --out_dir=out/mine": TRAIN,
     'python chat.py --init_from=out/mine --persona="i am a zookeeper."': SAID,
+    "python train.py config/demo.py --dataset=mine:20,recall:0.005 --out_dir=out/mine": f"{TRAIN} --out_dir=out/more",
     'echo "hi there" | python chat.py': SAID,
     'python sample.py --init_from=nano --start="Once upon a time"': SAID,
     "python evaluate.py --init_from=out/chat --base=gpt2 --dataset=personachat --json=figures.json": BESIDE,

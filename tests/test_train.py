@@ -732,7 +732,9 @@ def test_a_dataset_with_a_share_gives_an_epoch_that_share_of_its_rows(capsys):
         dataset: Loader(find_shards("data", dataset, "train"), 2, 32, 1, Tokenizer()).n_rows
         for dataset in ("talk", "more")
     }
-    assert f"in {n_rows['talk'] + round(n_rows['more'] / 2)} rows of 32" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"in {n_rows['talk'] + round(n_rows['more'] / 2)} rows of 32" in said
+    assert f"({n_rows['talk']:,} of talk, {round(n_rows['more'] / 2):,} of more)" in said
     assert losses(out)[-1] < losses(out)[0] - 1
 
 
