@@ -245,8 +245,10 @@ def main(config):
             raise FileNotFoundError(f"{name} has no tokenizer.json: figures would be of tokens that nobody knows")
     for name in ("json", "report"):
         path = Path(getattr(config, name))
-        if not path.parent.is_dir() or (getattr(config, name) and path.is_dir()):
-            raise ValueError(f"{name}={getattr(config, name)} is not a file in a folder that there is")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{name}={path}: there is no such folder")
+        if getattr(config, name) and path.is_dir():
+            raise ValueError(f"{name}={path} is a folder: name a file in it")
     if config.convai2 and not Path(config.convai2).exists():
         raise FileNotFoundError(
             f"convai2={config.convai2} does not exist: prepare/personachat.py fetches PersonaChat's"

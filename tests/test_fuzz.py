@@ -243,7 +243,8 @@ def test_any_config_file_and_any_arguments_make_a_config_or_a_message(folder, co
     path = folder / "own.py"
     path.write_bytes(content)
     argv = [*before, str(path), *behind]
-    firsts = [first for arg in argv if (first := (arg.splitlines() or [""])[0][:100])] or ["an argument"]
+    # an argument is named by its first line, one without any as the config file that it is not
+    firsts = [(arg.splitlines() or [""])[0][:100] or "config file" for arg in argv]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         config = returned(lambda: parse(train.Config, argv), *firsts)
