@@ -15,23 +15,17 @@ Progress goes to stderr; the last line on stdout is the result as one JSON objec
 import importlib
 import json
 import platform
-import sys
 from dataclasses import asdict
 
 import torch
 
-from configurator import run
+from configurator import run, take_mode
 
 MODES = ("decode", "train", "prepare", "fidelity", "candidates", "best_of", "serve")  # benchmarks/MODE.py
 
 
 def main():
-    mode = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
-    if mode in ("-h", "--help"):
-        return print(__doc__.strip())
-    if mode not in MODES:
-        print(f"bench.py: {mode} is none of {', '.join(MODES)}", file=sys.stderr)
-        sys.exit(2)
+    mode = take_mode(MODES, __doc__)
     benchmark = importlib.import_module(f"benchmarks.{mode}")
 
     def report(config):

@@ -253,18 +253,19 @@ def main(config):
         raise FileNotFoundError(
             f"convai2={config.convai2} does not exist: prepare/personachat.py fetches PersonaChat's"
         )
+    given = getattr(config, "given", ())
     for mode, names_of_no_use in (
         ("first_batches", ("dtype", "max_conversations", "replies")),
         ("convai2", ("batch_size", "replies", "data_dir")),
     ):
         for name in names_of_no_use:
-            if getattr(config, mode) and name in getattr(config, "given", ()):
+            if getattr(config, mode) and name in given:
                 raise ValueError(f"{name} does nothing with {mode}: leave it out")
-    if not config.first_batches and "learning_rate" in getattr(config, "given", ()):
+    if not config.first_batches and "learning_rate" in given:
         raise ValueError("learning_rate does nothing without first_batches: leave it out")
     if config.first_batches and (config.convai2 or config.report or not config.dataset):
         raise ValueError("first_batches needs a dataset, and goes with neither convai2 nor report")
-    if config.convai2 and config.dataset and "dataset" in getattr(config, "given", ()):
+    if config.convai2 and config.dataset and "dataset" in given:
         raise ValueError("convai2 goes without a dataset: leave it out")
     if not (config.dataset or config.convai2 or config.probes):
         raise ValueError("nothing is asked for: set dataset, convai2 or probes")

@@ -19,14 +19,14 @@ import torch
 from atomic import replacing
 from benchmarks import best_of
 from checkpoint import default_model, load_model
-from configurator import at_least, run
+from configurator import at_least, run, take_mode
 from device import pick_device, pick_dtype
 from generate import generate
 from metrics import repeated_4grams
-from sampling import ChatSampling, options_of
+from report import COLOURS
+from sampling import ChatSampling, for_template, options_of
 from shards import Loader, find_shards, open_shard, openings
 
-COLOURS = ("#2f6fde", "#d9731a", "#3a9d5d", "#9b59b6", "#888888")
 PENALTIES = {  # of the curves of repetition
     "none": {"frequency_penalty": 0.0},
     "repetition_penalty 1.1": {"frequency_penalty": 0.0, "repetition_penalty": 1.1},
@@ -132,10 +132,9 @@ def repetition(config):
         raise ValueError(
             f"no reply in {config.dataset} leaves room for max_new_tokens={config.max_new_tokens}: lower it"
         )
-    lengths = range(20, config.max_new_tokens + 1, 20)
-    found = {}
+    lengths, found = range(20, config.max_new_tokens + 1, 20), {}
     for name, penalty in PENALTIES.items():
-        options = options_of(config) | penalty
+        options = options_of(for_template(config, tokenizer.template)) | penalty
         never = dict.fromkeys(tokenizer.stop_ids, -100.0)  # a reply that ended could not repeat itself any more
         replies = generate(model, prompts, seed=0, logit_bias=never, tokenizer=tokenizer, **options)
         found[name] = [repeated_4grams([tokenizer.decode(ids[:n]) for ids in replies]) for n in lengths]
@@ -172,13 +171,7 @@ MODES = {"attention": (attention, Attention), "repetition": (repetition, Repetit
 
 
 def main():
-    mode = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
-    if mode in ("-h", "--help"):
-        return print(__doc__.strip())
-    if mode not in MODES:
-        print(f"figures.py: {mode} is none of {', '.join(MODES)}", file=sys.stderr)
-        sys.exit(2)
-    make, Config = MODES[mode]
+    make, Config = MODES[take_mode(MODES, __doc__)]
 
     def save(config):
         try:

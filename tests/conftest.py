@@ -163,32 +163,26 @@ def in_process(monkeypatch, capsys):
         try:
             main()
         except SystemExit as exit:
-            status = exit.code
+            status = exit.code or 0
         return subprocess.CompletedProcess(argv, status, *capsys.readouterr())
 
     return run
 
 
 @pytest.fixture
-def as_main(monkeypatch, capfd):
-    """Run a script as `script` does, but in this process and where it is: as_main("train.py", "--max_iters=1")."""
+def as_main(in_process, monkeypatch):
+    """Run a script's file so: as_main("train.py", "--max_iters=1"), from wherever we are."""
 
     def run(name, *args, input=""):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        capfd.readouterr()
-        status = 0
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode()), encoding="utf-8"))
-            patch.setattr(sys, "argv", [name, *map(str, args)])
             patch.setattr(sys, "path", [str((ROOT / name).parent), *sys.path])
             try:
-                runpy.run_path(str(ROOT / name), run_name="__main__")
-            except SystemExit as end:
-                status = end.code or 0
+                return in_process(lambda: runpy.run_path(str(ROOT / name), run_name="__main__"), name, *args)
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
-        return subprocess.CompletedProcess(sys.argv, status, *capfd.readouterr())
 
     return run
 

@@ -24,7 +24,7 @@ import configurator
 from checkpoint import NANO, load_model, save_model
 from device import pick_device, pick_dtype
 from model import GPT, PRESETS, GPTConfig
-from tokenizer import Tokenizer, vocab_file
+from tokenizer import TEMPLATES, Template, Tokenizer, vocab_file
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 TALK = [
@@ -224,6 +224,16 @@ def test_a_model_in_the_hugging_face_cache_loads_without_a_network(hf_cache, dir
     hf_cache("some-org/some-model", *directory.iterdir())
     _, tokenizer = assert_loads("some-org/some-model", logits)
     assert tokenizer.template == "user_assistant"
+
+
+def test_a_model_of_the_hub_talks_in_the_template_that_it_was_trained_in(hf_cache, directory, tmp_path, monkeypatch):
+    """Though it has no tokens of its own: its files say so."""
+    openers = {"system": "\n[Context]:", "user": "\n[Q]:", "assistant": "\n[A]:"}
+    monkeypatch.setitem(TEMPLATES, "qa", Template(openers, " ", "", "<|endoftext|>", ()))
+    for name, text in Tokenizer("qa").files().items():
+        (directory / name).write_text(text)
+    hf_cache("some-org/some-model", *directory.iterdir())
+    assert load_model("some-org/some-model")[1].template == "qa"
 
 
 def test_a_tokenizer_is_found_where_the_other_files_are_not(hf_cache, directory, tmp_path):
