@@ -19,7 +19,7 @@ from dataclasses import asdict
 
 import torch
 
-from configurator import run, take_mode
+from nanochatgpt.configurator import run, take_mode
 
 MODES = ("decode", "train", "prepare", "fidelity", "candidates", "best_of", "serve")  # benchmarks/MODE.py
 

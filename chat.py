@@ -10,12 +10,12 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 
-from checkpoint import default_model, load_model, load_reward_model
-from configurator import at_least, run
-from device import pick_device, pick_dtype
-from generate import Engine, best_of, stream
-from sampling import ChatSampling, for_template, options_of
-from tokenizer import Trim, fit_context
+from nanochatgpt.checkpoint import default_model, load_model, load_reward_model
+from nanochatgpt.configurator import at_least, run
+from nanochatgpt.device import pick_device, pick_dtype
+from nanochatgpt.generate import Engine, best_of, stream
+from nanochatgpt.sampling import ChatSampling, for_template, options_of
+from nanochatgpt.tokenizer import Trim, fit_context
 
 COMMANDS = """\
 /help            this list

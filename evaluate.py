@@ -15,21 +15,19 @@ from pathlib import Path
 
 import torch
 
-from atomic import replacing
-from checkpoint import NANO, default_model, load_model
-from configurator import at_least, run
-from convai2 import PUBLISHED, marks
-from device import keep_freed_memory, pick_device, pick_dtype
-from generate import generate
-from metrics import METRICS, f1, likeness, manner, perplexity, predict, remembers
-from report import BATCH_COLUMNS, FIGURES, page, read_run, table, table_of_batches
-from sampling import ChatSampling, for_template, options_of
-from shards import Loader, find_shards, open_shard, openings
-from tokenizer import END_OF_TEXT, Tokenizer, fit_context
-
-sys.path.append(str(Path(__file__).with_name("prepare")))
-from personachat import examples
-from recall import Speaker, probe
+from evaluation.convai2 import PUBLISHED, marks
+from evaluation.metrics import METRICS, f1, likeness, manner, perplexity, predict, remembers
+from evaluation.report import BATCH_COLUMNS, FIGURES, page, read_run, table, table_of_batches
+from nanochatgpt.atomic import replacing
+from nanochatgpt.checkpoint import NANO, default_model, load_model
+from nanochatgpt.configurator import at_least, run
+from nanochatgpt.device import keep_freed_memory, pick_device, pick_dtype
+from nanochatgpt.generate import generate
+from nanochatgpt.sampling import ChatSampling, for_template, options_of
+from nanochatgpt.shards import Loader, find_shards, open_shard, openings
+from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer, fit_context
+from prepare.personachat import examples
+from prepare.recall import Speaker, probe
 
 PROBES = {"recall_1": 1, "recall_3": 3, "recall_6": 6, "persona": 0}  # -> exchanges since the fact was told
 SHOWN = 20  # conversations in a report

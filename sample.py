@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from checkpoint import default_model, load_model
-from configurator import run
-from device import pick_device, pick_dtype
-from generate import Engine, stream
-from sampling import Sampling
+from nanochatgpt.checkpoint import default_model, load_model
+from nanochatgpt.configurator import run
+from nanochatgpt.device import pick_device, pick_dtype
+from nanochatgpt.generate import Engine, stream
+from nanochatgpt.sampling import Sampling
 
 
 @dataclass

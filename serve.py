@@ -38,18 +38,18 @@ except ImportError as error:
     print(f"serve.py: {error.name} is missing: pip install -e '.[serve]'", file=sys.stderr)
     sys.exit(2)
 
-from checkpoint import default_model, load_model, load_reward_model
-from configurator import at_least, run
-from device import pick_device, pick_dtype
-from generate import Engine
-from sampling import ChatSampling, Sampling, for_template
+from nanochatgpt.checkpoint import default_model, load_model, load_reward_model
+from nanochatgpt.configurator import at_least, run
+from nanochatgpt.device import pick_device, pick_dtype
+from nanochatgpt.generate import Engine
+from nanochatgpt.sampling import ChatSampling, Sampling, for_template
+from nanochatgpt.tokenizer import END_OF_TEXT, fit_context
 from serving.guard import Guard, Protocol, Refused, answer, is_loopback
 from serving.protocol import ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, Feedback, conversation
 from serving.replies import Events, Replies, whole
 from serving.scheduler import Full, Scheduler
-from tokenizer import END_OF_TEXT, fit_context
 
-PAGE = Path(__file__).with_name("assets") / "page.html"
+PAGE = Path(__file__).with_name("serving") / "page.html"
 
 
 @dataclass

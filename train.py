@@ -19,16 +19,16 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import load_model, save_model
-from configurator import at_least, run
-from device import peak_flops
-from generate import generate
-from induction import set_induction_heads
 from model import GPT, GPTConfig, move
-from monitor import Log, StopSignal, Trouble
-from shards import Loader, find_shards
-from tokenizer import Tokenizer
-from training import (
+from nanochatgpt.checkpoint import load_model, save_model
+from nanochatgpt.configurator import at_least, run
+from nanochatgpt.device import peak_flops
+from nanochatgpt.generate import generate
+from nanochatgpt.induction import set_induction_heads
+from nanochatgpt.monitor import Log, StopSignal, Trouble
+from nanochatgpt.shards import Loader, find_shards
+from nanochatgpt.tokenizer import Tokenizer
+from nanochatgpt.training import (
     WHOLE,
     adamw,
     check_knobs,

@@ -19,14 +19,13 @@ import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import default_model, load_model, load_reward_model, save_model
-from configurator import at_least, run
-from generate import generate
-from metrics import repeated_4grams
-from monitor import Log, StopSignal
-from reward import pad, scored, scores
-from shards import find_shards, open_shard, openings
-from training import (
+from evaluation.metrics import repeated_4grams
+from nanochatgpt.checkpoint import default_model, load_model, load_reward_model, save_model
+from nanochatgpt.configurator import at_least, run
+from nanochatgpt.generate import generate
+from nanochatgpt.monitor import Log, StopSignal
+from nanochatgpt.shards import find_shards, open_shard, openings
+from nanochatgpt.training import (
     adamw,
     check_knobs,
     join,
@@ -37,6 +36,7 @@ from training import (
     run_to_resume,
     save_last,
 )
+from rlhf.reward import pad, scored, scores
 
 SAME = ("reward", "dataset", "temperature", "max_new_tokens")  # knobs of a run that is resumed
 RUNAWAY = 10  # a run ends where its KL is so many times the target

@@ -15,15 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import NoScore, load_model, save_model
-from configurator import at_least, run
-from metrics import auc, calibration_error
+from evaluation.metrics import auc, calibration_error
 from model import GPTConfig, RewardModel
-from monitor import Log, StopSignal, Trouble
-from reward import pad, scored
-from shards import check_vocabulary, find_shards, open_shard
-from tokenizer import Tokenizer
-from training import (
+from nanochatgpt.checkpoint import NoScore, load_model, save_model
+from nanochatgpt.configurator import at_least, run
+from nanochatgpt.monitor import Log, StopSignal, Trouble
+from nanochatgpt.shards import check_vocabulary, find_shards, open_shard
+from nanochatgpt.tokenizer import Tokenizer
+from nanochatgpt.training import (
     adamw,
     check_knobs,
     join,
@@ -34,6 +33,7 @@ from training import (
     run_to_resume,
     save_last,
 )
+from rlhf.reward import pad, scored
 
 SAME = ("loss", "dataset", "template", "block_size")  # knobs of a run that is resumed: else its best is of another kind
 

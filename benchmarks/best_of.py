@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpoint import load_model, load_reward_model
-from configurator import at_least
-from device import pick_device, pick_dtype
-from generate import Engine, best_of, generate
-from reward import scores_behind
-from sampling import ChatSampling, for_template, options_of
-from shards import find_shards, open_shard, openings
+from nanochatgpt.checkpoint import load_model, load_reward_model
+from nanochatgpt.configurator import at_least
+from nanochatgpt.device import pick_device, pick_dtype
+from nanochatgpt.generate import Engine, best_of, generate
+from nanochatgpt.sampling import ChatSampling, for_template, options_of
+from nanochatgpt.shards import find_shards, open_shard, openings
+from rlhf.reward import scores_behind
 
 
 @dataclass

@@ -8,14 +8,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import load_model
-from configurator import at_least
-from convai2 import continuation, loglikelihoods
-from device import pick_device, pick_dtype
-from tokenizer import fit_context
-
-sys.path.append(str(Path(__file__).parents[1] / "prepare"))
-from personachat import examples
+from evaluation.convai2 import continuation, loglikelihoods
+from nanochatgpt.checkpoint import load_model
+from nanochatgpt.configurator import at_least
+from nanochatgpt.device import pick_device, pick_dtype
+from nanochatgpt.tokenizer import fit_context
+from prepare.personachat import examples
 
 
 @dataclass

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from checkpoint import load_model
-from configurator import at_least
-from device import pick_device, pick_dtype
-from shards import find_shards, open_shard
+from nanochatgpt.checkpoint import load_model
+from nanochatgpt.configurator import at_least
+from nanochatgpt.device import pick_device, pick_dtype
+from nanochatgpt.shards import find_shards, open_shard
 
 
 @dataclass

@@ -10,15 +10,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import at_least
-from device import peak_memory
-from shards import open_shard
-from tokenizer import gpt2_encoding
-
-sys.path.append(str(Path(__file__).parents[1] / "prepare"))
-import chitchat
-
-import corpus
+from nanochatgpt.configurator import at_least
+from nanochatgpt.device import peak_memory
+from nanochatgpt.shards import open_shard
+from nanochatgpt.tokenizer import gpt2_encoding
+from prepare import chitchat, corpus
 
 
 @dataclass

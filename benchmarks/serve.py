@@ -16,7 +16,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from configurator import at_least
+from nanochatgpt.configurator import at_least
 
 SERVE = Path(__file__).parents[1] / "serve.py"
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from checkpoint import load_model
-from configurator import at_least
-from device import keep_freed_memory, peak_flops, peak_memory, pick_device, pick_dtype
 from model import GPT, PRESETS, GPTConfig, move
-from shards import Loader, find_shards
-from tokenizer import Tokenizer
+from nanochatgpt.checkpoint import load_model
+from nanochatgpt.configurator import at_least
+from nanochatgpt.device import keep_freed_memory, peak_flops, peak_memory, pick_device, pick_dtype
+from nanochatgpt.shards import Loader, find_shards
+from nanochatgpt.tokenizer import Tokenizer
 
 
 @dataclass

@@ -5,12 +5,15 @@ both times in the same split.
 """
 
 import json
+import sys
 from importlib import metadata
 from itertools import groupby
+from pathlib import Path
 
-from corpus import Config, divide, existing, prepare
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import run
+from nanochatgpt.configurator import run
+from prepare.corpus import Config, divide, existing, prepare
 
 
 def turns(conversation):

@@ -8,12 +8,14 @@ by piece. Where it has no validation list, or was cut before it, the other one i
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from corpus import Config as CorpusConfig
-from corpus import JsonStream, divide, existing, prepare
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import at_least, run
-from download import hub_file
+from nanochatgpt.configurator import at_least, run
+from nanochatgpt.download import hub_file
+from prepare.corpus import Config as CorpusConfig
+from prepare.corpus import JsonStream, divide, existing, prepare
 
 FILE = "formatted_data.json"
 SPLITS = {"train": "train", "validation": "val"}

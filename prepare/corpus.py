@@ -15,13 +15,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts here are run as python prepare/NAME.py
-
 import numpy as np
 
-from atomic import replacing
-from shards import ShardWriter
-from tokenizer import Tokenizer
+from nanochatgpt.atomic import replacing
+from nanochatgpt.shards import ShardWriter
+from nanochatgpt.tokenizer import Tokenizer
 
 
 @dataclass

@@ -8,15 +8,18 @@ behind the other, are plain text to be learned whole, as the model gpt2-finetune
 import gzip
 import random
 import re
+import sys
 import zlib
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
-from corpus import Config as CorpusConfig
-from corpus import JsonStream, divide, existing, prepare, prepare_text
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import at_least, run
-from download import hub_file
+from nanochatgpt.configurator import at_least, run
+from nanochatgpt.download import hub_file
+from prepare.corpus import Config as CorpusConfig
+from prepare.corpus import JsonStream, divide, existing, prepare, prepare_text
 
 FILES = {  # split -> file, bytes, sha256
     "train": (

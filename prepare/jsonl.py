@@ -7,11 +7,14 @@ A "system" message, if there is one, comes first and is the bot's persona. Equal
 
 import gzip
 import json
+import sys
 import zlib
+from pathlib import Path
 
-from corpus import Config, divide, existing, prepare
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import run
+from nanochatgpt.configurator import run
+from prepare.corpus import Config, divide, existing, prepare
 
 
 def problem(messages):

@@ -8,15 +8,17 @@ half of the conversations keep it, so that the model can do with one and without
 import io
 import random
 import re
+import sys
 import tarfile
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-from corpus import Config, divide, existing, prepare
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import run
-from download import download
+from nanochatgpt.configurator import run
+from nanochatgpt.download import download
+from prepare.corpus import Config, divide, existing, prepare
 
 URL = "http://parl.ai/downloads/personachat/personachat.tgz"
 SIZE, SHA256 = 223_221_886, "507cf8641d333240654798870ea584d854ab5261071c5e3521c20d8fa41d5622"

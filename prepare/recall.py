@@ -8,15 +8,17 @@ conversations. train and val share no name, no fact and no sentence. `probe` is 
 import configparser
 import random
 import re
+import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from corpus import Config as CorpusConfig
-from corpus import prepare
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import run
-from tokenizer import gpt2_encoding
+from nanochatgpt.configurator import run
+from nanochatgpt.tokenizer import gpt2_encoding
+from prepare.corpus import Config as CorpusConfig
+from prepare.corpus import prepare
 
 
 @dataclass

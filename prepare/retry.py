@@ -18,20 +18,22 @@ import gzip
 import io
 import itertools
 import json
+import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import chitchat
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
-from jsonl import problem
 
-from corpus import Config as CorpusConfig
-from corpus import JsonStream, divide, existing, writing
-
-from configurator import run
-from download import hub_file
-from tokenizer import Tokenizer
+from nanochatgpt.configurator import run
+from nanochatgpt.download import hub_file
+from nanochatgpt.tokenizer import Tokenizer
+from prepare import chitchat
+from prepare.corpus import Config as CorpusConfig
+from prepare.corpus import JsonStream, divide, existing, writing
+from prepare.jsonl import problem
 
 TEXTS, LABELS = ("input_text", "text", "input_ids"), ("labels", "label")  # names of columns, the first one counts
 BAD_REPLIES = {"adversarial": ["adversarial_negative_responses"], "random": ["random_negative_responses"]}

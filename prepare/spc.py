@@ -8,12 +8,15 @@ speaker as bot; half of them keep the bot's persona.
 import csv
 import random
 import re
+import sys
 from itertools import groupby
+from pathlib import Path
 
-from corpus import Config, divide, existing, prepare
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import run
-from download import hub_file
+from nanochatgpt.configurator import run
+from nanochatgpt.download import hub_file
+from prepare.corpus import Config, divide, existing, prepare
 
 REPO = "google/Synthetic-Persona-Chat"
 FILES = {"train": "Synthetic-Persona-Chat_train.csv", "val": "Synthetic-Persona-Chat_valid.csv"}

@@ -4,11 +4,14 @@ PATH is a .txt file or a folder of them, such as Project Gutenberg's books or Ti
 blank line, are divided 95 to 5.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from corpus import divide, existing, prepare_text
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import run
+from nanochatgpt.configurator import run
+from prepare.corpus import divide, existing, prepare_text
 
 
 @dataclass

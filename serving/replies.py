@@ -9,11 +9,11 @@ import time
 
 from fastapi.responses import Response, StreamingResponse
 
-from reward import scores_behind
+from nanochatgpt.tokenizer import Trim
+from rlhf.reward import scores_behind
 from serving.guard import Refused, answer
 from serving.protocol import usage
 from serving.scheduler import Job
-from tokenizer import Trim
 
 
 class Replies:

@@ -20,8 +20,8 @@ import torch
 from hypothesis import settings
 from safetensors.torch import load_file
 
-from shards import ShardWriter
-from tokenizer import Tokenizer
+from nanochatgpt.shards import ShardWriter
+from nanochatgpt.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}

@@ -12,10 +12,10 @@ from transformers import GPT2LMHeadModel
 
 import bench
 from benchmarks.serve import Heard, same
-from checkpoint import save_model
 from model import GPT, GPTConfig, RewardModel
-from shards import open_shard
-from tokenizer import Tokenizer
+from nanochatgpt.checkpoint import save_model
+from nanochatgpt.shards import open_shard
+from nanochatgpt.tokenizer import Tokenizer
 
 
 @pytest.fixture

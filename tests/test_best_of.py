@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import chat
-import generate
-from checkpoint import load_model, save_model
-from generate import Engine, best_of
 from model import GPT, GPTConfig, RewardModel
-from reward import scored, scores
-from sampling import Sampling
-from tokenizer import Tokenizer
+from nanochatgpt import generate
+from nanochatgpt.checkpoint import load_model, save_model
+from nanochatgpt.generate import Engine, best_of
+from nanochatgpt.sampling import Sampling
+from nanochatgpt.tokenizer import Tokenizer
+from rlhf.reward import scored, scores
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
 HI = [{"role": "user", "content": "hi there, how are you today?"}]

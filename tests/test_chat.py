@@ -10,19 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jsonl
 import pytest
 import torch
 from conftest import ROOT, assert_refused
 from transformers import GPT2LMHeadModel
 
 import chat
-import configurator
-import generate
 import sample
-from checkpoint import save_model
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from nanochatgpt import configurator, generate
+from nanochatgpt.checkpoint import save_model
+from nanochatgpt.tokenizer import Tokenizer
+from prepare import jsonl
 
 TOKENS = {Tokenizer().token_bytes(i): i for i in range(50256)}
 COMMANDS = ("/help", "/reset", "/persona", "/retry", "/save", "/quit")

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Tokenizer
 
 import chat
-import configurator
-from checkpoint import NANO, load_model, save_model
-from device import pick_device, pick_dtype
 from model import GPT, PRESETS, GPTConfig
-from tokenizer import TEMPLATES, Template, Tokenizer, vocab_file
+from nanochatgpt import configurator
+from nanochatgpt.checkpoint import NANO, load_model, save_model
+from nanochatgpt.device import pick_device, pick_dtype
+from nanochatgpt.tokenizer import TEMPLATES, Template, Tokenizer, vocab_file
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 TALK = [

@@ -15,7 +15,7 @@ from conftest import ROOT, assert_refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from configurator import parse, usage
+from nanochatgpt.configurator import parse, usage
 
 SCRIPT = '''
 """A script with a few knobs, né le même."""
@@ -24,7 +24,7 @@ import os
 import signal
 from dataclasses import dataclass
 
-from configurator import run
+from nanochatgpt.configurator import run
 
 
 @dataclass
@@ -382,7 +382,7 @@ SCRIPTS = [path for path in SCRIPTS if path.read_text(encoding="utf-8").endswith
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_every_script_has_a_docstring_and_a_line_of_help_for_each_knob(path):
-    module = importlib.import_module(path.stem)
+    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     assert Path(module.__file__) == path
     lines = usage(module.Config, path.name, module.__doc__).splitlines()
     assert lines[0]

@@ -4,18 +4,18 @@ import math
 import tarfile
 from pathlib import Path
 
-import personachat
 import pytest
 import torch
 from conftest import assert_refused, small_talk, write_shards
 
 import evaluate
-from checkpoint import load_model, save_model
-from configurator import run
-from convai2 import loglikelihoods, marks
-from metrics import f1
+from evaluation.convai2 import loglikelihoods, marks
+from evaluation.metrics import f1
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from nanochatgpt.checkpoint import load_model, save_model
+from nanochatgpt.configurator import run
+from nanochatgpt.tokenizer import Tokenizer
+from prepare import personachat
 
 TOKENIZER = Tokenizer()
 PUBLISHED_FORM = """\

@@ -9,12 +9,12 @@ import test_train_reward
 import torch
 from conftest import records
 
-from checkpoint import save_model
-from generate import Engine, generate
 from model import GPT, GPTConfig, move
-from sampling import Sampling
+from nanochatgpt.checkpoint import save_model
+from nanochatgpt.generate import Engine, generate
+from nanochatgpt.sampling import Sampling
+from nanochatgpt.tokenizer import Tokenizer
 from serving.scheduler import Job, Scheduler
-from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

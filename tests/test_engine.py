@@ -6,20 +6,20 @@ from collections import Counter
 from importlib import metadata
 from itertools import islice
 
-import chitchat
 import numpy as np
 import pytest
 import torch
 from test_generate import PROMPTS, hf, model  # noqa: F401 (fixtures)
 
 from benchmarks import fidelity
-from checkpoint import load_model, save_model
-from generate import Engine, generate
-from linear import FBGEMM
 from model import GPT, GPTConfig
-from sampling import Sampling
-from shards import Loader, ShardWriter
-from tokenizer import Tokenizer
+from nanochatgpt.checkpoint import load_model, save_model
+from nanochatgpt.generate import Engine, generate
+from nanochatgpt.quantize import FBGEMM
+from nanochatgpt.sampling import Sampling
+from nanochatgpt.shards import Loader, ShardWriter
+from nanochatgpt.tokenizer import Tokenizer
+from prepare import chitchat
 
 EXACT = [torch.float32, torch.float16, torch.int8]  # bfloat16 rounds each sum to 8 bits, which tells rows apart
 
@@ -125,7 +125,7 @@ def _with(engine, prompt, options, **add):
 
 def test_more_prompts_than_rows_take_turns(model, monkeypatch):  # noqa: F811
     expected = generate(model, PROMPTS * 3, seed=2, max_new_tokens=9)
-    monkeypatch.setattr("generate.BATCH_ROWS", 2)
+    monkeypatch.setattr("nanochatgpt.generate.BATCH_ROWS", 2)
     assert generate(model, PROMPTS * 3, seed=2, max_new_tokens=9) == expected
 
 
@@ -216,7 +216,7 @@ def test_prompts_of_a_batch_are_computed_together_but_not_too_many_tokens_at_onc
     expected = generate(model, prompts, temperature=0, max_new_tokens=2)
     assert computed[0] == (6, 10)
     computed.clear()
-    monkeypatch.setattr("generate.PREFILL_TOKENS", 25)
+    monkeypatch.setattr("nanochatgpt.generate.PREFILL_TOKENS", 25)
     assert generate(model, prompts, temperature=0, max_new_tokens=2) == expected
     assert computed[:3] == [(2, 10)] * 3
 
@@ -295,7 +295,7 @@ def test_one_trace_serves_any_number_of_rows(packed, dtype, monkeypatch):
     options = [Sampling(4 * i + 3, 0) for i in range(len(prompts))]  # rows join one by one, and end so
     given = []
     for record_at in (10**9, 3):
-        monkeypatch.setattr("generate.RECORD_AT", record_at)
+        monkeypatch.setattr("nanochatgpt.generate.RECORD_AT", record_at)
         engine, ids = Engine(fast, rows=6), {}
         for prompt, option in zip(prompts, options, strict=True):
             engine.add(prompt, option)

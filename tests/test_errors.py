@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT, assert_refused, largest_file, small_talk, write_jsonl, write_shards
 from test_train_reward import replies, write_replies
 
-from checkpoint import save_model
 from model import GPT, GPTConfig, RewardModel
-from tokenizer import Tokenizer
+from nanochatgpt.checkpoint import save_model
+from nanochatgpt.tokenizer import Tokenizer
 
 PREPARE = sorted(path.stem for path in (ROOT / "prepare").glob("*.py") if path.stem not in ("corpus", "recall"))
 TRAIN = ["--dataset=talk", "--block_size=64", "--batch_size=2", "--gradient_accumulation_steps=1", "--device=cpu"]

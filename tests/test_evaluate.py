@@ -11,14 +11,14 @@ import torch
 from conftest import assert_refused, small_talk, write_shards
 
 import evaluate
-from checkpoint import load_model, save_model
-from configurator import run
 from evaluate import Config, Material, Reply, predictions, reply
-from metrics import distinct, remembers, repeated_4grams
+from evaluation.metrics import distinct, remembers, repeated_4grams
 from model import GPT, GPTConfig
-from sampling import options_of
-from shards import Loader, find_shards, open_shard, openings
-from tokenizer import Tokenizer
+from nanochatgpt.checkpoint import load_model, save_model
+from nanochatgpt.configurator import run
+from nanochatgpt.sampling import options_of
+from nanochatgpt.shards import Loader, find_shards, open_shard, openings
+from nanochatgpt.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer()
 KEYS = ["loss", "perplexity", "token_accuracy", "reward", "penalty", "bleu", "chrf", "distinct_1", "distinct_2"]

@@ -9,14 +9,14 @@ import torch
 from conftest import assert_refused, small_talk, write_shards
 from test_plot import png_size
 
-import figures
-from checkpoint import load_model, save_model
-from generate import generate
+from evaluation import figures
 from model import GPT, GPTConfig, RewardModel
-from reward import scores
-from sampling import ChatSampling, options_of
-from shards import open_shard, openings
-from tokenizer import Tokenizer
+from nanochatgpt.checkpoint import load_model, save_model
+from nanochatgpt.generate import generate
+from nanochatgpt.sampling import ChatSampling, options_of
+from nanochatgpt.shards import open_shard, openings
+from nanochatgpt.tokenizer import Tokenizer
+from rlhf.reward import scores
 
 
 @pytest.fixture

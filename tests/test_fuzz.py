@@ -19,22 +19,20 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import jsonl
 import pytest
-import retry
 import torch
 from conftest import ROOT, small_talk, write_shards
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from corpus import Config as CorpusConfig
-
 import train
-from checkpoint import load_model, save_model
-from configurator import parse, run
 from model import GPT, GPTConfig
-from shards import HEADER, Loader, open_shard, openings
-from tokenizer import TEMPLATES, Tokenizer, vocab_file
+from nanochatgpt.checkpoint import load_model, save_model
+from nanochatgpt.configurator import parse, run
+from nanochatgpt.shards import HEADER, Loader, open_shard, openings
+from nanochatgpt.tokenizer import TEMPLATES, Tokenizer, vocab_file
+from prepare import jsonl, retry
+from prepare.corpus import Config as CorpusConfig
 from train_reward import Replies
 
 TOKENIZERS = {name: Tokenizer(name) for name in TEMPLATES}

@@ -10,10 +10,10 @@ from conftest import small_talk
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from generate import Engine, generate, stream
 from model import GPT, GPTConfig
-from sampling import Sampling, sample
-from tokenizer import TextStream, Tokenizer, fit_context
+from nanochatgpt.generate import Engine, generate, stream
+from nanochatgpt.sampling import Sampling, sample
+from nanochatgpt.tokenizer import TextStream, Tokenizer, fit_context
 
 PROMPTS = [[5, 17, 17, 199], [42], list(range(100, 130)), [7, 8, 9, 7, 8, 9, 7]]
 

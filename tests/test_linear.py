@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from checkpoint import load_model, save_model
-from device import pick_dtype
-from linear import FBGEMM, BFloat16Linear, Float16Linear, Int8Linear
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from nanochatgpt.checkpoint import load_model, save_model
+from nanochatgpt.device import pick_dtype
+from nanochatgpt.quantize import FBGEMM, BFloat16Linear, Float16Linear, Int8Linear
+from nanochatgpt.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(not FBGEMM, reason="the kernels are for x86")
 
@@ -266,7 +266,7 @@ def test_a_dtype_that_is_named_is_taken_and_no_other(inference):
 PEAK = """
 import sys
 import torch
-from checkpoint import load_model
+from nanochatgpt.checkpoint import load_model
 
 def peak():  # not ru_maxrss: that begins with the memory of the process which started this one
     return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import load_model
-from convai2 import loglikelihoods
+from evaluation.convai2 import loglikelihoods
+from nanochatgpt.checkpoint import load_model
 
 pytestmark = pytest.mark.slow
 

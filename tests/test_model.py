@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from checkpoint import load_model, save_model
 from model import GPT, PRESETS, GPTConfig, HeadLoss
-from tokenizer import Tokenizer
+from nanochatgpt.checkpoint import load_model, save_model
+from nanochatgpt.tokenizer import Tokenizer
 
 ODD = {"n_layer": 3, "n_head": 5, "n_embd": 80, "vocab_size": 50262, "n_positions": 96}
 SMALL = ODD | {"vocab_size": 300}

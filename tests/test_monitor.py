@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from device import peak_flops
-from monitor import LIMITS, Trouble
+from nanochatgpt.device import peak_flops
+from nanochatgpt.monitor import LIMITS, Trouble
 
 CUDA = torch.device("cuda")
 

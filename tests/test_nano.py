@@ -7,10 +7,10 @@ import torch
 from conftest import ROOT
 
 import evaluate
-from checkpoint import NANO, default_model, load_model
 from evaluate import Config, Material
-from generate import generate
-from tokenizer import Tokenizer
+from nanochatgpt.checkpoint import NANO, default_model, load_model
+from nanochatgpt.generate import generate
+from nanochatgpt.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import jsonl
 import pytest
+
+from prepare import jsonl
 
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
@@ -20,7 +21,7 @@ expect = sync_api.expect
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 
-PAGE = Path(__file__).resolve().parents[1] / "assets" / "page.html"
+PAGE = Path(__file__).resolve().parents[1] / "serving" / "page.html"
 DEFAULTS = {
     "max_tokens": 128,
     "temperature": 0.6,

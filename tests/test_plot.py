@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import assert_refused, largest_file
 
-import plot
+from evaluation import plot
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 import train
 import train_ppo
 import train_reward
-import training
-from checkpoint import load_model, save_model
-from configurator import parse
 from model import GPT, GPTConfig, RewardModel
-from reward import scored, scores
-from tokenizer import Tokenizer
+from nanochatgpt import training
+from nanochatgpt.checkpoint import load_model, save_model
+from nanochatgpt.configurator import parse
+from nanochatgpt.tokenizer import Tokenizer
+from rlhf.reward import scored, scores
 from train_ppo import (
     ActorCritic,
     Rollout,

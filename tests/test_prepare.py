@@ -17,22 +17,15 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
 
-import chitchat
-import columned_chat
-import eli5
-import jsonl
-import personachat
 import pytest
-import spc
-import text as plain_text
 from conftest import assert_refused, largest_file, small_talk, write_jsonl
 
-import corpus
-from corpus import JsonStream
-
-from configurator import run
-from shards import open_shard
-from tokenizer import Tokenizer, gpt2_encoding
+from nanochatgpt.configurator import run
+from nanochatgpt.shards import open_shard
+from nanochatgpt.tokenizer import Tokenizer, gpt2_encoding
+from prepare import chitchat, columned_chat, corpus, eli5, jsonl, personachat, spc
+from prepare import text as plain_text
+from prepare.corpus import JsonStream
 
 
 @pytest.fixture

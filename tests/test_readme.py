@@ -17,9 +17,9 @@ import torch
 from conftest import ROOT, small_talk, write_jsonl
 from test_prepare import columned, questions
 
-from checkpoint import save_model
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from nanochatgpt.checkpoint import save_model
+from nanochatgpt.tokenizer import Tokenizer
 
 README = ROOT / "README.md"
 LINES = 20  # of code that a link shows, at most

@@ -4,11 +4,23 @@ import itertools
 import re
 
 import pytest
-from recall import KINDS, LITTLE, SENTENCES, SMALL_TALK, SWAP, VALUES, Conversation, Speaker, conversation, probe, swap
 
 from evaluate import remembers
-from shards import open_shard
-from tokenizer import Tokenizer
+from nanochatgpt.shards import open_shard
+from nanochatgpt.tokenizer import Tokenizer
+from prepare.recall import (
+    KINDS,
+    LITTLE,
+    SENTENCES,
+    SMALL_TALK,
+    SWAP,
+    VALUES,
+    Conversation,
+    Speaker,
+    conversation,
+    probe,
+    swap,
+)
 
 KINDS_OF_VALUES = sorted({kind["values"] for kind in KINDS})
 

@@ -9,11 +9,11 @@ import torch
 from conftest import assert_refused
 
 import evaluate
-from checkpoint import save_model
-from configurator import run
+from evaluation.report import page
 from model import GPT, GPTConfig
-from report import page
-from tokenizer import Tokenizer
+from nanochatgpt.checkpoint import save_model
+from nanochatgpt.configurator import run
+from nanochatgpt.tokenizer import Tokenizer
 
 EVIL = '<script>alert("x")</script>'
 RUN = {"loss": {10: 4.0, 20: 3.0, 30: float("nan")}, "val_loss": {0: 5.0, 30: 2.5}, "tokens_per_s": {}}

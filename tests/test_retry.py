@@ -6,12 +6,12 @@ import itertools
 import json
 
 import pytest
-import retry
 from conftest import ROOT, assert_refused, small_talk
 
-from configurator import run
-from shards import open_shard
-from tokenizer import Tokenizer
+from nanochatgpt.configurator import run
+from nanochatgpt.shards import open_shard
+from nanochatgpt.tokenizer import Tokenizer
+from prepare import retry
 
 PREFERENCE = ROOT.parent / "shared" / "data" / "preference"
 HI = {"role": "user", "content": "hi"}

@@ -7,10 +7,10 @@ import torch
 from conftest import assert_refused
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 
-from checkpoint import load_model, save_model
 from model import GPT, GPTConfig, RewardModel
-from reward import scored, scores
-from tokenizer import END_OF_TEXT, Tokenizer
+from nanochatgpt.checkpoint import load_model, save_model
+from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer
+from rlhf.reward import scored, scores
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
 

@@ -17,9 +17,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from generate import Engine, generate
 from model import GPT, GPTConfig
-from sampling import Sampling, penalize, sample
+from nanochatgpt.generate import Engine, generate
+from nanochatgpt.sampling import Sampling, penalize, sample
 
 LARGEST = 1 - 2**-24  # the largest float32 below 1, and the largest number that torch.rand returns
 PROMPTS = [[5, 17, 17, 199], [42], list(range(100, 130)), [7, 8, 9, 7, 8, 9, 7]]
@@ -528,8 +528,8 @@ def test_a_prompt_with_an_id_that_the_model_has_not_is_refused(model, token):
 
 
 def test_a_chat_in_locutusques_template_samples_as_its_card_unless_told_otherwise():
-    from configurator import parse
-    from sampling import ChatSampling, for_template
+    from nanochatgpt.configurator import parse
+    from nanochatgpt.sampling import ChatSampling, for_template
 
     plain = for_template(parse(ChatSampling, []), "user_assistant")
     assert (plain.top_k, plain.top_p, plain.temperature, plain.frequency_penalty) == (35, 0.80, 1.0, 0.0)

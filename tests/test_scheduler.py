@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 
-from generate import Engine, generate
 from model import GPT, GPTConfig
-from sampling import Sampling
+from nanochatgpt.generate import Engine, generate
+from nanochatgpt.sampling import Sampling
+from nanochatgpt.tokenizer import Tokenizer
 from serving.scheduler import Full, Job, Scheduler
-from tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer()
 PROMPTS = [TOKENIZER.encode(text) for text in ("hello there", "how are you today?", "i like tea", "what? " * 20)]

@@ -18,11 +18,11 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
 from chat import Chat, Config  # noqa: E402
-from checkpoint import load_model, save_model  # noqa: E402
-from generate import generate  # noqa: E402
 from model import GPTConfig, RewardModel  # noqa: E402
-from sampling import ChatSampling  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from nanochatgpt.checkpoint import load_model, save_model  # noqa: E402
+from nanochatgpt.generate import generate  # noqa: E402
+from nanochatgpt.sampling import ChatSampling  # noqa: E402
+from nanochatgpt.tokenizer import Tokenizer  # noqa: E402
 
 HI = [{"role": "user", "content": "Hello! My name is Nora."}]
 NO_END = {"50256": -100}  # the model never ends its reply
@@ -356,7 +356,7 @@ def test_a_body_that_is_too_large_is_refused_also_where_its_length_is_not_said(c
 
 
 @pytest.mark.parametrize(
-    "path", ["/nothing", "/../serve.py", "/%2e%2e/serve.py", "/assets/page.html", "//etc/passwd", "/docs"]
+    "path", ["/nothing", "/../serve.py", "/%2e%2e/serve.py", "/serving/page.html", "//etc/passwd", "/docs"]
 )
 def test_there_is_nothing_but_what_is_served(chat_server, path):
     found = requests.get(chat_server.url + path, timeout=30)
@@ -570,7 +570,7 @@ def test_it_says_where_it_is_and_one_line_a_request_without_what_is_said(serving
 
 
 def test_thumbs_are_kept_as_retry_reads_them(chat_server, tmp_path):
-    from retry import examples
+    from prepare.retry import examples
 
     talk = [*HI, {"role": "assistant", "content": "hi nora"}]
     for label in (1, 0):

@@ -15,8 +15,8 @@ from conftest import assert_refused, largest_file, small_talk, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import HEADER, Loader, ShardWriter, find_shards, open_shard, openings
-from tokenizer import TEMPLATES, Tokenizer
+from nanochatgpt.shards import HEADER, Loader, ShardWriter, find_shards, open_shard, openings
+from nanochatgpt.tokenizer import TEMPLATES, Tokenizer
 
 TOKENIZERS = {name: Tokenizer(name) for name in TEMPLATES}
 in_both_templates = pytest.mark.parametrize("tok", TOKENIZERS.values(), ids=TOKENIZERS)

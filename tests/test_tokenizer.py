@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext import openai_public
 
-from tokenizer import TEMPLATES, VOCAB_FILES, Template, Tokenizer, gpt2_encoding, vocab_file
+from nanochatgpt.tokenizer import TEMPLATES, VOCAB_FILES, Template, Tokenizer, gpt2_encoding, vocab_file
 
 TOKENIZERS = {name: Tokenizer(name) for name in TEMPLATES}
 HUMAN_BOT, USER_ASSISTANT = TOKENIZERS["human_bot"], TOKENIZERS["user_assistant"]

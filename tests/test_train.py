@@ -26,11 +26,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import chat
-import configurator
 import model
 import train
-from shards import Loader, find_shards
-from tokenizer import Tokenizer
+from nanochatgpt import configurator
+from nanochatgpt.shards import Loader, find_shards
+from nanochatgpt.tokenizer import Tokenizer
 
 # a step takes hundredths of a second; what is not said here is as in train.py
 TINY = {"init_from": "scratch", "out_dir": "out", "data_dir": "data", "dataset": "talk", "device": "cpu"}

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import train_reward
-from checkpoint import load_model, save_model
-from configurator import parse
-from metrics import auc, calibration_error
+from evaluation.metrics import auc, calibration_error
 from model import GPT, GPTConfig, RewardModel
-from reward import scored, scores, scores_behind
-from shards import ShardWriter
-from tokenizer import END_OF_TEXT, Tokenizer
+from nanochatgpt.checkpoint import load_model, save_model
+from nanochatgpt.configurator import parse
+from nanochatgpt.shards import ShardWriter
+from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer
+from rlhf.reward import scored, scores, scores_behind
 from train_reward import Replies, figures, losses
 
 TOKENIZER = Tokenizer()

@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from atomic import replacing
-from checkpoint import load_tensors, save_model
-from configurator import at_least
-from device import keep_freed_memory, pick_device, pick_dtype
+from nanochatgpt.atomic import replacing
+from nanochatgpt.checkpoint import load_tensors, save_model
+from nanochatgpt.configurator import at_least
+from nanochatgpt.device import keep_freed_memory, pick_device, pick_dtype
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # a checkpoint knows nothing of shards
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from linear import FBGEMM
+from nanochatgpt.quantize import FBGEMM
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 # pattern in the device's name -> dense bf16 or fp16 FLOP/s, accumulated in fp32, from the makers' datasheets

@@ -10,8 +10,8 @@ from collections import defaultdict, deque
 from dataclasses import asdict
 from pathlib import Path
 
-from atomic import replacing
-from report import read_log
+from evaluation.report import read_log
+from nanochatgpt.atomic import replacing
 
 # a value is too high beyond so many times the usual, and so much more
 LIMITS = {"loss": (2, 1), "validation loss": (2, 1), "gradient norm": (100, 100)}

@@ -20,12 +20,12 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from atomic import replacing
-from device import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, mallopt
-from download import hub_file
-from linear import FBGEMM, BFloat16Linear, Float16Linear, Int8Linear
 from model import GPT, PRESETS, Conv1D, GPTConfig, RewardModel
-from tokenizer import END_OF_TEXT, Tokenizer
+from nanochatgpt.atomic import replacing
+from nanochatgpt.device import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, mallopt
+from nanochatgpt.download import hub_file
+from nanochatgpt.quantize import FBGEMM, BFloat16Linear, Float16Linear, Int8Linear
+from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer
 
 # short name -> repository, sha256 of its model.safetensors
 HUB = {
@@ -55,7 +55,7 @@ FLOATS = {"f64", "f32", "f16", "bf16", "float64", "float32", "float16", "bfloat1
 
 SCORE = "score.weight"  # what a reward model has in place of the head
 
-NANO = Path(__file__).with_name("assets") / "nano"  # a small chat model that is part of the project; see its README.md
+NANO = Path(__file__).parents[1] / "assets" / "nano"  # a small chat model in the project; see its README.md
 
 
 class NoScore(ValueError):

@@ -8,9 +8,9 @@ Their perplexities are a word of ConvAI2's dictionary, without the end; ours a t
 
 import torch
 
-from metrics import perplexity
+from evaluation.metrics import perplexity
 from model import Branches
-from tokenizer import fit_context
+from nanochatgpt.tokenizer import fit_context
 
 PUBLISHED = {
     "TransferTransfo": {"persona_perplexity": 16.28, "hits_1": 0.807, "f1": 0.195},

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from atomic import replacing
-from configurator import run
-from report import losses, read_run
+from evaluation.report import losses, read_run
+from nanochatgpt.atomic import replacing
+from nanochatgpt.configurator import run
 
 GLYPHS = ("·●", "+■", "×◆", "~▲", "-▼", "=★")  # in the terminal: a run's loss, its validation loss
 

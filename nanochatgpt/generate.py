@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 
 from model import KVCache
-from reward import scores_behind
-from sampling import Sampling, penalize, sample
-from tokenizer import TextStream
+from nanochatgpt.sampling import Sampling, penalize, sample
+from nanochatgpt.tokenizer import TextStream
+from rlhf.reward import scores_behind
 
 BATCH_ROWS = 64  # rows that `generate` decodes at once
 PREFILL_TOKENS = 4096  # of prompts, padding included, that are computed at once

@@ -16,16 +16,16 @@ from pathlib import Path
 
 import torch
 
-from atomic import replacing
 from benchmarks import best_of
-from checkpoint import default_model, load_model
-from configurator import at_least, run, take_mode
-from device import pick_device, pick_dtype
-from generate import generate
-from metrics import repeated_4grams
-from report import COLOURS
-from sampling import ChatSampling, for_template, options_of
-from shards import Loader, find_shards, open_shard, openings
+from evaluation.metrics import repeated_4grams
+from evaluation.report import COLOURS
+from nanochatgpt.atomic import replacing
+from nanochatgpt.checkpoint import default_model, load_model
+from nanochatgpt.configurator import at_least, run, take_mode
+from nanochatgpt.device import pick_device, pick_dtype
+from nanochatgpt.generate import generate
+from nanochatgpt.sampling import ChatSampling, for_template, options_of
+from nanochatgpt.shards import Loader, find_shards, open_shard, openings
 
 PENALTIES = {  # of the curves of repetition
     "none": {"frequency_penalty": 0.0},
