@@ -21,7 +21,15 @@ import torch
 
 from nanochatgpt.configurator import run, take_mode
 
-MODES = ("decode", "train", "prepare", "fidelity", "candidates", "best_of", "serve")  # benchmarks/MODE.py
+MODES = (
+    "decode",
+    "train",
+    "prepare",
+    "fidelity",
+    "candidates",
+    "best_of",
+    "serve",
+)  # benchmarks/MODE.py
 
 
 def main():
@@ -30,9 +38,21 @@ def main():
 
     def report(config):
         result = benchmark.measure(config)
-        rounded = {name: float(f"{v:.5g}") if isinstance(v, float) else v for name, v in result.items()}
-        about = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        print(json.dumps({"bench": mode} | rounded | {"config": asdict(config), "torch": torch.__version__} | about))
+        rounded = {
+            name: float(f"{v:.5g}") if isinstance(v, float) else v for name, v in result.items()
+        }
+        about = {
+            "cpu": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+        print(
+            json.dumps(
+                {"bench": mode}
+                | rounded
+                | {"config": asdict(config), "torch": torch.__version__}
+                | about
+            )
+        )
 
     run(report, benchmark.Config)
 

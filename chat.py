@@ -31,10 +31,14 @@ SHORT = {"role": "user", "content": "a"}  # the least that must fit into the con
 
 @dataclass
 class Config(ChatSampling):
-    init_from: str = default_model()  # nano, a directory, gpt2[-medium|-large|-xl], distilgpt2 or org/name on the hub
+    init_from: str = (
+        default_model()
+    )  # nano, a directory, gpt2[-medium|-large|-xl], distilgpt2 or org/name on the hub
     persona: str = ""  # who the bot is, in sentences: "i am a zookeeper. i like tea."
     best_of: int = 1  # say the best of so many replies, by the score of `reward`
-    reward: str = ""  # with best_of: a reward model of train_reward.py, a directory or org/name on the hub
+    reward: str = (
+        ""  # with best_of: a reward model of train_reward.py, a directory or org/name on the hub
+    )
     seed: int = 1337  # the same seed and messages give the same replies
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16, int8; auto is float16 on an x86 CPU, bfloat16 on CUDA
@@ -49,19 +53,30 @@ class Chat:
         at_least(1, config, "best_of")
         if (config.best_of > 1) != bool(config.reward):
             given = f"best_of={config.best_of} with reward={config.reward or '(none)'}"
-            raise ValueError(f"{given}: the one needs the other, as in --best_of=8 --reward=out/reward")
+            raise ValueError(
+                f"{given}: the one needs the other, as in --best_of=8 --reward=out/reward"
+            )
         self.model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
         self.reward_model = None
         if config.reward:
-            self.reward_model = load_reward_model(config.reward, self.tokenizer, device, dtype=dtype, inference=True)
+            self.reward_model = load_reward_model(
+                config.reward, self.tokenizer, device, dtype=dtype, inference=True
+            )
         # keeps what the turns before have computed
         self.engine = Engine(self.model, config.best_of, n_vocab=self.tokenizer.n_vocab)
         self.choice = []  # [(score, text)] that the last reply was chosen from
-        self.config, self.messages, self.replies = for_template(config, self.tokenizer.template), [], 0
+        self.config, self.messages, self.replies = (
+            for_template(config, self.tokenizer.template),
+            [],
+            0,
+        )
         self.retried = []  # replies that were taken back
         self.dropped = 0  # so many of the oldest turns are out of the model's sight
         self.room = self.model.config.block_size - config.max_new_tokens
-        if self.room < len(self.tokenizer.render([SHORT], add_generation_prompt=True)[0]) or config.max_new_tokens < 1:
+        if (
+            self.room < len(self.tokenizer.render([SHORT], add_generation_prompt=True)[0])
+            or config.max_new_tokens < 1
+        ):
             context = self.model.config.block_size
             raise ValueError(
                 f"max_new_tokens={config.max_new_tokens}: the context is {context} tokens, for both sides; "
@@ -91,7 +106,9 @@ class Chat:
             if self.reward_model:
                 pieces = self.choose(prompt, **stops)
             else:
-                pieces = stream(self.engine, self.tokenizer, prompt, c, seed=c.seed + self.replies, **stops)
+                pieces = stream(
+                    self.engine, self.tokenizer, prompt, c, seed=c.seed + self.replies, **stops
+                )
             for piece in pieces:
                 if shown := trim.push(piece):
                     reply += shown
@@ -104,7 +121,9 @@ class Chat:
         c = self.config
         options = options_of(c) | stops
         seed = c.seed + self.replies * c.best_of
-        found = best_of(self.engine, self.reward_model, self.tokenizer, prompt, c.best_of, seed=seed, **options)
+        found = best_of(
+            self.engine, self.reward_model, self.tokenizer, prompt, c.best_of, seed=seed, **options
+        )
         turns = sum(m["role"] != "system" for m in self.messages)
         before = {retried["content"] for retried in self.retried if retried["before"] == turns}
         texts = [(score, self.tokenizer.decode(ids)) for score, ids in found]
@@ -127,7 +146,9 @@ class Chat:
         if self.messages[-1]["content"]:
             return
         before = sum(m["role"] != "system" for m in self.messages) - 1
-        again = self.retried.pop() if self.retried and self.retried[-1]["before"] == before else None
+        again = (
+            self.retried.pop() if self.retried and self.retried[-1]["before"] == before else None
+        )
         message = self.take_back()
         if again:
             self.messages.append({"role": "user", "content": message})
@@ -145,7 +166,11 @@ def command(chat, line):
     """Carry out a /command. Return the message to answer now, if there is one."""
     name, _, argument = (part.strip() for part in line.partition(" "))
     if name == "/reset":
-        chat.messages, chat.retried, chat.dropped = [m for m in chat.messages if m["role"] == "system"], [], 0
+        chat.messages, chat.retried, chat.dropped = (
+            [m for m in chat.messages if m["role"] == "system"],
+            [],
+            0,
+        )
         chat.choice = []
         print("forgotten")
     elif name == "/persona":
@@ -183,7 +208,9 @@ def talk(chat):
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (gives input() line editing and history; not there on Windows)
     size, context = chat.model.num_parameters() / 1e6, chat.model.config.block_size
-    print(f"{chat.config.init_from}: {size:.0f}M parameters, context {context}. /help lists commands")
+    print(
+        f"{chat.config.init_from}: {size:.0f}M parameters, context {context}. /help lists commands"
+    )
     while True:
         try:
             message = input("You: ").strip()
@@ -210,7 +237,9 @@ def talk(chat):
             chat.cut_short()
         print()
         if chat.dropped > dropped:
-            print(f"(the oldest {chat.dropped} messages are out of its sight now: the context is full)")
+            print(
+                f"(the oldest {chat.dropped} messages are out of its sight now: the context is full)"
+            )
 
 
 def main(config):

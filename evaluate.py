@@ -29,7 +29,12 @@ from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer, fit_context
 from prepare.personachat import examples
 from prepare.recall import Speaker, probe
 
-PROBES = {"recall_1": 1, "recall_3": 3, "recall_6": 6, "persona": 0}  # -> exchanges since the fact was told
+PROBES = {
+    "recall_1": 1,
+    "recall_3": 3,
+    "recall_6": 6,
+    "persona": 0,
+}  # -> exchanges since the fact was told
 SHOWN = 20  # conversations in a report
 REPLIES = 64  # that are generated at once, between two looks at the clock
 
@@ -37,16 +42,22 @@ REPLIES = 64  # that are generated at once, between two looks at the clock
 @dataclass
 class Config(ChatSampling):
     max_new_tokens: int = 100
-    init_from: str = default_model()  # the model: nano, a directory, gpt2[-medium|-large|-xl], distilgpt2, org/name
+    init_from: str = (
+        default_model()
+    )  # the model: nano, a directory, gpt2[-medium|-large|-xl], distilgpt2, org/name
     base: str = ""  # a second one, to stand beside it
     data_dir: str = "data"  # where the datasets are
-    dataset: str = "personachat"  # folders of data_dir with val*.bin: a,b; empty: only what needs no corpus
+    dataset: str = (
+        "personachat"  # folders of data_dir with val*.bin: a,b; empty: only what needs no corpus
+    )
     max_conversations: int = 0  # look at so many of each shard, the first ones; 0: all
     batch_size: int = 8  # rows at once
     replies: int = 200  # generate so many
     probes: int = 100  # ask for so many facts of each kind
     convai2: str = ""  # in place of a dataset PersonaChat's or ConvAI2's archive, folder or valid file: F1, Hits@1
-    first_batches: int = 0  # instead of all that, fine-tune on the dataset for so many batches, and show each
+    first_batches: int = (
+        0  # instead of all that, fine-tune on the dataset for so many batches, and show each
+    )
     learning_rate: float = 5e-5  # of first_batches
     json: str = ""  # write the figures to this file too
     report: str = ""  # and a page to look at: figures, loss curves, lengths, conversations side by side; FILE.html
@@ -83,7 +94,12 @@ def predictions(model, loader, device):
 def rates(sums):
     """Return {loss, perplexity, token_accuracy, reward, penalty} of Prediction.sums()."""
     nll, right, repeated, n, n_pairs = sums.tolist()
-    figures = {"loss": nll / n, "perplexity": perplexity(nll / n), "token_accuracy": right / n, "reward": right / n}
+    figures = {
+        "loss": nll / n,
+        "perplexity": perplexity(nll / n),
+        "token_accuracy": right / n,
+        "reward": right / n,
+    }
     return figures | {"penalty": repeated / max(1, n_pairs)}
 
 
@@ -100,9 +116,13 @@ def reply(model, tokenizer, prompts, sampling, seed, what):
             options = sampling | {"seed": seed + first, "stop_ids": (tokenizer.eos_id, END_OF_TEXT)}
             for ids in generate(model, these, tokenizer=tokenizer, **options):
                 text = tokenizer.decode(ids)
-                openers = [at for opener in tokenizer.stop_strings if (at := text.find(opener)) >= 0]
+                openers = [
+                    at for opener in tokenizer.stop_strings if (at := text.find(opener)) >= 0
+                ]
                 ended = len(ids) < sampling["max_new_tokens"]
-                replies.append(Reply(text[: min(openers, default=None)].strip(), ended, bool(openers)))
+                replies.append(
+                    Reply(text[: min(openers, default=None)].strip(), ended, bool(openers))
+                )
             shown(len(replies))
     return replies
 
@@ -124,7 +144,9 @@ def first_batches(config, name, model, tokenizer, context):
     device = model.transformer.wpe.weight.device
     shards = find_shards(config.data_dir, config.dataset, "train")
     if (template := open_shard(shards[0][0]).template) not in (None, tokenizer.template):
-        tokenizer = Tokenizer(template)  # which a base that knows no turns takes as well as any other
+        tokenizer = Tokenizer(
+            template
+        )  # which a base that knows no turns takes as well as any other
         if tokenizer.n_vocab > model.config.vocab_size:
             model.grow_vocab(tokenizer.n_vocab)
     loader = Loader(shards, config.batch_size, context, config.seed, tokenizer)
@@ -135,7 +157,10 @@ def first_batches(config, name, model, tokenizer, context):
             x, y, documents = loader.batch(number)
             prediction = predict(model, x, y, documents, device)
             figures = rates(prediction.sums())
-            pairs = zip(*([tokenizer.decode(ids) for ids in pair] for pair in prediction.replies()), strict=True)
+            pairs = zip(
+                *([tokenizer.decode(ids) for ids in pair] for pair in prediction.replies()),
+                strict=True,
+            )
             figures |= likeness(*map(list, pairs))
             batches.append({key: figures[key] for key in BATCH_COLUMNS})
             model(x.to(device), y, documents=documents.to(device))[1].backward()
@@ -158,26 +183,36 @@ class Material:
         for name, k in PROBES.items():
             speaker = Speaker("val", config.seed)
             asked = [probe(speaker, k) for _ in range(config.probes)]
-            prompts = [tokenizer.render(messages, add_generation_prompt=True)[0] for messages, _ in asked]
+            prompts = [
+                tokenizer.render(messages, add_generation_prompt=True)[0] for messages, _ in asked
+            ]
             if prompts and (longest := max(map(len, prompts))) > room:
                 short = f"max_new_tokens={config.max_new_tokens} and a probe of {longest} tokens are beyond the context"
-                raise ValueError(f"{short}, {context}: lower the one, or leave the other out by --probes=0")
+                raise ValueError(
+                    f"{short}, {context}: lower the one, or leave the other out by --probes=0"
+                )
             self.probes[name] = prompts, [value for _, value in asked]
         self.loader, self.lines, self.prompts, self.references = None, [], [], []
         if config.convai2:
             if room < 1:
-                raise ValueError(f"max_new_tokens={config.max_new_tokens}, but the context is {context}: lower it")
+                raise ValueError(
+                    f"max_new_tokens={config.max_new_tokens}, but the context is {context}: lower it"
+                )
             self.lines = examples(Path(config.convai2), config.max_conversations)
             for persona, messages, said, _ in self.lines:
                 system = [{"role": "system", "content": persona}] if persona else []
                 self.prompts.append(fit_context(tokenizer, system + messages, room)[0])
                 self.references.append(said)
         elif config.dataset:
-            shards = [(path, 1.0) for path, _ in find_shards(config.data_dir, config.dataset, "val")]
+            shards = [
+                (path, 1.0) for path, _ in find_shards(config.data_dir, config.dataset, "val")
+            ]
             batch = (config.batch_size, context, config.seed, tokenizer)
             self.loader = Loader(shards, *batch, max_conversations=config.max_conversations)
             shards = [part.shard for part in self.loader.parts]
-            self.prompts, self.references = openings(shards, tokenizer, config.replies, room, config.seed)
+            self.prompts, self.references = openings(
+                shards, tokenizer, config.replies, room, config.seed
+            )
             if config.replies and not self.prompts and any(shard.template for shard in shards):
                 short = f"no reply in {config.dataset} has max_new_tokens={config.max_new_tokens} left of {context}"
                 raise ValueError(f"{short} tokens: lower it, or ask for none by --replies=0")
@@ -206,7 +241,9 @@ def evaluate(config, model, tokenizer, material):
     for name, (prompts, values) in material.probes.items():
         if prompts:
             answers = reply(model, tokenizer, prompts, sampling, config.seed, name)
-            right = [remembers(answer.text, value) for answer, value in zip(answers, values, strict=True)]
+            right = [
+                remembers(answer.text, value) for answer, value in zip(answers, values, strict=True)
+            ]
             figures[name] = sum(right) / len(right)
             said += answers
     if said:
@@ -223,7 +260,12 @@ def progress(what, total):
     def shown(done):
         if terminal:
             left = (time.perf_counter() - start) * (total / done - 1)
-            print(f"\r\033[K{what}: {done:,} of {total:,}, {left:.0f} s left", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r\033[K{what}: {done:,} of {total:,}, {left:.0f} s left",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
 
     try:
         yield shown
@@ -239,8 +281,12 @@ def main(config):
     if len(set(names)) < len(names):
         raise ValueError(f"base={config.base} is the model itself")
     for name in names:
-        if Path(name).is_dir() and not any((Path(name) / file).exists() for file in ("tokenizer.json", "vocab.json")):
-            raise FileNotFoundError(f"{name} has no tokenizer.json: figures would be of tokens that nobody knows")
+        if Path(name).is_dir() and not any(
+            (Path(name) / file).exists() for file in ("tokenizer.json", "vocab.json")
+        ):
+            raise FileNotFoundError(
+                f"{name} has no tokenizer.json: figures would be of tokens that nobody knows"
+            )
     for name in ("json", "report"):
         path = Path(getattr(config, name))
         if not path.parent.is_dir():
@@ -280,14 +326,20 @@ def main(config):
     context = min(model.config.block_size for model, _ in models.values())
     for name, (model, tokenizer) in models.items():
         if tokenizer.n_vocab > (n := model.config.vocab_size):
-            raise ValueError(f"{name} knows {n} tokens, its tokenizer makes {tokenizer.n_vocab}: another vocabulary")
+            raise ValueError(
+                f"{name} knows {n} tokens, its tokenizer makes {tokenizer.n_vocab}: another vocabulary"
+            )
     if config.first_batches:
         figures = {name: first_batches(config, name, *models[name], context) for name in names}
         print(table_of_batches(figures))
         return write(config.json, as_json(figures))
     if len({tokenizer.template for _, tokenizer in models.values()}) > 1:
-        which = " and ".join(f"{name} {tokenizer.n_vocab} tokens" for name, (_, tokenizer) in models.items())
-        raise ValueError(f"the two have different vocabularies, {which}: evaluate each by itself, on shards of its own")
+        which = " and ".join(
+            f"{name} {tokenizer.n_vocab} tokens" for name, (_, tokenizer) in models.items()
+        )
+        raise ValueError(
+            f"the two have different vocabularies, {which}: evaluate each by itself, on shards of its own"
+        )
     tokenizer = models[config.init_from][1]
     material = Material(config, tokenizer, context)
     if material.loader and (lost := material.loader.n_lost):
@@ -299,30 +351,51 @@ def main(config):
     rows = table(figures | people | (PUBLISHED if config.convai2 else {}))
     widths = [max(len(name) + 2, 10) for name in rows[0][1:]]
     for label, *cells in rows:
-        print(f"{label:46}{''.join(f'{cell:>{width}}' for cell, width in zip(cells, widths, strict=True))}".rstrip())
+        print(
+            f"{label:46}{''.join(f'{cell:>{width}}' for cell, width in zip(cells, widths, strict=True))}".rstrip()
+        )
     if config.convai2:
-        print("TransferTransfo: on ConvAI2's hidden test set; conv-ai: on its validation set. Their perplexities are a")
+        print(
+            "TransferTransfo: on ConvAI2's hidden test set; conv-ai: on its validation set. Their perplexities are a"
+        )
         print("word of ConvAI2's dictionary, without the end; ours a token of GPT-2's, with it")
     if people:
-        print("\n".join(f"sacrebleu's {name}: {metric.get_signature()}" for name, metric in METRICS.items()))
+        print(
+            "\n".join(
+                f"sacrebleu's {name}: {metric.get_signature()}" for name, metric in METRICS.items()
+            )
+        )
     write(config.json, as_json(figures))
     if config.report:
         replies |= {"people": material.references} if people else {}
         folders = {name: NANO if name == "nano" else Path(name) for name in names}
         runs = {}
         for name, folder in folders.items():
-            with contextlib.suppress(FileNotFoundError, ValueError):  # a run without losses has no curve
+            with contextlib.suppress(
+                FileNotFoundError, ValueError
+            ):  # a run without losses has no curve
                 runs[name] = read_run(folder)
-        lengths = {name: [len(tokenizer.encode(text)) for text in texts] for name, texts in replies.items() if texts}
+        lengths = {
+            name: [len(tokenizer.encode(text)) for text in texts]
+            for name, texts in replies.items()
+            if texts
+        }
         talks = list(zip(material.prompts, *replies.values(), strict=True))
-        talks = [talks[i * len(talks) // SHOWN] for i in range(SHOWN)] if len(talks) > SHOWN else talks
-        talks = [(tokenizer.parse(prompt), dict(zip(replies, texts, strict=True))) for prompt, *texts in talks]
+        talks = (
+            [talks[i * len(talks) // SHOWN] for i in range(SHOWN)] if len(talks) > SHOWN else talks
+        )
+        talks = [
+            (tokenizer.parse(prompt), dict(zip(replies, texts, strict=True)))
+            for prompt, *texts in talks
+        ]
         write(config.report, page(" and ".join(names), rows, runs, lengths, talks))
 
 
 def as_json(figures):
     """Return figures as JSON, which has no infinity and no NaN: null."""
-    return json.dumps(json.loads(json.dumps(figures), parse_constant=lambda _: None), indent=2) + "\n"
+    return (
+        json.dumps(json.loads(json.dumps(figures), parse_constant=lambda _: None), indent=2) + "\n"
+    )
 
 
 def write(path, text):

@@ -66,13 +66,17 @@ class KVCache:
         """Return what is added to attention's scores, (B, 1, T, size): a token sees its position and those before."""
         if self.newest:
             return None
-        later = torch.arange(self.kv.size(-2), device=positions.device) > positions[:, None, :, None]
+        later = (
+            torch.arange(self.kv.size(-2), device=positions.device) > positions[:, None, :, None]
+        )
         return torch.zeros_like(later, dtype=self.kv.dtype).masked_fill_(later, -math.inf)
 
     def update(self, layer, positions, kv):
         """Store kv (2, B, nh, T, hs) of one layer at `positions` (B, T); return all of it, (2, B, nh, size, hs)."""
         if len(positions) == 1:
-            return self.layers[layer].index_copy_(3, positions[0], kv)  # half the time of the general way
+            return self.layers[layer].index_copy_(
+                3, positions[0], kv
+            )  # half the time of the general way
         self.layers[layer][:, self.rows, :, positions] = kv.permute(1, 3, 0, 2, 4)
         return self.layers[layer]
 
@@ -90,8 +94,12 @@ class Branches:
         n, lengths = len(context), list(map(len, continuations))
         idx = [*context, *(token for ids in continuations for token in ids)]
         positions = [*range(n), *(n + i for length in lengths for i in range(length))]
-        branch = [0] * n + [number for number, length in enumerate(lengths, 1) for _ in range(length)]
-        self.idx, self.positions, self.branch = (torch.tensor([x], device=wpe.device) for x in (idx, positions, branch))
+        branch = [0] * n + [
+            number for number, length in enumerate(lengths, 1) for _ in range(length)
+        ]
+        self.idx, self.positions, self.branch = (
+            torch.tensor([x], device=wpe.device) for x in (idx, positions, branch)
+        )
         # attention computes in its dtype
         self.kv = torch.empty(0, dtype=wpe.dtype, device=wpe.device)
 
@@ -99,7 +107,9 @@ class Branches:
         """Return what is added to attention's scores, (1, 1, T, T)."""
         query, key = self.branch[0, :, None], self.branch[0]
         masked = ~(((key == 0) | (key == query)).tril())
-        return torch.zeros_like(masked, dtype=self.kv.dtype).masked_fill_(masked, -math.inf)[None, None]
+        return torch.zeros_like(masked, dtype=self.kv.dtype).masked_fill_(masked, -math.inf)[
+            None, None
+        ]
 
     def update(self, layer, positions, kv):
         return kv
@@ -121,13 +131,18 @@ class Attention(nn.Module):
             qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
             if cache is not None:
                 qkv = qkv.to(cache.kv.dtype)
-            q, (k, v) = qkv[0], qkv[1:] if cache is None else cache.update(self.layer, positions, qkv[1:])
+            q, (k, v) = (
+                qkv[0],
+                qkv[1:] if cache is None else cache.update(self.layer, positions, qkv[1:]),
+            )
             if cache is not None and T == 1 and B > 1 and not x.is_cuda:
                 # of many rows a token each: a step of 16 takes 0.94 of the time it does with PyTorch's kernel
                 y = (q * q.size(-1) ** -0.5 @ k.mT + mask).softmax(-1) @ v
             else:
                 causal = cache is None and mask is None
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+                y = F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
+                )
             y = y.transpose(1, 2)  # (B, T, nh, hs)
         else:
             y = attend_within(documents, qkv.flatten(0, 1), T, dropout).view(B, T, self.n_head, -1)
@@ -138,14 +153,23 @@ class Attention(nn.Module):
 def attend_within(documents, qkv, longest, dropout):
     """Return causal attention (N, nh, hs) within each document, from qkv (N, 3, nh, hs); see GPT.hidden."""
     if qkv.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn  # here: it takes 70 MB, which a chat on a CPU need not have
+        from torch.nn.attention.varlen import (
+            varlen_attn,
+        )  # here: it takes 70 MB, which a chat on a CPU need not have
 
         q, k, v = qkv.unbind(1)
         return varlen_attn(q, k, v, documents, documents, longest, longest, window_size=(-1, 0))
     lengths = [n for n in documents.diff().tolist() if n]
-    parts = (part.permute(1, 2, 0, 3)[:, None] for part in qkv.float().split(lengths))  # (3, 1, nh, n, hs) each
-    with torch.autocast("cpu", enabled=False):  # at T = 1024 float32 takes 0.75 of bfloat16's time here
-        parts = [F.scaled_dot_product_attention(*part, dropout_p=dropout, is_causal=True) for part in parts]
+    parts = (
+        part.permute(1, 2, 0, 3)[:, None] for part in qkv.float().split(lengths)
+    )  # (3, 1, nh, n, hs) each
+    with torch.autocast(
+        "cpu", enabled=False
+    ):  # at T = 1024 float32 takes 0.75 of bfloat16's time here
+        parts = [
+            F.scaled_dot_product_attention(*part, dropout_p=dropout, is_causal=True)
+            for part in parts
+        ]
     return torch.cat(parts, 2)[0].transpose(0, 1)
 
 
@@ -189,7 +213,9 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, smoothing=0.0, learned=None):
         device, V = x.device.type, len(weight)
-        w = weight.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+        w = weight.to(
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        )
         if device == "cuda":
             w = F.pad(w, (0, 0, 0, -V % 64))  # tensor cores want round sizes
         loss = torch.zeros((), device=x.device)
@@ -202,18 +228,26 @@ class HeadLoss(torch.autograd.Function):
             logits = h @ w.T  # (n, V), which give way to their gradients
             logits[:, V:] = -math.inf
             rows = HeadLoss.CPU_ROWS if device == "cpu" else HeadLoss.ROWS
-            for part, target in zip(logits.split(rows), targets[these, None].split(rows), strict=True):
+            for part, target in zip(
+                logits.split(rows), targets[these, None].split(rows), strict=True
+            ):
                 logprobs = part.log_softmax(-1, dtype=torch.float32)
                 loss -= (1 - smoothing) * logprobs.gather(1, target).sum()
                 if smoothing:
                     loss -= smoothing / V * logprobs[:, :V].sum()
                 if training:  # the gradient: probabilities, less those that are wanted
-                    logprobs.exp_().scatter_add_(1, target, torch.full_like(logprobs[:, :1], smoothing - 1))
+                    logprobs.exp_().scatter_add_(
+                        1, target, torch.full_like(logprobs[:, :1], smoothing - 1)
+                    )
                     part.copy_(logprobs.sub_(smoothing / V) if smoothing else logprobs)
             if training:
                 ctx.dx[these] = logits @ w
                 # a sum over thousands of rows: float16 could not hold it; on a CPU float32 comes out of no 16 bits
-                wide = {"out_dtype": torch.float32} if device == "cuda" and w.dtype != torch.float32 else {}
+                wide = (
+                    {"out_dtype": torch.float32}
+                    if device == "cuda" and w.dtype != torch.float32
+                    else {}
+                )
                 if learned is None:
                     ctx.dw += torch.mm(logits.T, h, **wide)[:V]
                 else:
@@ -252,7 +286,9 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.gradient_checkpointing = False  # compute each block again in the backward pass, to keep less
+        self.gradient_checkpointing = (
+            False  # compute each block again in the backward pass, to keep less
+        )
         self.label_smoothing = 0.0  # of the loss in training
         self.learned = None  # the tokens whose embeddings are trained, (n,) int64; None: all
         self.tie_weights()
@@ -275,7 +311,9 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 p.zero_()
             elif p.dim() == 2:
-                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 0.02)
+                p.normal_(
+                    std=0.02 / math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 0.02
+                )
 
     def forward(self, idx, targets=None, cache=None, positions=None, documents=None):
         """Return (logits, loss).
@@ -315,20 +353,29 @@ class GPT(nn.Module):
         """
         B, T = idx.shape
         if cache is None and self.config.block_size < T:
-            raise ValueError(f"{T} tokens in a row, but the model has {self.config.block_size} positions")
+            raise ValueError(
+                f"{T} tokens in a row, but the model has {self.config.block_size} positions"
+            )
         mask = None
         if cache is not None:
             mask = cache.mask(positions)
         elif documents is not None:
             at = torch.arange(B * T, device=documents.device, dtype=documents.dtype)
-            number = torch.searchsorted(documents, at, right=True) - 1  # (B * T,), of the document there
+            number = (
+                torch.searchsorted(documents, at, right=True) - 1
+            )  # (B * T,), of the document there
             positions = (at - documents[number]).view(B, T)
             if not self.attends_blockwise(idx.device):
                 number = number.view(B, T)
-                mask, documents = (number[:, :, None] == number[:, None]).tril()[:, None], None  # (B, 1, T, T)
+                mask, documents = (
+                    (number[:, :, None] == number[:, None]).tril()[:, None],
+                    None,
+                )  # (B, 1, T, T)
         else:
             positions = torch.arange(T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))  # (B, T, C)
+        x = self.transformer.drop(
+            self.transformer.wte(idx) + self.transformer.wpe(positions)
+        )  # (B, T, C)
         for block in self.transformer.h:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, None, None, mask, documents, use_reentrant=False)
@@ -344,8 +391,13 @@ class GPT(nn.Module):
         """
         if device.type == "cuda":
             autocast = torch.is_autocast_enabled("cuda")
-            dtype = torch.get_autocast_dtype("cuda") if autocast else self.transformer.wpe.weight.dtype
-            dropout, hs = self.training and self.config.dropout > 0, self.config.n_embd // self.config.n_head
+            dtype = (
+                torch.get_autocast_dtype("cuda") if autocast else self.transformer.wpe.weight.dtype
+            )
+            dropout, hs = (
+                self.training and self.config.dropout > 0,
+                self.config.n_embd // self.config.n_head,
+            )
             fits = dtype != torch.float32 and not dropout and hs % 8 == 0 and hs <= 256
             return fits and torch.cuda.get_device_capability(device) >= (8, 0)
         return device.type == "cpu" and not torch.compiler.is_compiling()
@@ -374,7 +426,9 @@ class GPT(nn.Module):
     def num_parameters(self):
         """Return how many parameters there are; the head shares the embedding's and is not counted again."""
         c, C = self.config, self.config.n_embd
-        layer = 12 * C * C + 13 * C  # c_attn 3, c_proj 1, the MLP 8 C^2; their biases and two LayerNorms
+        layer = (
+            12 * C * C + 13 * C
+        )  # c_attn 3, c_proj 1, the MLP 8 C^2; their biases and two LayerNorms
         return (c.vocab_size + c.block_size) * C + c.n_layer * layer + 2 * C
 
     def flops_per_token(self, T, supervised=1.0):
@@ -384,7 +438,9 @@ class GPT(nn.Module):
         for attention (PaLM, arXiv 2204.02311, appendix B). supervised: the share of tokens that need the head.
         """
         c = self.config
-        weights = self.num_parameters() - (c.block_size + (1 - supervised) * c.vocab_size) * c.n_embd
+        weights = (
+            self.num_parameters() - (c.block_size + (1 - supervised) * c.vocab_size) * c.n_embd
+        )
         return 6 * weights + 12 * c.n_layer * c.n_embd * T
 
 

@@ -11,7 +11,9 @@ from nanochatgpt.sampling import Sampling
 
 @dataclass
 class Config(Sampling):
-    init_from: str = default_model()  # nano, gpt2[-medium|-large|-xl], distilgpt2, org/name on the hub, or a directory
+    init_from: str = (
+        default_model()
+    )  # nano, gpt2[-medium|-large|-xl], distilgpt2, org/name on the hub, or a directory
     start: str = "Once upon a time"  # the prompt
     num_samples: int = 1  # how many continuations
     max_new_tokens: int = 200
@@ -30,7 +32,9 @@ def main(config):
     prompt = tokenizer.encode(config.start) or [tokenizer.special_ids["<|endoftext|>"]]
     for i in range(config.num_samples):
         print(config.start, end="", flush=True)
-        for text in stream(engine, tokenizer, prompt, config, stop_ids=tokenizer.stop_ids, seed=config.seed + i):
+        for text in stream(
+            engine, tokenizer, prompt, config, stop_ids=tokenizer.stop_ids, seed=config.seed + i
+        ):
             print(text, end="", flush=True)
         print("\n" + "-" * 20 if i + 1 < config.num_samples else "")
 

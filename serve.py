@@ -31,7 +31,14 @@ try:
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, PlainTextResponse
-    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+    from prometheus_client import (
+        CollectorRegistry,
+        Counter,
+        Gauge,
+        Histogram,
+        disable_created_metrics,
+        generate_latest,
+    )
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
 except ImportError as error:
@@ -45,7 +52,14 @@ from nanochatgpt.generate import Engine
 from nanochatgpt.sampling import ChatSampling, Sampling, for_template
 from nanochatgpt.tokenizer import END_OF_TEXT, fit_context
 from serving.guard import Guard, Protocol, Refused, answer, is_loopback
-from serving.protocol import ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, Feedback, conversation
+from serving.protocol import (
+    ChatAnswer,
+    ChatRequest,
+    CompletionAnswer,
+    CompletionRequest,
+    Feedback,
+    conversation,
+)
 from serving.replies import Events, Replies, whole
 from serving.scheduler import Full, Scheduler
 
@@ -54,20 +68,28 @@ PAGE = Path(__file__).with_name("serving") / "page.html"
 
 @dataclass
 class Config(ChatSampling):
-    init_from: str = default_model()  # nano, a directory, gpt2[-medium|-large|-xl], distilgpt2 or org/name on the hub
+    init_from: str = (
+        default_model()
+    )  # nano, a directory, gpt2[-medium|-large|-xl], distilgpt2 or org/name on the hub
     model_name: str = ""  # what clients call it; its own name unless given
     reward: str = ""  # a reward model of train_reward.py: then clients may ask for best_of
     host: str = "127.0.0.1"  # where to listen; 0.0.0.0 is for everybody who can reach this machine
     port: int = 8000  # 0: any that is free
-    api_key: str = ""  # what clients must show, or in the environment NANOCHATGPT_API_KEY; none: nothing
+    api_key: str = (
+        ""  # what clients must show, or in the environment NANOCHATGPT_API_KEY; none: nothing
+    )
     allow_open: bool = False  # listen beyond this machine without a key
-    cors: str = ""  # pages from elsewhere that may use the API: an origin, as in https://example.org, or *
+    cors: str = (
+        ""  # pages from elsewhere that may use the API: an origin, as in https://example.org, or *
+    )
     max_rows: int = 16  # replies that are generated at once
     max_queue: int = 64  # replies that wait for that
     max_body: int = 1_000_000  # bytes in a request
     request_seconds: float = 10.0  # in which a request has to be sent
     max_seconds: float = 300.0  # that a reply may take
-    prefill_tokens: int = 0  # of prompts, computed between two steps of replies; 0: 64 on a CPU, 2048 on a GPU
+    prefill_tokens: int = (
+        0  # of prompts, computed between two steps of replies; 0: 64 on a CPU, 2048 on a GPU
+    )
     grace: int = 10  # seconds that running replies have when the server is stopped
     feedback: str = "out/feedback.jsonl"  # where thumbs are kept, as prepare/retry.py reads them
     log_text: bool = False  # print what is said, too
@@ -87,13 +109,23 @@ class Metrics:
         named = {"namespace": "nanochatgpt", "registry": self.registry}
         self.requests = Counter("requests", "Requests answered", ["path", "status"], **named)
         self.prompt = Counter("prompt_tokens", "Tokens of prompts", **named)
-        self.cached = Counter("cached_prompt_tokens", "Tokens of prompts that were there already", **named)
+        self.cached = Counter(
+            "cached_prompt_tokens", "Tokens of prompts that were there already", **named
+        )
         self.generated = Counter("generated_tokens", "Tokens of replies", **named)
         scale = [m * 10**n for n in range(-2, 4) for m in (1, 3)]  # 0.01 to 3,000
-        self.first = Histogram("first_token_seconds", "From a request to its first token", buckets=scale[:9], **named)
-        self.rate = Histogram("reply_tokens_per_second", "Tokens a second of a request", buckets=scale[4:], **named)
+        self.first = Histogram(
+            "first_token_seconds", "From a request to its first token", buckets=scale[:9], **named
+        )
+        self.rate = Histogram(
+            "reply_tokens_per_second", "Tokens a second of a request", buckets=scale[4:], **named
+        )
         for name, about, value in (
-            ("running_replies", "Replies that are being generated", lambda: len(service.scheduler.running)),
+            (
+                "running_replies",
+                "Replies that are being generated",
+                lambda: len(service.scheduler.running),
+            ),
             ("queued_replies", "Replies that wait", lambda: len(service.scheduler.waiting)),
         ):
             Gauge(name, about, **named).set_function(value)
@@ -106,7 +138,9 @@ class Service:
         self.created, self.metrics, self.reward_model = int(time.time()), Metrics(self), None
         self.scheduler = Scheduler(lambda: self.load(config), config.max_queue)
         local = Path(config.init_from).exists()
-        self.name = config.model_name or (Path(config.init_from).resolve().name if local else config.init_from)
+        self.name = config.model_name or (
+            Path(config.init_from).resolve().name if local else config.init_from
+        )
 
     def load(self, config):
         """Load what there is to load; return the Engine."""
@@ -114,8 +148,13 @@ class Service:
         dtype = pick_dtype(config.dtype, device, inference=True)
         model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
         if config.reward:
-            self.reward_model = load_reward_model(config.reward, self.tokenizer, device, dtype=dtype, inference=True)
-        self.config, self.size = for_template(config, self.tokenizer.template), model.config.block_size
+            self.reward_model = load_reward_model(
+                config.reward, self.tokenizer, device, dtype=dtype, inference=True
+            )
+        self.config, self.size = (
+            for_template(config, self.tokenizer.template),
+            model.config.block_size,
+        )
         pieces = config.prefill_tokens or (64 if device == "cpu" else 2048)
         return Engine(model, config.max_rows, n_vocab=self.tokenizer.n_vocab, prefill_tokens=pieces)
 
@@ -152,9 +191,18 @@ class Service:
     def options(self, request, prompts, asked):
         """Return the Sampling of a request, whose prompts have to leave room for as many tokens as it asks for."""
         if request.model not in (None, self.name):
-            raise Refused(404, f"there is no model {request.model}; this is {self.name}", "model", "model_not_found")
+            raise Refused(
+                404,
+                f"there is no model {request.model}; this is {self.name}",
+                "model",
+                "model_not_found",
+            )
         if request.best_of and self.reward_model is None:
-            raise Refused(400, "best_of needs a server with a reward model: serve.py --reward=out/reward", "best_of")
+            raise Refused(
+                400,
+                "best_of needs a server with a reward model: serve.py --reward=out/reward",
+                "best_of",
+            )
         if request.best_of and request.best_of < request.n:
             raise Refused(400, f"best_of={request.best_of} is less than n={request.n}", "best_of")
         each, name = request.best_of or request.n, "best_of" if request.best_of else "n"
@@ -166,7 +214,11 @@ class Service:
                 name,
             )
         if token := next((t for t in request.logit_bias if int(t) >= self.tokenizer.n_vocab), None):
-            raise Refused(400, f"logit_bias has token {token}; ids end at {self.tokenizer.n_vocab - 1}", "logit_bias")
+            raise Refused(
+                400,
+                f"logit_bias has token {token}; ids end at {self.tokenizer.n_vocab - 1}",
+                "logit_bias",
+            )
         longest = max(map(len, prompts))
         if longest + (asked or 1) > self.size:
             raise Refused(
@@ -176,8 +228,13 @@ class Service:
                 code="context_length_exceeded",
             )
         given = {f.name: getattr(request, f.name, None) for f in fields(Sampling)}
-        values = {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
-        values["max_new_tokens"] = asked or self.config.max_new_tokens  # the context ends a reply, too
+        values = {
+            name: getattr(self.config, name) if value is None else value
+            for name, value in given.items()
+        }
+        values["max_new_tokens"] = (
+            asked or self.config.max_new_tokens
+        )  # the context ends a reply, too
         return Sampling(**values)
 
     def chat_prompt(self, request, asked):
@@ -188,7 +245,9 @@ class Service:
         room, start = self.size - asked, 0
         try:
             # what was dropped at a turn before stays dropped, as in chat.py: so prompts begin alike
-            for n in [n for n, m in enumerate(messages[:-1], 1) if m["role"] == "user"] + [len(messages)]:
+            for n in [n for n, m in enumerate(messages[:-1], 1) if m["role"] == "user"] + [
+                len(messages)
+            ]:
                 ids, start = fit_context(self.tokenizer, messages[:n], room, start)
         except ValueError as error:
             raise Refused(400, str(error), "messages", "context_length_exceeded") from error
@@ -199,9 +258,13 @@ class Service:
         many = request.prompt if isinstance(request.prompt, list) else [request.prompt]
         if isinstance(many[0], int):
             many = [many]
-        prompts = [self.tokenizer.encode(p) or [END_OF_TEXT] if isinstance(p, str) else p for p in many]
+        prompts = [
+            self.tokenizer.encode(p) or [END_OF_TEXT] if isinstance(p, str) else p for p in many
+        ]
         n = self.tokenizer.n_vocab
-        if (token := next((t for prompt in prompts for t in prompt if not 0 <= t < n), None)) is not None:
+        if (
+            token := next((t for prompt in prompts for t in prompt if not 0 <= t < n), None)
+        ) is not None:
             raise Refused(400, f"prompt has token {token}; ids are 0 to {n - 1}", "prompt")
         return prompts
 
@@ -213,7 +276,10 @@ class Service:
         except Full:
             seconds = 1 + self.config.max_queue // self.config.max_rows
             raise Refused(
-                429, "too many wait already", code="rate_limit_exceeded", **{"Retry-After": str(seconds)}
+                429,
+                "too many wait already",
+                code="rate_limit_exceeded",
+                **{"Retry-After": str(seconds)},
             ) from None
         to = to(self.name, self.tokenizer, request.n_logprobs)
         if request.stream:
@@ -235,7 +301,11 @@ def the_page():
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
     policy += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
     return HTMLResponse(page, headers=headers)
 
 
@@ -244,7 +314,9 @@ def create_app(config, service):
     app = FastAPI(title="nanoChatGPT", docs_url=None, redoc_url=None, lifespan=service.running)
     app.add_middleware(Guard, config=config, key=api_key(config), requests=service.metrics.requests)
     if config.cors:
-        app.add_middleware(CORSMiddleware, allow_origins=[config.cors], allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware, allow_origins=[config.cors], allow_methods=["*"], allow_headers=["*"]
+        )
 
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest, http: Request):
@@ -252,7 +324,9 @@ def create_app(config, service):
         asked = request.max_completion_tokens or request.max_tokens
         if request.truncation == "auto":
             asked = min(asked or config.max_new_tokens, service.size // 2)
-        prompt = await asyncio.to_thread(service.chat_prompt, request, asked)  # a megabyte of text takes its time
+        prompt = await asyncio.to_thread(
+            service.chat_prompt, request, asked
+        )  # a megabyte of text takes its time
         stops = (*service.tokenizer.stop_strings, *request.stops)
         return await service.reply(request, http, [prompt], ChatAnswer, asked, stops, trim=True)
 
@@ -260,7 +334,9 @@ def create_app(config, service):
     async def complete(request: CompletionRequest, http: Request):
         """Go on with a text, or with each of several."""
         prompts = await asyncio.to_thread(service.prompts, request)
-        return await service.reply(request, http, prompts, CompletionAnswer, request.max_tokens, request.stops, False)
+        return await service.reply(
+            request, http, prompts, CompletionAnswer, request.max_tokens, request.stops, False
+        )
 
     @app.get("/v1/models")
     async def models():
@@ -269,7 +345,9 @@ def create_app(config, service):
     @app.get("/v1/models/{name:path}")
     async def model(name: str):
         if name != service.name:
-            raise Refused(404, f"there is no model {name}; this is {service.name}", "model", "model_not_found")
+            raise Refused(
+                404, f"there is no model {name}; this is {service.name}", "model", "model_not_found"
+            )
         return answer(service.model_card())
 
     @app.post("/feedback", status_code=204)
@@ -279,7 +357,10 @@ def create_app(config, service):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": conversation(judged.messages), "label": judged.label}) + "\n")
+                file.write(
+                    json.dumps({"messages": conversation(judged.messages), "label": judged.label})
+                    + "\n"
+                )
         except OSError as error:
             raise Refused(500, f"{path}: {error.strerror}") from error
 
@@ -307,20 +388,33 @@ def create_app(config, service):
     @app.exception_handler(RequestValidationError)
     async def invalid(http, invalid):
         what = invalid.errors()
-        deepest = max(what, key=lambda e: (len(e["loc"]), what.index(e)))  # of what might have been meant the nearest
-        fields = [part for part in deepest["loc"][1:] if isinstance(part, int) or re.fullmatch("[a-z_]+", part)]
-        param, message = ".".join(map(str, fields)).removesuffix(".str"), deepest["msg"].removeprefix("Value error, ")
+        deepest = max(
+            what, key=lambda e: (len(e["loc"]), what.index(e))
+        )  # of what might have been meant the nearest
+        fields = [
+            part
+            for part in deepest["loc"][1:]
+            if isinstance(part, int) or re.fullmatch("[a-z_]+", part)
+        ]
+        param, message = (
+            ".".join(map(str, fields)).removesuffix(".str"),
+            deepest["msg"].removeprefix("Value error, "),
+        )
         if deepest["type"] == "json_invalid":
             param, message = "", "the body is not valid JSON"
         elif deepest["loc"] == ("body",) and deepest["type"] != "value_error":
             message = "the body must be a JSON object, with Content-Type: application/json"
         elif deepest["type"] == "extra_forbidden":
             message = "this is not supported"
-        return await refused(http, Refused(400, f"{param}: {message}" if param else message, param or None))
+        return await refused(
+            http, Refused(400, f"{param}: {message}" if param else message, param or None)
+        )
 
     @app.exception_handler(HTTPException)
     async def http_error(http, found):
-        return await refused(http, Refused(found.status_code, found.detail, **(found.headers or {})))
+        return await refused(
+            http, Refused(found.status_code, found.detail, **(found.headers or {}))
+        )
 
     @app.exception_handler(Exception)
     async def broken(_, error):  # which is logged besides
@@ -336,7 +430,9 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets=None):
         """Let replies go on for the grace time, and then end with what they have."""
-        asyncio.get_running_loop().call_later(self.service.config.grace, self.service.scheduler.hurry)
+        asyncio.get_running_loop().call_later(
+            self.service.config.grace, self.service.scheduler.hurry
+        )
         await super().shutdown(sockets)
 
     def handle_exit(self, number, frame):
@@ -344,13 +440,18 @@ class Server(uvicorn.Server):
         if self.should_exit:
             self.service.scheduler.hurry()
         elif n := len(self.service.scheduler.running):
-            print(f"waiting up to {self.service.config.grace} s for {n} replies; Ctrl-C once more ends them now")
+            print(
+                f"waiting up to {self.service.config.grace} s for {n} replies; Ctrl-C once more ends them now"
+            )
         self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self):
         """End by a signal as by one's own will, with status 0."""
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield
         finally:
@@ -386,7 +487,9 @@ def main(config):
     except OSError as error:
         taken = error.errno == errno.EADDRINUSE
         what = "is taken; --port=0 takes any that is free" if taken else error.strerror
-        raise ValueError(f"{'port' if taken else 'host'}={config.port if taken else config.host}: {what}") from error
+        raise ValueError(
+            f"{'port' if taken else 'host'}={config.port if taken else config.host}: {what}"
+        ) from error
     service = Service(config)
     settings = {"log_level": "warning", "access_log": False, "server_header": False, "ws": "none"}
     app = create_app(config, service)

@@ -46,7 +46,9 @@ from nanochatgpt.training import (
 class Config:
     # where from, where to
     init_from: str = "gpt2"  # scratch, resume, nano, gpt2[-medium|-large|-xl], distilgpt2, org/name or a directory
-    out_dir: str = "out/chat"  # the best weights so far; the latest and the trainer's state in its last/
+    out_dir: str = (
+        "out/chat"  # the best weights so far; the latest and the trainer's state in its last/
+    )
     data_dir: str = "data"  # where the datasets are
     dataset: str = "personachat"  # folders of data_dir with train*.bin and val*.bin; a,b:0.5 takes half of b an epoch
     template: str = ""  # one of TEMPLATES in tokenizer.py: how conversations are written; the model's own unless given
@@ -55,14 +57,18 @@ class Config:
     n_layer: int = 12  # layers, from scratch
     n_head: int = 12  # attention heads in each, from scratch
     n_embd: int = 768  # width, from scratch
-    induction_heads: bool = False  # from scratch: begin with heads that copy (induction.py), so that it soon remembers
+    induction_heads: bool = (
+        False  # from scratch: begin with heads that copy (induction.py), so that it soon remembers
+    )
     # the batch
     batch_size: int = 8  # rows in a micro-batch
     block_size: int = 1024  # tokens in a row; from scratch, also the model's context
     gradient_accumulation_steps: int = 4  # micro-batches in a step, over all processes together
     # the optimizer: AdamW
     max_iters: int = 1000  # steps
-    max_epochs: float = 0.0  # if not 0, as many steps as make so many passes over the data, whatever max_iters is
+    max_epochs: float = (
+        0.0  # if not 0, as many steps as make so many passes over the data, whatever max_iters is
+    )
     learning_rate: float = 5e-5  # at its highest
     lr_schedule: str = "cosine"  # cosine or linear, down to min_lr at max_iters; or constant
     min_lr: float = 0.0  # learning rate at the end
@@ -70,9 +76,13 @@ class Config:
     weight_decay: float = 0.01  # on matrices, not on biases and LayerNorms
     beta1: float = 0.9  # decay of the gradient's mean
     beta2: float = 0.99  # decay of the gradient's square's mean
-    adam_eps: float = 1e-8  # from scratch 1e-5: else tokens that are rarely targets all drift to one embedding
+    adam_eps: float = (
+        1e-8  # from scratch 1e-5: else tokens that are rarely targets all drift to one embedding
+    )
     freeze_rare: int = 0  # embeddings of tokens that come less often in an epoch stay as they are: see config/nano.py
-    label_smoothing: float = 0.0  # share of each target that is spread over all tokens: none becomes impossible
+    label_smoothing: float = (
+        0.0  # share of each target that is spread over all tokens: none becomes impossible
+    )
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     # looking on
     eval_interval: int = 200  # steps from one evaluation and checkpoint to the next
@@ -85,23 +95,38 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # what autocast computes in: float32, bfloat16, float16 (CUDA only); auto: what is fastest
     compile: bool = False  # torch.compile the model: a minute's start, then faster steps on a GPU
-    strategy: str = "ddp"  # under torchrun: ddp, or fsdp, which shards weights and optimizer over the devices
+    strategy: str = (
+        "ddp"  # under torchrun: ddp, or fsdp, which shards weights and optimizer over the devices
+    )
     gradient_checkpointing: bool = False  # a third more work, and far less memory for activations
-    deterministic: bool = False  # on a GPU the same bits in every run, at some cost in speed; a CPU gives them anyway
+    deterministic: bool = (
+        False  # on a GPU the same bits in every run, at some cost in speed; a CPU gives them anyway
+    )
     seed: int = 1337  # of the initialisation, the order of the data and dropout
 
 
 def check(config):
     """Raise ValueError for a knob that is out of range."""
     check_knobs(config)
-    at_least(1, config, "n_layer", "n_head", "n_embd", "block_size", "gradient_accumulation_steps", "eval_iters")
+    at_least(
+        1,
+        config,
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "block_size",
+        "gradient_accumulation_steps",
+        "eval_iters",
+    )
     at_least(0, config, "freeze_rare")
     if not 0 <= config.label_smoothing < 1:
         raise ValueError(f"label_smoothing={config.label_smoothing} is not from 0 to below 1")
     if config.strategy not in ("ddp", "fsdp"):
         raise ValueError(f"strategy={config.strategy} is not one of ddp, fsdp")
     if config.freeze_rare and config.strategy == "fsdp":
-        raise ValueError(f"freeze_rare={config.freeze_rare} needs the embeddings in one piece: set strategy=ddp")
+        raise ValueError(
+            f"freeze_rare={config.freeze_rare} needs the embeddings in one piece: set strategy=ddp"
+        )
 
 
 def main(config):
@@ -123,7 +148,8 @@ def main(config):
 
     # 3. the model and its tokenizer
     shards = {  # that there are any is known before weights are fetched
-        split: find_shards(config.data_dir, config.dataset, split, shares=True) for split in ("train", "val")
+        split: find_shards(config.data_dir, config.dataset, split, shares=True)
+        for split in ("train", "val")
     }
     state = run_to_resume(config, world, "train")
     if state is not None:
@@ -159,15 +185,21 @@ def main(config):
     # 4. the data
     loaders = {}
     for split in ("train", "val"):
-        loaders[split] = Loader(shards[split], config.batch_size, config.block_size, config.seed, tokenizer)
-    steps_per_epoch = loaders["train"].n_rows / (config.batch_size * config.gradient_accumulation_steps)
+        loaders[split] = Loader(
+            shards[split], config.batch_size, config.block_size, config.seed, tokenizer
+        )
+    steps_per_epoch = loaders["train"].n_rows / (
+        config.batch_size * config.gradient_accumulation_steps
+    )
     if config.max_epochs:
         config.max_iters = max(1, round(config.max_epochs * steps_per_epoch))
     if config.freeze_rare:
         counts = loaders["train"].counts(raw_model.config.vocab_size)
         raw_model.freeze_embeddings(torch.from_numpy(counts < config.freeze_rare).to(device))
     if state["iter"] > config.max_iters:
-        raise ValueError(f"{last} is at iter {state['iter']}, beyond max_iters={config.max_iters}: raise it")
+        raise ValueError(
+            f"{last} is at iter {state['iter']}, beyond max_iters={config.max_iters}: raise it"
+        )
 
     # 5. many devices: whole copies of the model whose gradients are averaged, or one that is sharded
     if config.compile:
@@ -177,10 +209,14 @@ def main(config):
             fully_shard(block)
         fully_shard(raw_model)
     elif world_size > 1:
-        model = DistributedDataParallel(model)  # with device_ids it would move the targets to the GPU
+        model = DistributedDataParallel(
+            model
+        )  # with device_ids it would move the targets to the GPU
 
     # 6. the optimizer
-    spared = raw_model.transformer.wte.weight if config.freeze_rare else None  # some of it has to stay as it is
+    spared = (
+        raw_model.transformer.wte.weight if config.freeze_rare else None
+    )  # some of it has to stay as it is
     optimizer = adamw(raw_model, config, spared)
     restore(raw_model, optimizer, scaler, state)
 
@@ -189,14 +225,18 @@ def main(config):
         """Return the mean loss over the supervised tokens of the first `eval_iters` batches, or of a whole epoch."""
         sums = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
         n_batches = min(config.eval_iters, -(-loader.n_rows // config.batch_size))
-        for first in range(0, n_batches, world_size):  # all processes the same number: a sharded model needs them all
+        for first in range(
+            0, n_batches, world_size
+        ):  # all processes the same number: a sharded model needs them all
             x, y, documents = loader.batch(first + rank)
             n = (y != -100).sum().item() if first + rank < n_batches else 0
             with autocast:
                 loss = raw_model(x.to(device), y, documents=documents.to(device))[1]
             sums += torch.tensor([loss.item() * n, n], dtype=torch.float64)
         if world.sum(sums)[1] == 0:
-            raise ValueError(f"no supervised token in the first {config.eval_iters} batches: raise eval_iters")
+            raise ValueError(
+                f"no supervised token in the first {config.eval_iters} batches: raise eval_iters"
+            )
         return (sums[0] / sums[1]).item()
 
     def gathered():
@@ -215,29 +255,47 @@ def main(config):
         """Write last/."""
         common = (raw_model, optimizer, scaler)
         best = state["best_val_loss"]
-        save_last(world, config, "train", model, tokenizer, *common, weights=model, iter=it, best_val_loss=best)
+        save_last(
+            world,
+            config,
+            "train",
+            model,
+            tokenizer,
+            *common,
+            weights=model,
+            iter=it,
+            best_val_loss=best,
+        )
 
     # 7. the log: lines on the screen and in metrics.jsonl, which a resumed run continues from where it was saved
     stop, trouble = StopSignal(), Trouble()
     tokens_per_step = config.batch_size * config.block_size * config.gradient_accumulation_steps
     peak = peak_flops(device) if dtype != torch.float32 else None
     if master:
-        print(f"{raw_model.num_parameters():,} parameters on {device}, {str(dtype).removeprefix('torch.')}")
+        print(
+            f"{raw_model.num_parameters():,} parameters on {device}, {str(dtype).removeprefix('torch.')}"
+        )
         if torch.device(device).type == "cuda" and not peak:
-            print(f"no MFU: the peak rate of {torch.cuda.get_device_name(device)} in {dtype} is not in PEAK_FLOPS")
+            print(
+                f"no MFU: the peak rate of {torch.cuda.get_device_name(device)} in {dtype} is not in PEAK_FLOPS"
+            )
         for split, loader in loaders.items():
             rows = f"{loader.n_rows:,} rows of {config.block_size}, {loader.fill:.1%} full"
             if len(loader.parts) > 1:  # a small data set may drown in a large one
                 rows += f" ({', '.join(f'{part.taken:,} of {part.shard.path.parent.name}' for part in loader.parts)})"
             lost = f"; {loader.n_lost:,} left out, beyond a row" if loader.n_lost else ""
             print(f"{split}: {loader.n_tokens:,} tokens in {rows}{lost}")
-        print(f"{config.max_iters:,} steps are {round(config.max_iters / steps_per_epoch, 2):,g} epochs")
+        print(
+            f"{config.max_iters:,} steps are {round(config.max_iters / steps_per_epoch, 2):,g} epochs"
+        )
         log = Log(config, first_iter=state["iter"])
 
     def step_batches(it):
         """Return this process's micro-batches of step `it`, each with its number of supervised tokens."""
         steps = range(rank, config.gradient_accumulation_steps, world_size)
-        batches = [loaders["train"].batch(it * config.gradient_accumulation_steps + step) for step in steps]
+        batches = [
+            loaders["train"].batch(it * config.gradient_accumulation_steps + step) for step in steps
+        ]
         return [(*batch, (batch[1] != -100).sum().item()) for batch in batches]
 
     # 8. the loop
@@ -274,13 +332,17 @@ def main(config):
         # the loss is the sum over the supervised tokens of all micro-batches and processes, over their number
         batches, ahead = ahead.result(), reader.submit(step_batches, it + 1)
         # on the CPU, through gloo: no wait for the GPU
-        total, stopping = world.sum(torch.tensor([sum(n for *_, n in batches), int(stop.asked)])).tolist()
+        total, stopping = world.sum(
+            torch.tensor([sum(n for *_, n in batches), int(stop.asked)])
+        ).tolist()
         if stopping:
             if norm is not None and not scaler.is_enabled():
                 trouble.check("gradient norm", norm.item(), it)
             save(it, gathered())
             if master:
-                print(f"stopped at iter {it}, saved to {last}; go on with the same command and --init_from=resume")
+                print(
+                    f"stopped at iter {it}, saved to {last}; go on with the same command and --init_from=resume"
+                )
             break
         loss_sum = torch.zeros((), device=device)
         for i, (x, y, documents, n) in enumerate(batches):
@@ -293,7 +355,9 @@ def main(config):
             with autocast:
                 # the targets stay on the CPU: the model looks there for what is supervised, and waits for no GPU (but
                 # FSDP moves all that goes in)
-                loss = model(move(x, device), y, documents=move(documents, device))[1] * (n / max(1, total))
+                loss = model(move(x, device), y, documents=move(documents, device))[1] * (
+                    n / max(1, total)
+                )
             loss_sum += loss.detach()
             scaler.scale(loss * world_size).backward()  # the processes' mean is taken
         norm = optimizer_step(raw_model, optimizer, scaler, lr, config.grad_clip)
@@ -305,14 +369,28 @@ def main(config):
             clock, clock_iter = time.perf_counter(), it + 1
             if master:
                 tokens = loaders["train"].fill * tokens_per_step  # padding is none
-                speed, flops = tokens / seconds, raw_model.flops_per_token(loaders["train"].span, total / tokens)
+                speed, flops = (
+                    tokens / seconds,
+                    raw_model.flops_per_token(loaders["train"].span, total / tokens),
+                )
                 mfu = flops * speed / (peak * world_size) if peak else None
-                log(iter=it + 1, loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_s=speed, mfu=mfu)
+                log(
+                    iter=it + 1,
+                    loss=loss,
+                    lr=lr,
+                    grad_norm=norm.item(),
+                    tokens_per_s=speed,
+                    mfu=mfu,
+                )
                 left = timedelta(seconds=round(seconds * (config.max_iters - it - 1)))
                 rate = f"{speed:,.0f} tokens/s" + (f" ({mfu:.1%} MFU)" if mfu else "")
-                print(f"iter {it + 1}/{config.max_iters}: loss {loss:.4f}, lr {lr:.2e}, {rate}, {left} left")
+                print(
+                    f"iter {it + 1}/{config.max_iters}: loss {loss:.4f}, lr {lr:.2e}, {rate}, {left} left"
+                )
             trouble.check("loss", loss, it + 1)
-            if not scaler.is_enabled():  # which skips a step whose gradients are too large for float16
+            if (
+                not scaler.is_enabled()
+            ):  # which skips a step whose gradients are too large for float16
                 trouble.check("gradient norm", norm.item(), it + 1)
     reader.shutdown(cancel_futures=True)
     world.leave()
@@ -324,7 +402,13 @@ def sample_reply(model, tokenizer):
     prompt = tokenizer.render([message], add_generation_prompt=True)[0]
     if len(prompt) >= model.config.block_size:
         return f"(a context of {model.config.block_size} tokens is too short to talk)"
-    options = {"max_new_tokens": 30, "temperature": 0.7, "top_k": 50, "seed": 0, "stop_ids": tokenizer.stop_ids}
+    options = {
+        "max_new_tokens": 30,
+        "temperature": 0.7,
+        "top_k": 50,
+        "seed": 0,
+        "stop_ids": tokenizer.stop_ids,
+    }
     reply = generate(model, [prompt], tokenizer=tokenizer, **options)[0]
     return " ".join(tokenizer.decode(prompt + reply).split())
 

@@ -45,7 +45,9 @@ RUNAWAY = 10  # a run ends where its KL is so many times the target
 @dataclass
 class Config:
     # where from, where to
-    init_from: str = default_model()  # the chat model to start from: a directory, nano, org/name; or resume
+    init_from: str = (
+        default_model()
+    )  # the chat model to start from: a directory, nano, org/name; or resume
     reward: str = "out/reward"  # a reward model; or share:WORD or length:N, of which the best that can be had is 1
     out_dir: str = "out/ppo"  # the weights with the highest held-out score; the latest and the trainer's in its last/
     data_dir: str = "data"  # where the datasets are
@@ -54,13 +56,17 @@ class Config:
     rollouts: int = 64  # replies in an iteration, over all processes together
     max_new_tokens: int = 48  # tokens in a reply, at most
     max_prompt: int = 256  # tokens before it, at most
-    temperature: float = 0.7  # of the distribution that is drawn from, and whose probabilities are trained
+    temperature: float = (
+        0.7  # of the distribution that is drawn from, and whose probabilities are trained
+    )
     no_end: float = -1.0  # the score, in standard deviations, of a reply that does not end or goes on with another turn
     # the update
     max_iters: int = 200  # iterations
     epochs: int = 4  # over the replies of an iteration
     batch_size: int = 16  # replies in a step, over all processes together
-    clip: float = 0.2  # the ratio of new to old probabilities is rewarded up to 1 + clip and down to 1 - clip
+    clip: float = (
+        0.2  # the ratio of new to old probabilities is rewarded up to 1 + clip and down to 1 - clip
+    )
     value_clip: float = 0.2  # how far values move in an iteration
     value_coef: float = 0.1  # weight of the values' loss
     gamma: float = 1.0  # discount of a token later
@@ -78,7 +84,9 @@ class Config:
     adam_eps: float = 1e-5  # keeps the step of a tiny gradient small
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     # looking on
-    normalize_on: int = 256  # replies of the model at the start whose rewards get mean 0 and standard deviation 1
+    normalize_on: int = (
+        256  # replies of the model at the start whose rewards get mean 0 and standard deviation 1
+    )
     eval_interval: int = 20  # iterations from one evaluation and checkpoint to the next
     eval_replies: int = 200  # replies to held-out people in an evaluation
     log_interval: int = 1  # iterations from one line to the next
@@ -110,11 +118,15 @@ def roll_out(model, tokenizer, prompts, config, seed):
     """Return the Rollout of a policy; prompt i has the seed `seed` + i. Nothing but temperature shapes the draw: the
     probabilities that are trained are those that were drawn from."""
     options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-    replies = generate(model, prompts, tokenizer=tokenizer, seed=seed, stop_ids=(tokenizer.eos_id,), **options)
+    replies = generate(
+        model, prompts, tokenizer=tokenizer, seed=seed, stop_ids=(tokenizer.eos_id,), **options
+    )
     whole = [len(ids) < config.max_new_tokens for ids in replies]
     markers = set(tokenizer.stop_ids)
     ended = [
-        end and not markers & set(ids) and not any(o in tokenizer.decode(ids) for o in tokenizer.stop_strings)
+        end
+        and not markers & set(ids)
+        and not any(o in tokenizer.decode(ids) for o in tokenizer.stop_strings)
         for end, ids in zip(whole, replies, strict=True)
     ]
     replies = [ids + [tokenizer.eos_id] * end for ids, end in zip(replies, whole, strict=True)]
@@ -131,11 +143,15 @@ def make_reward(name, tokenizer, device, autocast):
     kind, colon, value = name.partition(":")
 
     def contents(rollout):
-        return [[token for token in reply if token != tokenizer.eos_id] for reply in rollout.replies]
+        return [
+            [token for token in reply if token != tokenizer.eos_id] for reply in rollout.replies
+        ]
 
     if kind == "share" and value:
         word = {*tokenizer.encode(value), *tokenizer.encode(f" {value}")}
-        return lambda r: torch.tensor([sum(t in word for t in ids) / max(1, len(ids)) for ids in contents(r)])
+        return lambda r: torch.tensor(
+            [sum(t in word for t in ids) / max(1, len(ids)) for ids in contents(r)]
+        )
     if kind == "length" and value.isdecimal() and int(value):
         return lambda r: torch.tensor([1 - abs(len(ids) / int(value) - 1) for ids in contents(r)])
     if colon:
@@ -144,7 +160,9 @@ def make_reward(name, tokenizer, device, autocast):
 
     def learned(rollout):
         with autocast:
-            return scores(model, [scored(ids, tokenizer, model.config.block_size) for ids in rollout.rows()])
+            return scores(
+                model, [scored(ids, tokenizer, model.config.block_size) for ids in rollout.rows()]
+            )
 
     return learned
 
@@ -270,9 +288,13 @@ def check(config):
         raise ValueError(f"no_end={config.no_end} is not finite")
     at_least(2, config, "normalize_on", "eval_replies")
     if config.rollouts % config.batch_size:
-        raise ValueError(f"rollouts={config.rollouts} is not a multiple of batch_size={config.batch_size}")
+        raise ValueError(
+            f"rollouts={config.rollouts} is not a multiple of batch_size={config.batch_size}"
+        )
     if config.kl_horizon < config.rollouts:
-        raise ValueError(f"kl_horizon={config.kl_horizon} is less than an iteration's rollouts={config.rollouts}")
+        raise ValueError(
+            f"kl_horizon={config.kl_horizon} is less than an iteration's rollouts={config.rollouts}"
+        )
 
 
 def main(config):
@@ -285,12 +307,19 @@ def main(config):
     dtype, autocast, scaler = precision(config.dtype, device)
 
     # that there are shards is known before weights are fetched
-    paths = {split: find_shards(config.data_dir, config.dataset, split) for split in ("train", "val")}
+    paths = {
+        split: find_shards(config.data_dir, config.dataset, split) for split in ("train", "val")
+    }
 
     # 2. the policy, the model that it has to stay near to, and what it is paid by
     state = run_to_resume(config, world, "train_ppo", SAME)
     if state is None:
-        state = {"iter": 0, "kl_coef": config.kl_coef, "best_score": -math.inf, "name": config.init_from}
+        state = {
+            "iter": 0,
+            "kl_coef": config.kl_coef,
+            "best_score": -math.inf,
+            "name": config.init_from,
+        }
         state["kl_coef_at_first"] = config.kl_coef
     if config.kl_coef != state["kl_coef_at_first"]:
         state["kl_coef"] = state["kl_coef_at_first"] = config.kl_coef
@@ -298,25 +327,39 @@ def main(config):
     with world.one_by_one():
         original, tokenizer = load_model(config.init_from if new else str(reference_dir), device)
         if tokenizer.n_vocab > (n := original.config.vocab_size):
-            raise ValueError(f"{state['name']} knows {n} tokens, its tokenizer makes {tokenizer.n_vocab}")
+            raise ValueError(
+                f"{state['name']} knows {n} tokens, its tokenizer makes {tokenizer.n_vocab}"
+            )
         if new and world.master:
             save_model(original, tokenizer, reference_dir)
-    raw_model = ActorCritic(copy.deepcopy(original), tokenizer.n_vocab, config.temperature).to(device)
-    reference = ActorCritic(original.eval(), tokenizer.n_vocab, config.temperature).to(device).requires_grad_(False)
+    raw_model = ActorCritic(copy.deepcopy(original), tokenizer.n_vocab, config.temperature).to(
+        device
+    )
+    reference = (
+        ActorCritic(original.eval(), tokenizer.n_vocab, config.temperature)
+        .to(device)
+        .requires_grad_(False)
+    )
     policy = raw_model.policy
     reward = make_reward(config.reward, tokenizer, device, autocast)
     if (longest := config.max_prompt + config.max_new_tokens) > (n := policy.config.block_size):
-        raise ValueError(f"max_prompt and max_new_tokens are {longest} together, but the model's context is {n}")
+        raise ValueError(
+            f"max_prompt and max_new_tokens are {longest} together, but the model's context is {n}"
+        )
     shards = {split: [open_shard(path) for path, _ in paths[split]] for split in paths}
 
     def prompts(split, n, *seed):
         """Return n prompts of a split, a function of the seed: the turns of different people, as far as there are."""
         found, seed = [], int(np.random.SeedSequence((config.seed, *seed)).generate_state(1)[0])
         while len(found) < n:
-            more, _ = openings(shards[split], tokenizer, n - len(found), config.max_prompt, seed + len(found))
+            more, _ = openings(
+                shards[split], tokenizer, n - len(found), config.max_prompt, seed + len(found)
+            )
             if not more:
                 at_most = f"a prompt of at most {config.max_prompt} tokens"
-                raise ValueError(f"no reply in {config.dataset}'s {split} has {at_most}: raise max_prompt")
+                raise ValueError(
+                    f"no reply in {config.dataset}'s {split} has {at_most}: raise max_prompt"
+                )
             found += more
         return found
 
@@ -330,11 +373,15 @@ def main(config):
 
     # 3. the unit of rewards: what the model at the start gets
     if world.master:
-        print(f"{policy.num_parameters():,} parameters on {device}, {str(dtype).removeprefix('torch.')}")
+        print(
+            f"{policy.num_parameters():,} parameters on {device}, {str(dtype).removeprefix('torch.')}"
+        )
     if new:
         state |= {"mean": 0.0, "std": 1.0}
         unit = torch.zeros(2, dtype=torch.float64)
-        if world.master:  # a token that came out otherwise on another GPU would give it another unit
+        if (
+            world.master
+        ):  # a token that came out otherwise on another GPU would give it another unit
             _, first, _ = play(original, prompts("train", config.normalize_on, 0), config.seed)
             unit[0], unit[1] = first.mean(), first.std()
         state["mean"], std = world.sum(unit).tolist()
@@ -342,9 +389,13 @@ def main(config):
     else:
         raw_model.load_state_dict(state.pop("model"))
     if world.master:
-        print(f"the reward of {state['name']}: {state['mean']:.4f}, standard deviation {state['std']:.4f}")
+        print(
+            f"the reward of {state['name']}: {state['mean']:.4f}, standard deviation {state['std']:.4f}"
+        )
     if state["iter"] > config.max_iters:
-        raise ValueError(f"{last} is at iter {state['iter']}, beyond max_iters={config.max_iters}: raise it")
+        raise ValueError(
+            f"{last} is at iter {state['iter']}, beyond max_iters={config.max_iters}: raise it"
+        )
     model = DistributedDataParallel(raw_model) if world.size > 1 else raw_model
     optimizer = adamw(raw_model, config)
     restore(raw_model, optimizer, scaler, state)
@@ -383,14 +434,21 @@ def main(config):
             "val_kl": ((logprobs - ref_logprobs) * mask).sum(1).mean().item(),
             "val_length": mask.sum(1).float().mean().item(),
             "val_ended": rollout.ended.float().mean().item(),
-            "val_repeated_4grams": repeated_4grams([tokenizer.decode(ids) for ids in rollout.replies]),
+            "val_repeated_4grams": repeated_4grams(
+                [tokenizer.decode(ids) for ids in rollout.replies]
+            ),
         }
 
     def save(it):
         """Write last/."""
-        kept = {name: state[name] for name in ("kl_coef", "kl_coef_at_first", "best_score", "mean", "std", "name")}
+        kept = {
+            name: state[name]
+            for name in ("kl_coef", "kl_coef_at_first", "best_score", "mean", "std", "name")
+        }
         common = (raw_model, optimizer, scaler)
-        save_last(world, config, "train_ppo", policy, tokenizer, *common, same=SAME, iter=it, **kept)
+        save_last(
+            world, config, "train_ppo", policy, tokenizer, *common, same=SAME, iter=it, **kept
+        )
 
     stop = StopSignal()
     if world.master:
@@ -422,7 +480,9 @@ def main(config):
         if world.sum(torch.tensor(int(stop.asked))):
             save(it)
             if world.master:
-                print(f"stopped at iter {it}, saved to {last}; go on with the same command and --init_from=resume")
+                print(
+                    f"stopped at iter {it}, saved to {last}; go on with the same command and --init_from=resume"
+                )
             break
         clock = time.perf_counter()
 
@@ -430,7 +490,9 @@ def main(config):
         share = config.rollouts // world.size
         mine = slice(world.rank * share, (world.rank + 1) * share)
         seed = int(np.random.SeedSequence((config.seed, it, 2)).generate_state(1)[0])
-        rollout, rewards, score = play(policy, prompts("train", config.rollouts, it, 3)[mine], seed + mine.start)
+        rollout, rewards, score = play(
+            policy, prompts("train", config.rollouts, it, 3)[mine], seed + mine.start
+        )
 
         # 5. advantages
         old_logprobs, ref_logprobs, old_values, mask = measure(rollout)
@@ -440,12 +502,16 @@ def main(config):
         mean_reward, mean_score, mean_kl, length, ended = sums.tolist()
         check_kl(mean_kl, it, config)
         rewards = token_rewards(score, old_logprobs, ref_logprobs, mask, state["kl_coef"])
-        advantages, returns = advantages_and_returns(rewards, old_values, mask, config.gamma, config.lam)
+        advantages, returns = advantages_and_returns(
+            rewards, old_values, mask, config.gamma, config.lam
+        )
         advantages = whiten(advantages, mask, world)
 
         # 6. the update; where the KL is beyond twice its target, at a lower rate
         lr = learning_rate(config, it) * min(1.0, 2 * config.kl_target / max(mean_kl, 1e-9))
-        token_sums = torch.zeros(5, dtype=torch.float64)  # of tokens: policy loss, value loss, entropy, clipped; all
+        token_sums = torch.zeros(
+            5, dtype=torch.float64
+        )  # of tokens: policy loss, value loss, entropy, clipped; all
         for epoch in range(config.epochs):
             order = torch.arange(share)
             if epoch:
@@ -453,12 +519,17 @@ def main(config):
                 order = torch.randperm(share, generator=draw)
             for rows in in_parts(order):
                 here = mask[rows]  # (b, R)
-                parts = (x[rows][here].to(device) for x in (old_logprobs, advantages, old_values, returns))
+                parts = (
+                    x[rows][here].to(device)
+                    for x in (old_logprobs, advantages, old_values, returns)
+                )
                 logprobs_before, advantage, values_before, return_ = parts  # (N,) each
                 total = world.sum(here.sum().double()).item()
                 with autocast:
                     logprobs, entropy, values = model(*tokens_of(rollout, rows.tolist(), device))
-                policy_loss, ratio = policy_losses(logprobs, logprobs_before, advantage, config.clip)
+                policy_loss, ratio = policy_losses(
+                    logprobs, logprobs_before, advantage, config.clip
+                )
                 value_loss = value_losses(values, values_before, return_, config.value_clip)
                 loss = (policy_loss + config.value_coef * value_loss).sum() / total
                 scaler.scale(loss * world.size).backward()  # the processes' mean is taken

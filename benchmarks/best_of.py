@@ -42,24 +42,39 @@ def measure(config):
     room = model.config.block_size - config.max_new_tokens
     prompts, _ = openings(shards, tokenizer, config.prompts, room, 0)
     if not prompts:
-        raise ValueError(f"no reply in {config.dataset} has a prompt of at most {room} tokens: lower max_new_tokens")
+        raise ValueError(
+            f"no reply in {config.dataset} has a prompt of at most {room} tokens: lower max_new_tokens"
+        )
     options = options_of(for_template(config, tokenizer.template))
     options |= {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
-    engines = [Engine(model, rows, n_vocab=tokenizer.n_vocab) for rows in (1, config.n, config.most)]
+    engines = [
+        Engine(model, rows, n_vocab=tokenizer.n_vocab) for rows in (1, config.n, config.most)
+    ]
     seconds, drawn, n_tokens = [0.0, 0.0], [], 0
     for number, prompt in enumerate([prompts[0], *prompts]):  # the first time does not count
         seed = number * config.most
         for which in (0, 1) if number % 2 else (1, 0):
             t0 = time.perf_counter()
             if which:
-                chosen = best_of(engines[1], reward_model, tokenizer, prompt, config.n, seed=seed, **options)
+                chosen = best_of(
+                    engines[1], reward_model, tokenizer, prompt, config.n, seed=seed, **options
+                )
                 n_tokens += sum(len(ids) for _, ids in chosen) * (number > 0)
             else:
-                generate(model, [prompt], engine=engines[0], tokenizer=tokenizer, seed=seed, **options)
+                generate(
+                    model, [prompt], engine=engines[0], tokenizer=tokenizer, seed=seed, **options
+                )
             seconds[which] += (time.perf_counter() - t0) * (number > 0)
         if not number:
             continue
-        replies = generate(model, [prompt] * config.most, engine=engines[2], tokenizer=tokenizer, seed=seed, **options)
+        replies = generate(
+            model,
+            [prompt] * config.most,
+            engine=engines[2],
+            tokenizer=tokenizer,
+            seed=seed,
+            **options,
+        )
         drawn.append(scores_behind(reward_model, tokenizer, prompt, replies))
         print(f"{number} prompts", file=sys.stderr)
     drawn = torch.stack(drawn)  # (prompts, most)

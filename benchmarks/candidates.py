@@ -30,7 +30,9 @@ def measure(config):
     and the tokens of context and candidates a second."""
     at_least(1, config, "lines")
     if not Path(config.source or "-").exists():
-        raise FileNotFoundError(f"source={config.source} does not exist: the archive of PersonaChat, or its valid file")
+        raise FileNotFoundError(
+            f"source={config.source} does not exist: the archive of PersonaChat, or its valid file"
+        )
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device, inference=True)
     model, tokenizer = load_model(config.init_from, device, dtype, inference=True)
@@ -42,7 +44,9 @@ def measure(config):
         texts = others or [*draw.choices(replies, k=19), reply]
         continuations = [continuation(tokenizer, text) for text in texts]
         system = [{"role": "system", "content": persona}] if persona else []
-        context, _ = fit_context(tokenizer, system + said, model.config.block_size - max(map(len, continuations)) + 1)
+        context, _ = fit_context(
+            tokenizer, system + said, model.config.block_size - max(map(len, continuations)) + 1
+        )
         for which, scored in enumerate((continuations, continuations[-1:])):
             t0 = time.perf_counter()
             loglikelihoods(model, context, scored)  # whose floats say that the device is done

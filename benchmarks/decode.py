@@ -21,7 +21,9 @@ ITEMSIZE = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.int8: 1
 
 @dataclass
 class Config:
-    init_from: str = "random:gpt2"  # as for chat.py; random:gpt2 has that shape and needs no weights
+    init_from: str = (
+        "random:gpt2"  # as for chat.py; random:gpt2 has that shape and needs no weights
+    )
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
     rows: int = 1  # prompts at once
@@ -51,8 +53,12 @@ def measure(config):
     choose, seconds, started = random.Random(0), [], 0.0
     for repeat in range(config.repeats + 1):
         t0 = time.perf_counter()
-        for row in range(config.rows):  # another prompt each time: none can be taken over from the one before
-            engine.add([choose.randrange(vocab_size) for _ in range(config.prompt_len)], sampling, seed=row)
+        for row in range(
+            config.rows
+        ):  # another prompt each time: none can be taken over from the one before
+            engine.add(
+                [choose.randrange(vocab_size) for _ in range(config.prompt_len)], sampling, seed=row
+            )
         engine.step()  # the prompts, and a token each; the ids on the host say that the device is done
         t1 = time.perf_counter()
         while engine.step():
@@ -64,7 +70,9 @@ def measure(config):
     prompt, new = (statistics.median(s) for s in zip(*seconds[1:], strict=True))
     steps = config.new_tokens - 1
     c = model.config
-    weights = (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd) * ITEMSIZE[dtype]  # that a step multiplies with
+    weights = (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd) * ITEMSIZE[
+        dtype
+    ]  # that a step multiplies with
     return {
         "tokens_per_s": config.rows * config.new_tokens / (prompt + new),
         "seconds": prompt + new,
@@ -75,5 +83,7 @@ def measure(config):
         "warm_up_s": sum(seconds[0]) - prompt - new,
         "peak_memory_mb": peak_memory(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
+        "device": torch.cuda.get_device_name(device)
+        if torch.device(device).type == "cuda"
+        else device,
     }

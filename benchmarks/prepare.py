@@ -29,7 +29,11 @@ def measure(config):
     """
     at_least(1, config, "megabytes")
     talk = [messages for _, messages in chitchat.read(chitchat.packaged())]
-    size = sum(len(message["content"].encode()) for messages in talk for message in messages) / len(talk) / 1e6
+    size = (
+        sum(len(message["content"].encode()) for messages in talk for message in messages)
+        / len(talk)
+        / 1e6
+    )
     total = max(2, round(config.megabytes / size))
     before = peak_memory("cpu")
     conversations = (("train" if i else "val", talk[i % len(talk)]) for i in range(total))
@@ -39,7 +43,10 @@ def measure(config):
         seconds = time.perf_counter() - start
         tokens = sum(len(open_shard(path).tokens) for path in Path(folder).glob("*.bin"))
     peak = peak_memory("cpu")
-    texts = ["\n".join(m["content"] for m in talk[i % len(talk)]) for i in range(min(total, round(64 / size)))]
+    texts = [
+        "\n".join(m["content"] for m in talk[i % len(talk)])
+        for i in range(min(total, round(64 / size)))
+    ]
     start = time.perf_counter()
     gpt2_encoding().encode_ordinary_batch(texts, num_threads=os.cpu_count())
     alone = len(texts) * size / (time.perf_counter() - start)

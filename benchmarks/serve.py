@@ -41,8 +41,15 @@ def measure(config):
     draw = random.Random(0)
 
     def requests(n, new_tokens=config.new_tokens):
-        options = {"max_tokens": new_tokens, "temperature": 0, "frequency_penalty": 0, "logit_bias": {"50256": -100}}
-        return [options | {"prompt": draw.choices(range(50256), k=config.prompt_len)} for _ in range(n)]
+        options = {
+            "max_tokens": new_tokens,
+            "temperature": 0,
+            "frequency_penalty": 0,
+            "logit_bias": {"50256": -100},
+        }
+        return [
+            options | {"prompt": draw.choices(range(50256), k=config.prompt_len)} for _ in range(n)
+        ]
 
     command = [sys.executable, str(SERVE), "--port=0", f"--max_rows={config.clients}"]
     command += [f"--{name}={getattr(config, name)}" for name in ("init_from", "dtype", "device")]
@@ -95,7 +102,11 @@ def measure(config):
 def resident_memory(pid):
     """Return what a process has in memory, in MB; None where there is no /proc."""
     status = Path(f"/proc/{pid}/status")
-    return int(re.search(r"VmRSS:\s*(\d+) kB", status.read_text())[1]) * 1024 / 1e6 if status.exists() else None
+    return (
+        int(re.search(r"VmRSS:\s*(\d+) kB", status.read_text())[1]) * 1024 / 1e6
+        if status.exists()
+        else None
+    )
 
 
 @dataclass
@@ -116,23 +127,41 @@ async def ask(host, port, request):
     """Send a request for a streamed completion over a connection of its own; return what was Heard."""
     began = time.perf_counter()
     reader, writer = await asyncio.open_connection(host, port)
-    body = json.dumps(request | {"stream": True, "stream_options": {"include_usage": True}}).encode()
+    body = json.dumps(
+        request | {"stream": True, "stream_options": {"include_usage": True}}
+    ).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
     writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     status, first, events = int((await reader.readline()).split()[1]), None, []
     while line := await reader.readline():
-        if line.startswith(b"data: {"):  # to be read when there is time: the server has the same cores
+        if line.startswith(
+            b"data: {"
+        ):  # to be read when there is time: the server has the same cores
             first = first or time.perf_counter() - began
             events.append(line)
     seconds = time.perf_counter() - began
     writer.close()
     parts = [json.loads(line.removeprefix(b"data: ")) for line in events]
     text = "".join(choice["text"] for part in parts for choice in part.get("choices", ()))
-    logprobs = [choice["logprobs"] for part in parts for choice in part.get("choices", ()) if choice["logprobs"]]
-    likeliest = [pair for found in logprobs for pair in zip(found["tokens"], found["top_logprobs"], strict=True)]
+    logprobs = [
+        choice["logprobs"]
+        for part in parts
+        for choice in part.get("choices", ())
+        if choice["logprobs"]
+    ]
+    likeliest = [
+        pair
+        for found in logprobs
+        for pair in zip(found["tokens"], found["top_logprobs"], strict=True)
+    ]
     usage = parts[-1].get("usage") if parts else None
     return Heard(
-        status, text, usage["completion_tokens"] if usage else 0, first or seconds, seconds, likeliest=likeliest
+        status,
+        text,
+        usage["completion_tokens"] if usage else 0,
+        first or seconds,
+        seconds,
+        likeliest=likeliest,
     )
 
 

@@ -22,7 +22,9 @@ from nanochatgpt.tokenizer import Tokenizer
 
 @dataclass
 class Config:
-    loop: str = "packed"  # packed (ours), nanogpt, or padded (transformers', to the longest in a batch)
+    loop: str = (
+        "packed"  # packed (ours), nanogpt, or padded (transformers', to the longest in a batch)
+    )
     init_from: str = "random:gpt2"  # random:gpt2, random:gpt2-medium, ...: of that shape
     data_dir: str = "data"  # where the shards are
     dataset: str = ""  # its train*.bin; without it random tokens, all of them supervised
@@ -33,7 +35,9 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "bfloat16"  # of autocast: float32, bfloat16
     compile: bool = False  # torch.compile the model
-    gradient_checkpointing: bool = False  # compute activations again in the backward pass; not for padded
+    gradient_checkpointing: bool = (
+        False  # compute activations again in the backward pass; not for padded
+    )
 
 
 def measure(config):
@@ -44,7 +48,9 @@ def measure(config):
     shape = config.init_from.removeprefix("random:")
     if shape not in PRESETS or shape == config.init_from:
         names = ", ".join(f"random:{name}" for name in PRESETS)
-        raise ValueError(f"init_from={config.init_from} is not one of {names}; speed does not depend on the weights")
+        raise ValueError(
+            f"init_from={config.init_from} is not one of {names}; speed does not depend on the weights"
+        )
     if config.loop == "padded" and config.gradient_checkpointing:
         raise ValueError("gradient_checkpointing is not for loop=padded: leave it out")
     start = time.perf_counter()
@@ -75,7 +81,11 @@ def measure(config):
     random_ids = torch.randint(0, 50257, (B, T + 1), generator=torch.Generator().manual_seed(0))
 
     def batch(number):
-        return loader.batch(number) if config.dataset else (random_ids[:, :-1], random_ids[:, 1:], None)
+        return (
+            loader.batch(number)
+            if config.dataset
+            else (random_ids[:, :-1], random_ids[:, 1:], None)
+        )
 
     def packed(number):
         """Return the loss of a batch, how many of its positions hold tokens, and its targets."""
@@ -92,8 +102,12 @@ def measure(config):
     def padded(number):
         """Alike; as transformers' own examples do it."""
         ids = random_ids[:, :-1]
-        x, y, seen = padded_batch(loader, number) if config.dataset else (ids, ids, torch.ones_like(ids))
-        loss = run_model(move(x, device), attention_mask=move(seen, device), labels=move(y, device)).loss
+        x, y, seen = (
+            padded_batch(loader, number) if config.dataset else (ids, ids, torch.ones_like(ids))
+        )
+        loss = run_model(
+            move(x, device), attention_mask=move(seen, device), labels=move(y, device)
+        ).loss
         return loss, seen.sum().item(), y
 
     loss_of = {"packed": packed, "nanogpt": nanogpt, "padded": padded}[config.loop]
@@ -126,7 +140,9 @@ def measure(config):
         "mfu": rate(0) * flops_per_token(span, rate(1) / rate(0)) / peak if peak else None,
         "first_step_s": first_step,  # since the imports, with loading and compiling
         "peak_memory_mb": peak_memory(device),
-        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
+        "device": torch.cuda.get_device_name(device)
+        if torch.device(device).type == "cuda"
+        else device,
     }
 
 
@@ -137,7 +153,10 @@ def padded_batch(loader, number):
     order = np.random.default_rng(0).permutation(len(shard.offsets) - 1)
     rows, labels = [], []
     for i in np.take(order, range(number * B, (number + 1) * B), mode="wrap"):
-        start, stop = shard.offsets[i], min(shard.offsets[i + 1], shard.offsets[i] + loader.block_size)
+        start, stop = (
+            shard.offsets[i],
+            min(shard.offsets[i + 1], shard.offsets[i] + loader.block_size),
+        )
         rows.append(torch.from_numpy(shard.tokens[start:stop].astype(np.int64)))
         labels.append(rows[-1].where(torch.from_numpy(shard.mask(start, stop)), -100))
     seen = [torch.ones_like(row) for row in rows]

@@ -21,6 +21,8 @@ warmup_iters = 100
 beta2 = 0.98
 adam_eps = 1e-5
 label_smoothing = 0.1  # else words that are never targets are never said, though they were told
-freeze_rare = 20  # else they learn to fit the heads that copy, and words that were in no training data do not
+freeze_rare = (
+    20  # else they learn to fit the heads that copy, and words that were in no training data do not
+)
 eval_interval = 500
 eval_iters = 30

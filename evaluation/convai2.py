@@ -27,7 +27,9 @@ def loglikelihoods(model, context, continuations):
     longest = len(context) + max(map(len, continuations)) - 1
     if longest > model.config.block_size:
         raise ValueError(f"{longest} tokens, but the model has {model.config.block_size} positions")
-    branches = Branches(context, [ids[:-1] for ids in continuations], model)  # the last one is only a target
+    branches = Branches(
+        context, [ids[:-1] for ids in continuations], model
+    )  # the last one is only a target
     hidden = model.hidden(branches.idx, branches, branches.positions)[0]  # (T, C)
     at, first = [], len(context)
     for ids in continuations:  # where each of its tokens is predicted
@@ -60,10 +62,14 @@ def marks(model, tokenizer, lines, context, shown):
         system = [{"role": "system", "content": persona}] if persona else []
         scores = loglikelihoods(model, fit_context(tokenizer, system + said, room)[0], replies)
         nll["persona_perplexity"] -= scores[-1]
-        nll["plain_perplexity"] -= loglikelihoods(model, fit_context(tokenizer, said, room)[0], replies[-1:])[0]
+        nll["plain_perplexity"] -= loglikelihoods(
+            model, fit_context(tokenizer, said, room)[0], replies[-1:]
+        )[0]
         if candidates:
             means = [score / len(ids) for score, ids in zip(scores, replies, strict=True)]
             hits, ranked = hits + (means[-1] == max(means)), ranked + 1
         n += len(replies[-1])
         shown(number)
-    return {"hits_1": hits / ranked if ranked else None} | {name: perplexity(total / n) for name, total in nll.items()}
+    return {"hits_1": hits / ranked if ranked else None} | {
+        name: perplexity(total / n) for name, total in nll.items()
+    }

@@ -73,11 +73,15 @@ def row_attention(config):
     model, tokenizer = load_model(config.init_from)
     c, T = model.eval().config, config.tokens
     if config.layer >= c.n_layer or config.head >= c.n_head:
-        raise ValueError(f"layer={config.layer}, head={config.head}: there are {c.n_layer} layers of {c.n_head} heads")
+        raise ValueError(
+            f"layer={config.layer}, head={config.head}: there are {c.n_layer} layers of {c.n_head} heads"
+        )
     shards = find_shards(config.data_dir, config.dataset, "val")
     x, y, documents = Loader(shards, 1, T, 0, tokenizer).batch(config.row)
     caught = []
-    model.transformer.h[config.layer].attn.c_attn.register_forward_hook(lambda *call: caught.append(call[2]))
+    model.transformer.h[config.layer].attn.c_attn.register_forward_hook(
+        lambda *call: caught.append(call[2])
+    )
     model.hidden(x, documents=documents)
     q, k, _ = caught[0].view(T, 3, c.n_head, -1)[:, :, config.head].unbind(1)  # (T, hs)
     starts = documents.unique()[:-1]
@@ -93,23 +97,41 @@ def attention(config):
     """Draw a row's mask, and what a head looks at in the last reply of one of its conversations."""
     seen, weights, ids, starts, learned, tokenizer = row_attention(config)
     if config.conversation >= len(starts):
-        raise ValueError(f"conversation={config.conversation}: there are {len(starts)} in the row, from 0 on")
+        raise ValueError(
+            f"conversation={config.conversation}: there are {len(starts)} in the row, from 0 on"
+        )
     first, last = [*starts, len(ids)][config.conversation : config.conversation + 2]
     reply = learned[(learned >= first) & (learned < last)]
     gaps = (reply.diff() > 1).nonzero()[:, 0].tolist()
     reply = reply[gaps[-1] + 1 :] if gaps else reply
-    texts = [tokenizer.decode([token]).replace("\n", r"\n").replace("$", r"\$") for token in ids.tolist()]
+    texts = [
+        tokenizer.decode([token]).replace("\n", r"\n").replace("$", r"\$") for token in ids.tolist()
+    ]
 
     def draw(figure):
         row, one = figure.subplots(1, 2, width_ratios=(1, 2))
         shade = torch.zeros(len(ids))
         for n, start in enumerate(starts):
             shade[start:] = n % 2 + 1
-        row.imshow((seen * shade[:, None]).numpy(), cmap="Blues", vmin=0, vmax=3, interpolation="none")
-        row.scatter([-0.02 * len(ids)] * len(learned), learned, s=4, color=COLOURS[1], marker="s", clip_on=False)
-        row.set(xlabel="looked at: position in the row", ylabel="looking (orange: what follows is learned)")
+        row.imshow(
+            (seen * shade[:, None]).numpy(), cmap="Blues", vmin=0, vmax=3, interpolation="none"
+        )
+        row.scatter(
+            [-0.02 * len(ids)] * len(learned),
+            learned,
+            s=4,
+            color=COLOURS[1],
+            marker="s",
+            clip_on=False,
+        )
+        row.set(
+            xlabel="looked at: position in the row",
+            ylabel="looking (orange: what follows is learned)",
+        )
         row.set_title("who may look at whom")
-        one.imshow(weights[reply, first:last].numpy(), cmap="Blues", aspect="auto", interpolation="none")
+        one.imshow(
+            weights[reply, first:last].numpy(), cmap="Blues", aspect="auto", interpolation="none"
+        )
         one.set_xticks(range(last - first), texts[first:last], rotation=90, fontsize=6)
         one.set_yticks(range(len(reply)), [texts[at] for at in reply], fontsize=7)
         one.set_title(
@@ -127,7 +149,9 @@ def repetition(config):
     dtype = pick_dtype(config.dtype, device, inference=True)
     model, tokenizer = load_model(config.init_from, device, dtype, inference=True)
     shards = [open_shard(path) for path, _ in find_shards(config.data_dir, config.dataset, "val")]
-    prompts, _ = openings(shards, tokenizer, config.prompts, model.config.block_size - config.max_new_tokens, 0)
+    prompts, _ = openings(
+        shards, tokenizer, config.prompts, model.config.block_size - config.max_new_tokens, 0
+    )
     if not prompts:
         raise ValueError(
             f"no reply in {config.dataset} leaves room for max_new_tokens={config.max_new_tokens}: lower it"
@@ -135,16 +159,29 @@ def repetition(config):
     lengths, found = range(20, config.max_new_tokens + 1, 20), {}
     for name, penalty in PENALTIES.items():
         options = options_of(for_template(config, tokenizer.template)) | penalty
-        never = dict.fromkeys(tokenizer.stop_ids, -100.0)  # a reply that ended could not repeat itself any more
+        never = dict.fromkeys(
+            tokenizer.stop_ids, -100.0
+        )  # a reply that ended could not repeat itself any more
         replies = generate(model, prompts, seed=0, logit_bias=never, tokenizer=tokenizer, **options)
-        found[name] = [repeated_4grams([tokenizer.decode(ids[:n]) for ids in replies]) for n in lengths]
+        found[name] = [
+            repeated_4grams([tokenizer.decode(ids[:n]) for ids in replies]) for n in lengths
+        ]
         print(f"{name}: {', '.join(f'{share:.1%}' for share in found[name])}", file=sys.stderr)
 
     def draw(figure):
         axes = figure.subplots()
         for (name, shares), colour in zip(found.items(), COLOURS, strict=False):
-            axes.plot(lengths, [100 * share for share in shares], "o-", color=colour, label=name, markersize=4)
-        axes.set(xlabel="tokens of the reply so far", ylabel="% of its 4-grams that it has said before")
+            axes.plot(
+                lengths,
+                [100 * share for share in shares],
+                "o-",
+                color=colour,
+                label=name,
+                markersize=4,
+            )
+        axes.set(
+            xlabel="tokens of the reply so far", ylabel="% of its 4-grams that it has said before"
+        )
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -167,7 +204,11 @@ def rewards(config):
     return draw, (7, 3.3), result
 
 
-MODES = {"attention": (attention, Attention), "repetition": (repetition, Repetition), "best_of": (rewards, BestOf)}
+MODES = {
+    "attention": (attention, Attention),
+    "repetition": (repetition, Repetition),
+    "best_of": (rewards, BestOf),
+}
 
 
 def main():

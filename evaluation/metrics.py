@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from sacrebleu.metrics import BLEU, CHRF
 
-METRICS = {"bleu": BLEU(force=True), "chrf": CHRF()}  # force: without a warning that PersonaChat is tokenized
+METRICS = {
+    "bleu": BLEU(force=True),
+    "chrf": CHRF(),
+}  # force: without a warning that PersonaChat is tokenized
 ROWS = 256  # of logits at once: 50 MB in float32
 
 
@@ -27,7 +30,9 @@ class Prediction:
     targets: torch.Tensor  # (N,) int64
     likeliest: torch.Tensor  # (N,) int64
     nll: torch.Tensor  # (N,) float32, -log of the target's probability, in nats
-    follows: torch.Tensor  # (N - 1,) bool: of the next one, whether it is the next token of the same reply
+    follows: (
+        torch.Tensor
+    )  # (N - 1,) bool: of the next one, whether it is the next token of the same reply
 
     def sums(self):
         """Return what adds up over batches, (5,) float64: nll, right, repeated; tokens, pairs of neighbours.
@@ -35,14 +40,22 @@ class Prediction:
         right: the target is likeliest. repeated: the likeliest token is that of the position before too.
         """
         repeated = (self.likeliest.diff() == 0) & self.follows
-        counts = [self.nll.double(), self.likeliest == self.targets, repeated, self.targets >= 0, self.follows]
+        counts = [
+            self.nll.double(),
+            self.likeliest == self.targets,
+            repeated,
+            self.targets >= 0,
+            self.follows,
+        ]
         return torch.stack([count.sum().double().cpu() for count in counts])
 
     def replies(self):
         """Return [(ids predicted, ids of the target)] of each reply, without its last token, which is its end."""
         ends = [*((~self.follows).nonzero()[:, 0] + 1).tolist(), len(self.targets)]
         spans = list(itertools.pairwise([0, *ends]))
-        return [(self.likeliest[i : j - 1].tolist(), self.targets[i : j - 1].tolist()) for i, j in spans]
+        return [
+            (self.likeliest[i : j - 1].tolist(), self.targets[i : j - 1].tolist()) for i, j in spans
+        ]
 
 
 @torch.no_grad()
@@ -52,7 +65,10 @@ def predict(model, x, y, documents, device):
     document = torch.searchsorted(documents, at.int(), right=True)
     follows = (at.diff() == 1) & (document.diff() == 0)
     hidden = model.hidden(x.to(device), documents=documents.to(device))
-    hidden, targets = hidden.flatten(0, 1)[at.to(device)], y.flatten()[at].to(device)  # (N, C), (N,)
+    hidden, targets = (
+        hidden.flatten(0, 1)[at.to(device)],
+        y.flatten()[at].to(device),
+    )  # (N, C), (N,)
     likeliest, nll = [], []
     for h, target in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
         logits = model.lm_head(h).float()  # (rows, V)
@@ -69,7 +85,9 @@ def auc(scores, labels):
     label 0, both drawn at random; equal scores count half. scores (n,), labels (n,) of 0 and 1, both kinds there."""
     scores, labels = np.asarray(scores), np.asarray(labels, bool)
     _, which, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = counts.cumsum() - (counts - 1) / 2  # of each different score, from 1 on; equal ones share their mean
+    ranks = (
+        counts.cumsum() - (counts - 1) / 2
+    )  # of each different score, from 1 on; equal ones share their mean
     n = labels.sum()
     return ((ranks[which][labels].sum() - n * (n + 1) / 2) / (n * (len(labels) - n))).item()
 
@@ -122,7 +140,10 @@ def repeated_4grams(texts):
 
 def likeness(texts, references):
     """Return {bleu, chrf} of a corpus by sacrebleu, each from 0 to 1."""
-    return {name: metric.corpus_score(texts, [references]).score / 100 for name, metric in METRICS.items()}
+    return {
+        name: metric.corpus_score(texts, [references]).score / 100
+        for name, metric in METRICS.items()
+    }
 
 
 def f1(text, reference):
@@ -131,7 +152,11 @@ def f1(text, reference):
     In lower case, punctuation and the articles a, an, the left out, as ParlAI's metrics.py does it.
     """
     ours, theirs = (
-        Counter(re.sub(r"\b(a|an|the)\b", " ", re.sub(f"[{re.escape(string.punctuation)}]", " ", s.lower())).split())
+        Counter(
+            re.sub(
+                r"\b(a|an|the)\b", " ", re.sub(f"[{re.escape(string.punctuation)}]", " ", s.lower())
+            ).split()
+        )
         for s in (text, reference)
     )
     common = (ours & theirs).total()

@@ -49,11 +49,15 @@ def draw_png(runs, log, path):
     axes = figure.subplots()
     for name, curves in runs.items():
         loss, val_loss = curves["loss"], curves["val_loss"]
-        n = 1 + len(loss) // 50  # losses of single steps are noisy: over them a moving mean of so many
+        n = (
+            1 + len(loss) // 50
+        )  # losses of single steps are noisy: over them a moving mean of so many
         means = np.convolve(list(loss.values()), np.ones(n) / n, "valid") if loss else []
         (line,) = axes.plot(list(loss)[n - 1 :], means, linewidth=1.5, label=name)
         axes.plot(list(loss), list(loss.values()), color=line.get_color(), linewidth=0.5, alpha=0.4)
-        axes.plot(list(val_loss), list(val_loss.values()), "o-", color=line.get_color(), markersize=4)
+        axes.plot(
+            list(val_loss), list(val_loss.values()), "o-", color=line.get_color(), markersize=4
+        )
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -68,7 +72,10 @@ def draw_png(runs, log, path):
 def draw_text(runs, log):
     """Return the lines of a plot of {name: curves}, as large as the terminal."""
     columns, lines = shutil.get_terminal_size()
-    width, height = max(20, columns - 10), max(8, lines - 3 * len(runs) - 3)  # a summary may take two lines
+    width, height = (
+        max(20, columns - 10),
+        max(8, lines - 3 * len(runs) - 3),
+    )  # a summary may take two lines
     scale, unscale = (math.log, math.exp) if log else (float, float)
     top, bottom = scale(max(losses(runs.values()))), scale(min(losses(runs.values())))
     last = max(it for curves in runs.values() for it in curves["loss"] | curves["val_loss"]) or 1
@@ -84,18 +91,31 @@ def draw_text(runs, log):
     for name, curves in runs.items():
         loss = {it: y for it, y in curves["loss"].items() if math.isfinite(y)}
         for x in range(column(min(loss)), column(max(loss)) + 1) if loss else ():
-            put(x, np.interp(x / (width - 1) * last, list(loss), list(loss.values())), glyphs[name][0])
+            put(
+                x,
+                np.interp(x / (width - 1) * last, list(loss), list(loss.values())),
+                glyphs[name][0],
+            )
     for name, curves in runs.items():  # over all the lines
         for it, y in curves["val_loss"].items():
             put(column(it), y, glyphs[name][1])
     ticks = [unscale(top - (top - bottom) * row / (height - 1)) for row in range(height)]
-    plot = [f"{f'{ticks[i]:.4g}' if i % 4 == 0 else '':>7} │{''.join(row)}".rstrip() for i, row in enumerate(rows)]
+    plot = [
+        f"{f'{ticks[i]:.4g}' if i % 4 == 0 else '':>7} │{''.join(row)}".rstrip()
+        for i, row in enumerate(rows)
+    ]
     axis = f"{'nats':>7} └0{f' iter {last:,}':─>{width - 1}}"
-    return [*plot, axis, *(f"{thin} loss, {dot} val_loss: {name}" for name, (thin, dot) in glyphs.items())]
+    return [
+        *plot,
+        axis,
+        *(f"{thin} loss, {dot} val_loss: {name}" for name, (thin, dot) in glyphs.items()),
+    ]
 
 
 def main():
-    directories = [arg for arg in sys.argv[1:] if not arg.startswith("-") and not arg.endswith(".py")]
+    directories = [
+        arg for arg in sys.argv[1:] if not arg.startswith("-") and not arg.endswith(".py")
+    ]
     sys.argv[1:] = [arg for arg in sys.argv[1:] if arg not in directories]  # knobs and config files
 
     def draw(config):

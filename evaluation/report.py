@@ -33,7 +33,12 @@ CONVAI2 = {  # if it is asked for
     "plain_perplexity": ("ConvAI2: perplexity without", ".2f"),
 }
 BATCH_COLUMNS = ("loss", "reward", "penalty", "bleu")  # of a batch of training
-COLOURS = ("#2f6fde", "#d9731a", "#3a9d5d", "#9b59b6")  # of the columns; legible on white and on black
+COLOURS = (
+    "#2f6fde",
+    "#d9731a",
+    "#3a9d5d",
+    "#9b59b6",
+)  # of the columns; legible on white and on black
 WIDTH, HEIGHT, LEFT, ABOVE, BELOW = 640, 250, 46, 24, 24  # of a picture, and of its margins
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --quiet: #888 }
@@ -60,7 +65,9 @@ def read_log(path):
             record = json.loads(line)
         except ValueError:  # a line that a kill cut short
             continue
-        numbers = isinstance(record, dict) and all(isinstance(value, int | float | None) for value in record.values())
+        numbers = isinstance(record, dict) and all(
+            isinstance(value, int | float | None) for value in record.values()
+        )
         if not numbers or type(record.get("iter")) is not int:
             raise ValueError(f"{path} is not the log of a run: {line[:60]!r}")
         yield line, record
@@ -80,13 +87,21 @@ def read_run(directory):
         for name in curves.keys() & record.keys():
             curves[name][record["iter"]] = math.nan if record[name] is None else record[name]
     if not losses([curves]):
-        raise ValueError(f"{path} has no losses: train for longer, or lower log_interval (train_ppo.py has none)")
+        raise ValueError(
+            f"{path} has no losses: train for longer, or lower log_interval (train_ppo.py has none)"
+        )
     return curves
 
 
 def losses(runs):
     """Return all losses of the runs but the NaN or infinite one of a run that diverged, which cannot be drawn."""
-    return [y for curves in runs for name in ("loss", "val_loss") for y in curves[name].values() if math.isfinite(y)]
+    return [
+        y
+        for curves in runs
+        for name in ("loss", "val_loss")
+        for y in curves[name].values()
+        if math.isfinite(y)
+    ]
 
 
 def table(figures):
@@ -105,7 +120,11 @@ def table_of_batches(figures):
     lines = ["     " + "".join(f"  {name:>{width - 2}}" for name in figures)]
     lines.append("batch" + "".join(f"{key:>10}" for key in BATCH_COLUMNS) * len(figures))
     for number, row in enumerate(zip(*figures.values(), strict=True), 1):
-        cells = (f"{batch[key]:>10{'.4f' if key == 'loss' else '.1%'}}" for batch in row for key in BATCH_COLUMNS)
+        cells = (
+            f"{batch[key]:>10{'.4f' if key == 'loss' else '.1%'}}"
+            for batch in row
+            for key in BATCH_COLUMNS
+        )
         lines.append(f"{number:5}{''.join(cells)}")
     return "\n".join(lines)
 
@@ -120,25 +139,37 @@ def page(title, rows, runs, lengths, talks):
     colour = dict(zip(names, COLOURS * len(names), strict=False))
     parts = [f"<h1>{escape(title)}</h1>", _table(rows)]
     if runs:
-        parts += ["<h2>Loss in training</h2><p>Lines: training. Dots: validation.</p>", _legend(runs, colour)]
+        parts += [
+            "<h2>Loss in training</h2><p>Lines: training. Dots: validation.</p>",
+            _legend(runs, colour),
+        ]
         parts.append(_curves(runs, colour))
     if lengths:
-        parts += ["<h2>How long replies are</h2>", _legend(lengths, colour), _histogram(lengths, colour)]
+        parts += [
+            "<h2>How long replies are</h2>",
+            _legend(lengths, colour),
+            _histogram(lengths, colour),
+        ]
     if talks:
         parts.append("<h2>What is said</h2>")
         parts += [_talk(messages, replies, colour) for messages, replies in talks]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    )
     head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>' + "\n".join(parts) + "</body></html>\n"
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>'
+        + "\n".join(parts)
+        + "</body></html>\n"
+    )
 
 
 def _table(rows):
     head, *body = ["".join(f"<th>{escape(cell)}</th>" for cell in rows[0])] + [
-        f"<tr><th>{escape(row[0])}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) for row in rows[1:]
+        f"<tr><th>{escape(row[0])}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        for row in rows[1:]
     ]
-    return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"</tr>".join(body)}</tr></tbody></table></div>'
-    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"</tr>".join(body)}</tr></tbody></table></div>'
 
 
 def _legend(names, colour):
@@ -160,7 +191,9 @@ def _axes(x_last, y_last, x_label, y_label, y_first=0.0):
     ]
     for i in range(5):
         x, y = x_last * i / 5, y_first + (y_last - y_first) * i / 4
-        svg.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{x:,.0f}</text>')
+        svg.append(
+            f'<text x="{across(x):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{x:,.0f}</text>'
+        )
         svg.append(f'<text x="{LEFT - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:.3g}</text>')
         line = f'x1="{LEFT}" x2="{WIDTH - 10}" y1="{down(y):.1f}" y2="{down(y):.1f}"'
         svg.append(f'<line {line} stroke="currentColor" stroke-opacity=".15"/>')
@@ -176,18 +209,31 @@ def _curves(runs, colour):
     last = max(it for curves in runs.values() for it in curves["loss"] | curves["val_loss"])
     svg, across, down = _axes(last, max(ys), "iter", "nats", min(ys))
     for name, curves in runs.items():
-        points = {key: [(across(it), down(y)) for it, y in curves[key].items() if math.isfinite(y)] for key in curves}
+        points = {
+            key: [(across(it), down(y)) for it, y in curves[key].items() if math.isfinite(y)]
+            for key in curves
+        }
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points["loss"])
-        svg.append(f'<polyline points="{line}" fill="none" stroke="{colour[name]}" stroke-opacity=".6"/>')
-        svg += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour[name]}"/>' for x, y in points["val_loss"]]
+        svg.append(
+            f'<polyline points="{line}" fill="none" stroke="{colour[name]}" stroke-opacity=".6"/>'
+        )
+        svg += [
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour[name]}"/>'
+            for x, y in points["val_loss"]
+        ]
     return _picture(svg, "loss curves")
 
 
 def _histogram(lengths, colour, bins=20):
     longest = max(max(ns) for ns in lengths.values()) + 1
     size = -(-longest // bins)  # tokens in a bin
-    shares = {name: [sum(n // size == i for n in ns) / len(ns) for i in range(bins)] for name, ns in lengths.items()}
-    svg, across, down = _axes(size * bins, 100 * max(map(max, shares.values())), "tokens", "% of replies")
+    shares = {
+        name: [sum(n // size == i for n in ns) / len(ns) for i in range(bins)]
+        for name, ns in lengths.items()
+    }
+    svg, across, down = _axes(
+        size * bins, 100 * max(map(max, shares.values())), "tokens", "% of replies"
+    )
     width = (across(size) - across(0)) * 0.9 / len(shares)  # of a bar
     for column, (name, heights) in enumerate(shares.items()):
         for i, share in enumerate(heights):
@@ -199,7 +245,9 @@ def _histogram(lengths, colour, bins=20):
 
 def _talk(messages, replies, colour):
     who = {"system": "persona", "user": "human", "assistant": "bot"}
-    said = escape("\n".join(f"{who[message['role']]}: {message['content']}" for message in messages))
+    said = escape(
+        "\n".join(f"{who[message['role']]}: {message['content']}" for message in messages)
+    )
     boxes = (
         f'<div class="reply" style="border-color:{colour[name]}">'
         f"<small>{escape(name)}</small><p>{escape(text)}</p></div>"

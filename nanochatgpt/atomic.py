@@ -20,7 +20,10 @@ def replacing(path):
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)
-    except (safetensors.SafetensorError, RuntimeError) as error:  # how these and torch tell of a full disk
+    except (
+        safetensors.SafetensorError,
+        RuntimeError,
+    ) as error:  # how these and torch tell of a full disk
         raise OSError(f"cannot write {path}: {error}") from error
     except OSError as error:
         if error.errno and not error.filename:

@@ -36,7 +36,9 @@ def parse(Config, argv):
                 raise ValueError(f"{arg} needs a value behind a =, as in --{name}={field.default}")
             values[name] = _from_text(field, text)
         elif arg.startswith("-"):
-            raise ValueError(f"{arg} is not an argument: write --knob=value; --help lists the knobs")
+            raise ValueError(
+                f"{arg} is not an argument: write --knob=value; --help lists the knobs"
+            )
         else:
             for name, value in _run_file(arg).items():
                 values[name] = _checked(_field(Config, name, arg), value, arg)
@@ -99,12 +101,21 @@ def at_least(least, config, *names):
 
 def usage(Config, script, doc):
     """Return the text of --help: the script's docstring and a line for each knob with its default."""
-    lines = [(doc or "").strip(), "", f"usage: python {script} [config/FILE.py ...] [--knob=value ...]", ""]
+    lines = [
+        (doc or "").strip(),
+        "",
+        f"usage: python {script} [config/FILE.py ...] [--knob=value ...]",
+        "",
+    ]
     comments = {}
-    for base in reversed(Config.__mro__[:-1]):  # a field that only has another default keeps its comment
+    for base in reversed(
+        Config.__mro__[:-1]
+    ):  # a field that only has another default keeps its comment
         comments |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE)
     for field in dataclasses.fields(Config):
-        lines.append(f"  --{f'{field.name}={field.default}':<38} {comments.get(field.name, '')}".rstrip())
+        lines.append(
+            f"  --{f'{field.name}={field.default}':<38} {comments.get(field.name, '')}".rstrip()
+        )
     return "\n".join(lines)
 
 
@@ -112,7 +123,9 @@ def _field(Config, name, source):
     fields = {field.name: field for field in dataclasses.fields(Config)}
     if name not in fields:
         nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0)[0]
-        raise ValueError(f"{source}: unknown knob '{name}', did you mean '{nearest}'? --help lists them all")
+        raise ValueError(
+            f"{source}: unknown knob '{name}', did you mean '{nearest}'? --help lists them all"
+        )
     return fields[name]
 
 
@@ -124,7 +137,9 @@ def _from_text(field, text):
     try:
         return field.type(text)
     except ValueError:
-        raise ValueError(f"--{field.name}={text}: {field.name} is of type {field.type.__name__}") from None
+        raise ValueError(
+            f"--{field.name}={text}: {field.name} is of type {field.type.__name__}"
+        ) from None
 
 
 def _checked(field, value, path):
@@ -136,21 +151,35 @@ def _checked(field, value, path):
             shown = reprlib.repr(value)
         except ValueError:  # of an int with more digits than Python prints
             shown = "a number out of range"
-        raise ValueError(f"{path}: {field.name} = {shown}: {field.name} is of type {field.type.__name__}")
+        raise ValueError(
+            f"{path}: {field.name} = {shown}: {field.name} is of type {field.type.__name__}"
+        )
     return value
 
 
 def _run_file(path):
     """Run a config file; return what it assigned, less modules, functions, classes and _names."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"config file {path} does not exist; arguments are config files or --knob=value")
+        raise FileNotFoundError(
+            f"config file {path} does not exist; arguments are config files or --knob=value"
+        )
     names = {"__name__": "config", "__file__": path}
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), names)
     except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = lines[-1] if lines else getattr(error, "lineno", None)  # a SyntaxError has no frame of its own
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == path
+        ]
+        line = (
+            lines[-1] if lines else getattr(error, "lineno", None)
+        )  # a SyntaxError has no frame of its own
         where = f"{path}, line {line}" if line else path
         raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
     ignored = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
-    return {name: value for name, value in names.items() if name[0] != "_" and not isinstance(value, ignored)}
+    return {
+        name: value
+        for name, value in names.items()
+        if name[0] != "_" and not isinstance(value, ignored)
+    }

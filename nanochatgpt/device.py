@@ -14,19 +14,37 @@ from nanochatgpt.quantize import FBGEMM
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 # pattern in the device's name -> dense bf16 or fp16 FLOP/s, accumulated in fp32, from the makers' datasheets
-PEAK_FLOPS = {r"H200|H100(?! PCIe)": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "L40S": 362e12, r"L4\b": 121e12}
-PEAK_FLOPS |= {"RTX 4090": 165e12, "RTX 3090": 71e12, "RTX A6000": 155e12, "V100": 125e12, r"T4\b": 65e12}
+PEAK_FLOPS = {
+    r"H200|H100(?! PCIe)": 989e12,
+    "H100 PCIe": 756e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    r"L4\b": 121e12,
+}
+PEAK_FLOPS |= {
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "RTX A6000": 155e12,
+    "V100": 125e12,
+    r"T4\b": 65e12,
+}
 
 
 def pick_device(name):
     """Return the device of a `device` knob; 'auto' is CUDA, else Apple's MPS, else the CPU. Raises ValueError for one
     that this machine has not."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         return next(device for device, there in available.items() if there)
     with contextlib.suppress(RuntimeError):  # of torch.device, for a name that is none
         device = torch.device(name)
-        if available.get(device.type) and (device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()):
+        if available.get(device.type) and (
+            device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+        ):
             return name if device.type == "cuda" else device.type
     there = ", ".join(device for device, there in available.items() if there)
     raise ValueError(f"device={name} is not there; this machine has {there}")
@@ -44,7 +62,9 @@ def pick_dtype(name, device, inference=False):
         if device != "cpu" or not FBGEMM:
             raise ValueError(f"dtype=int8 needs an x86 CPU, not {device}; take dtype=auto")
     elif name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={name} is not one of auto, float32, bfloat16, float16" + inference * ", int8")
+        raise ValueError(
+            f"dtype={name} is not one of auto, float32, bfloat16, float16" + inference * ", int8"
+        )
     return getattr(torch, name)
 
 
@@ -71,8 +91,18 @@ def peak_memory(device):
     """Return the most memory in use so far, in MB: on CUDA what PyTorch had allocated, else the process's own."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    if Path("/proc/self/status").exists():  # getrusage would count the process that we were forked from
-        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+    if Path(
+        "/proc/self/status"
+    ).exists():  # getrusage would count the process that we were forked from
+        return (
+            int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+            * 1024
+            / 1e6
+        )
     import resource  # here, since there is none on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+        / 1e6
+    )

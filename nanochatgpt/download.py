@@ -21,11 +21,20 @@ TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 TRIES = 5  # failures in a row, none of which came further
 WAIT = 1.0  # seconds before the second try, doubled before each later one
 # Bodies are read from urllib3, one floor below requests, and what fails there has no common base with requests' errors.
-TRANSIENT = (requests.ConnectionError, requests.Timeout, requests.HTTPError, urllib3.exceptions.HTTPError)
+TRANSIENT = (
+    requests.ConnectionError,
+    requests.Timeout,
+    requests.HTTPError,
+    urllib3.exceptions.HTTPError,
+)
 
 
 def download(
-    url: str, path: Path | str, size: int | None = None, sha256: str | None = None, headers: dict | None = None
+    url: str,
+    path: Path | str,
+    size: int | None = None,
+    sha256: str | None = None,
+    headers: dict | None = None,
 ) -> Path:
     """
     Fetch `url` into the file `path`, of `size` bytes and with that `sha256` where they are known. Return the path.
@@ -48,18 +57,24 @@ def download(
                 os.replace(part, path)
                 break
             part.unlink()
-        except FileNotFoundError:  # another process was fetching the same file and has renamed our part
+        except (
+            FileNotFoundError
+        ):  # another process was fetching the same file and has renamed our part
             continue
         if not old_part:
             raise ValueError(
                 f"{url} is not the file expected: sha256 {actual[:12]}… instead of {expected[:12]}…\n"
                 f"it changed at its source or was altered on the way: place the right file at {path}"
             )
-        old_part = False  # it may have been of another version of the file: once more, from the start
+        old_part = (
+            False  # it may have been of another version of the file: once more, from the start
+        )
     return path
 
 
-def hub_file(repo: str, name: str, size: int | None = None, sha256: str | None = None, kind: str = "models") -> Path:
+def hub_file(
+    repo: str, name: str, size: int | None = None, sha256: str | None = None, kind: str = "models"
+) -> Path:
     """
     Return the path of file `name` of `repo` ("org/name") on the Hugging Face hub; `kind` is "models" or "datasets".
 
@@ -69,7 +84,9 @@ def hub_file(repo: str, name: str, size: int | None = None, sha256: str | None =
     env = os.environ
     # os.path's, since Path's raises where there is no such home, as for a user that a container knows by number only
     cache = Path(os.path.expanduser(env.get("XDG_CACHE_HOME") or "~/.cache"))
-    hub = env.get("HF_HUB_CACHE") or os.path.join(env.get("HF_HOME") or cache / "huggingface", "hub")
+    hub = env.get("HF_HUB_CACHE") or os.path.join(
+        env.get("HF_HOME") or cache / "huggingface", "hub"
+    )
     hub = Path(os.path.expanduser(hub))
     # Until 2024 gpt2 and distilgpt2 had no organisation, and from_pretrained("gpt2") still caches under that name.
     short = repo.removeprefix("openai-community/").removeprefix("distilbert/")
@@ -84,7 +101,12 @@ def hub_file(repo: str, name: str, size: int | None = None, sha256: str | None =
                 return snapshot / name
 
     path = cache / "nanochatgpt" / kind / repo / name
-    if not _is_finished(path, size) and env.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if not _is_finished(path, size) and env.get("HF_HUB_OFFLINE", "").lower() in (
+        "1",
+        "true",
+        "yes",
+        "on",
+    ):
         raise FileNotFoundError(
             f"{repo}/{name} is not on this machine and HF_HUB_OFFLINE forbids fetching it\n"
             f"looked in {hub} and for {path}: unset HF_HUB_OFFLINE, or place the file there"
@@ -92,7 +114,9 @@ def hub_file(repo: str, name: str, size: int | None = None, sha256: str | None =
     endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url = f"{endpoint}/{'datasets/' if kind == 'datasets' else ''}{repo}/resolve/main/{name}"
     # requests drops this header when the hub redirects to the host that stores the file.
-    headers = {"Authorization": f"Bearer {env['HF_TOKEN'].strip()}"} if env.get("HF_TOKEN") else None
+    headers = (
+        {"Authorization": f"Bearer {env['HF_TOKEN'].strip()}"} if env.get("HF_TOKEN") else None
+    )
     return download(url, path, size, sha256, headers)
 
 
@@ -121,7 +145,9 @@ def _fetch(url, part, size, headers):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise OSError(f"disk full while writing {part}\nfree space and run again: it resumes") from None
+            raise OSError(
+                f"disk full while writing {part}\nfree space and run again: it resumes"
+            ) from None
         # Progress is to be longer than ever: a server without ranges, cut at each try, would keep us here for good.
         failures = 1 if _length(part) > longest else failures + 1
         longest = max(longest, _length(part))
@@ -140,7 +166,9 @@ def _fetch(url, part, size, headers):
 def _receive(url, part, size, headers):
     """Ask once for what `part` lacks and append it. Raises one of TRANSIENT where another try may help."""
     have = _length(part)
-    asked = headers | {"Accept-Encoding": "identity"}  # lengths and offsets are those of the stored bytes
+    asked = headers | {
+        "Accept-Encoding": "identity"
+    }  # lengths and offsets are those of the stored bytes
     if have:
         asked["Range"] = f"bytes={have}-"
     with requests.get(url, headers=asked, stream=True, timeout=TIMEOUT) as response:
@@ -148,14 +176,24 @@ def _receive(url, part, size, headers):
         if status == 404:
             raise FileNotFoundError(f"{url} does not exist (404): check its name")
         if status in (401, 403):
-            raise PermissionError(f"{url} is gated or private, or misspelt ({status}): check its name, set HF_TOKEN")
+            raise PermissionError(
+                f"{url} is gated or private, or misspelt ({status}): check its name, set HF_TOKEN"
+            )
         if status == 429 or status >= 500:
             raise requests.HTTPError(f"{status} {response.reason}")
         if status not in (200, 206) and not (have and status == 416):
-            raise OSError(f"{url} is refused: {status} {response.reason}\nplace the file at {part.with_suffix('')}")
+            raise OSError(
+                f"{url} is refused: {status} {response.reason}\nplace the file at {part.with_suffix('')}"
+            )
 
-        content_range = response.headers.get("Content-Range", "")  # 206: "bytes 100-299/300", 416: "bytes */300"
-        total = response.headers.get("Content-Length", "") if status == 200 else content_range.rpartition("/")[2]
+        content_range = response.headers.get(
+            "Content-Range", ""
+        )  # 206: "bytes 100-299/300", 416: "bytes */300"
+        total = (
+            response.headers.get("Content-Length", "")
+            if status == 200
+            else content_range.rpartition("/")[2]
+        )
         total = int(total) if total.isdigit() else size
         if size not in (None, total):  # before a captive portal's page overwrites a good part
             raise ValueError(

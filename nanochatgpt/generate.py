@@ -25,7 +25,16 @@ RECORD_AT = 32  # recording takes as long as some 50 steps gain: only after so m
 
 
 def generate(
-    model, prompts, *, seed=None, stop_ids=(), stop_strings=(), logit_bias=None, tokenizer=None, engine=None, **sampling
+    model,
+    prompts,
+    *,
+    seed=None,
+    stop_ids=(),
+    stop_strings=(),
+    logit_bias=None,
+    tokenizer=None,
+    engine=None,
+    **sampling,
 ):
     """Return for each prompt, a list of ids, the list of new ids, without what stopped it.
 
@@ -44,16 +53,25 @@ def generate(
     texts = [TextStream(tokenizer, stop_strings) for _ in prompts] if stop_strings else []
     if engine is None:
         size = max(map(len, prompts), default=0) + max(options.max_new_tokens, 1)
-        engine = Engine(model, min(len(prompts), BATCH_ROWS), size, n_vocab=tokenizer and tokenizer.n_vocab)
+        engine = Engine(
+            model, min(len(prompts), BATCH_ROWS), size, n_vocab=tokenizer and tokenizer.n_vocab
+        )
     elif engine.running:
         raise ValueError(f"{len(engine.running)} rows of the engine are running: end them first")
-    waiting, at = list(reversed(range(len(prompts)))), {}  # at: row of the engine -> index of its prompt
+    waiting, at = (
+        list(reversed(range(len(prompts)))),
+        {},
+    )  # at: row of the engine -> index of its prompt
     try:
         while waiting or engine.running:
             while waiting and len(engine.running) < len(engine.rows):
                 i = waiting.pop()
                 row_seed = None if seed is None else seed + i
-                at[engine.add(prompts[i], options, seed=row_seed, stop_ids=stop_ids, logit_bias=logit_bias)] = i
+                at[
+                    engine.add(
+                        prompts[i], options, seed=row_seed, stop_ids=stop_ids, logit_bias=logit_bias
+                    )
+                ] = i
             for row, token, *_ in engine.step():
                 i = at[row]
                 new[i].append(token)
@@ -89,13 +107,17 @@ def stream(engine, tokenizer, prompt, options, *, stop_strings=(), **add):
     text = TextStream(tokenizer, stop_strings)
     row = engine.add(prompt, options, **add)
     try:
-        while engine.rows[row].running:  # not while there are tokens: of a prompt in pieces there are none at first
+        while engine.rows[
+            row
+        ].running:  # not while there are tokens: of a prompt in pieces there are none at first
             for token in engine.step():
                 if piece := text.push(token.id):
                     yield piece
             if text.stopped_at is not None:
                 return
-        cut = len(engine.rows[row].ids) == engine.rows[row].limit  # then what is held back might have become a stop
+        cut = (
+            len(engine.rows[row].ids) == engine.rows[row].limit
+        )  # then what is held back might have become a stop
         if not cut and (piece := text.rest()):
             yield piece
     finally:
@@ -105,7 +127,9 @@ def stream(engine, tokenizer, prompt, options, *, stop_strings=(), **add):
 class Token(NamedTuple):
     row: int
     id: int
-    logprob: float | None  # the model's own, in nats, before penalties and temperature; None where not asked for
+    logprob: (
+        float | None
+    )  # the model's own, in nats, before penalties and temperature; None where not asked for
     top: list  # [(id, logprob)] of the likeliest tokens, as many as asked for
 
 
@@ -136,7 +160,16 @@ class Engine:
     prompts one is computed. A row's result depends on no other row.
     """
 
-    def __init__(self, model, rows=1, size=None, n_vocab=None, record=True, compile=False, prefill_tokens=None):
+    def __init__(
+        self,
+        model,
+        rows=1,
+        size=None,
+        n_vocab=None,
+        record=True,
+        compile=False,
+        prefill_tokens=None,
+    ):
         """Put the model into evaluation mode and make room for `rows` rows of `size` tokens, prompt included.
 
         n_vocab: ids from here on are never chosen; a model may have more embeddings than its tokenizer has tokens.
@@ -157,12 +190,16 @@ class Engine:
         self.chunk = 1 if self.exact else 256
         with torch.inference_mode():
             self.cache = model.kv_cache(rows, self.size)
-            self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)  # newest ids, their positions
+            self.inputs = torch.zeros(
+                2, rows, dtype=torch.long, device=self.device
+            )  # newest ids, their positions
         self.take = Step(model, self.exact)
         if compile:
             self.take = torch.compile(self.take, dynamic=False)
         self.uses = Counter()  # of each shape of step
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # the graphs' shared memory
+        self.pool = (
+            torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        )  # the graphs' shared memory
         self.recorded = {} if record and (self.exact or self.device.type == "cuda") else None
 
     @property
@@ -179,7 +216,9 @@ class Engine:
         a prompt that is empty or leaves no room, or an id that the model has not.
         """
         if not 0 < len(prompt) < self.size:
-            raise ValueError(f"a prompt of {len(prompt)} tokens; it must be of 1 to {self.size - 1}")
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens; it must be of 1 to {self.size - 1}"
+            )
         for where, ids, n in (
             ("prompt", prompt, self.model.config.vocab_size),
             ("logit_bias", logit_bias or (), self.n_vocab),
@@ -226,7 +265,11 @@ class Engine:
             groups[tuple(getattr(self.rows[i].options, f.name) for f in fields(Sampling))].append(i)
         tokens = []
         for group in groups.values():
-            rows = torch.stack([logits[i] for i in group]) if len(group) > 1 else logits[group[0]][None]  # (B, V)
+            rows = (
+                torch.stack([logits[i] for i in group])
+                if len(group) > 1
+                else logits[group[0]][None]
+            )  # (B, V)
             tokens += self._choose(group, rows[:, : self.n_vocab].float())
         return sorted(tokens)
 
@@ -235,7 +278,9 @@ class Engine:
         Tokens to give."""
         rows, o = [self.rows[i] for i in group], self.rows[group[0]].options
         texts = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :], row.logit_bias) for row in rows]
-        own = {n: logits[n].log_softmax(-1) for n, row in enumerate(rows) if row.logprobs is not None}
+        own = {
+            n: logits[n].log_softmax(-1) for n, row in enumerate(rows) if row.logprobs is not None
+        }
         penalize(logits, o, texts)
         uniform = torch.tensor([row.draws.random() for row in rows], device=self.device)
         chosen = sample(logits, uniform, o.temperature, o.top_k, o.top_p, o.min_p).tolist()
@@ -249,7 +294,10 @@ class Engine:
             logprob, top = None, []
             if row.logprobs is not None:
                 values, ids = own[n].topk(min(row.logprobs, self.n_vocab))
-                logprob, top = own[n][token].item(), list(zip(ids.tolist(), values.tolist(), strict=True))
+                logprob, top = (
+                    own[n][token].item(),
+                    list(zip(ids.tolist(), values.tolist(), strict=True)),
+                )
             tokens.append(Token(i, token, logprob, top))
         return tokens
 
@@ -290,18 +338,27 @@ class Engine:
         row = self.rows[i]
         source = max(range(len(self.rows)), key=lambda j: self._shared(j, row.ids))
         if (n := self._shared(source, row.ids)) > row.n_cached:
-            self.cache.kv[:, :, row.slot, :, :n] = self.cache.kv[:, :, self.rows[source].slot, :, :n]
+            self.cache.kv[:, :, row.slot, :, :n] = self.cache.kv[
+                :, :, self.rows[source].slot, :, :n
+            ]
             row.n_cached = n
 
     def _compute(self, run):
         """Compute the next tokens, {row: how many}, of some neighbouring rows; return {row: logits (V,) of its last
         token} of those that are done."""
         rows = [self.rows[i] for i in run]
-        new = [row.ids[row.n_cached : row.n_cached + n] for row, n in zip(rows, run.values(), strict=True)]
+        new = [
+            row.ids[row.n_cached : row.n_cached + n]
+            for row, n in zip(rows, run.values(), strict=True)
+        ]
         T = max(map(len, new))
         # padded on the right: causal attention never looks there, and later tokens overwrite it in the cache
-        idx = torch.tensor([ids + [0] * (T - len(ids)) for ids in new], device=self.device)  # (B, T)
-        length = self._chunks(max(row.n_cached + len(ids) for row, ids in zip(rows, new, strict=True)) + 1)
+        idx = torch.tensor(
+            [ids + [0] * (T - len(ids)) for ids in new], device=self.device
+        )  # (B, T)
+        length = self._chunks(
+            max(row.n_cached + len(ids) for row, ids in zip(rows, new, strict=True)) + 1
+        )
         start = torch.tensor([[row.n_cached] for row in rows], device=self.device)
         positions = (start + torch.arange(T, device=self.device)).clamp(max=length - 1)  # (B, T)
         cache = self.cache.part(slice(rows[0].slot, rows[-1].slot + 1), length)
@@ -335,7 +392,9 @@ class Engine:
 
     def _in_cache(self, condition):
         """Return the running rows that fulfil a condition, in the order of the cache."""
-        return sorted((i for i in self.running if condition(self.rows[i])), key=lambda i: self.rows[i].slot)
+        return sorted(
+            (i for i in self.running if condition(self.rows[i])), key=lambda i: self.rows[i].slot
+        )
 
     def _close_up(self, newest):
         """Move rows of `newest` to slots of ended rows before them; return them in their new order.
@@ -348,7 +407,9 @@ class Engine:
         for ended, row in zip(free, last, strict=False):
             n = max(ended.n_cached, row.n_cached)
             pair = self.cache.kv[:, :, [row.slot, ended.slot], :, :n]  # a copy
-            self.cache.kv[:, :, ended.slot, :, :n], self.cache.kv[:, :, row.slot, :, :n] = pair.unbind(2)
+            self.cache.kv[:, :, ended.slot, :, :n], self.cache.kv[:, :, row.slot, :, :n] = (
+                pair.unbind(2)
+            )
             ended.slot, row.slot = row.slot, ended.slot
         return sorted(newest, key=lambda i: self.rows[i].slot)
 
@@ -356,7 +417,9 @@ class Engine:
         """Return the logits (n, V) of the first n rows' `inputs`, with the cache up to `length`."""
         size = self._chunks(length)
         inputs, kv = self.inputs[:, :n], self.cache.kv[:, :, :n, :, :size]
-        shape = (n, size) if self.device.type == "cuda" else min(n, 2)  # a trace for rows is one for any number of them
+        shape = (
+            (n, size) if self.device.type == "cuda" else min(n, 2)
+        )  # a trace for rows is one for any number of them
         self.uses[shape] += 1
         if self.recorded is None or self.uses[shape] < RECORD_AT:
             return self.take(inputs, kv)
@@ -390,12 +453,16 @@ def _record(step, inputs, kv, pool):
     GPT-2's 12 layers in int8 take 12 ms a step where Python takes 22.
     """
     if inputs.device.type == "cpu":
-        with warnings.catch_warnings():  # of Python values, all of which are fixed by the shape; of deprecation
+        with (
+            warnings.catch_warnings()
+        ):  # of Python values, all of which are fixed by the shape; of deprecation
             warnings.simplefilter("ignore")
             return torch.jit.trace(step, (inputs, kv), check_trace=False)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # once for what is set up at the first call, which cannot be recorded
+    with torch.cuda.stream(
+        side
+    ):  # once for what is set up at the first call, which cannot be recorded
         step(inputs, kv)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -411,4 +478,6 @@ def _record(step, inputs, kv, pool):
 
 def _common(a, b):
     """Return the length of the beginning that two lists share."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

@@ -25,8 +25,12 @@ def set_induction_heads(model):
     C, hs, n_looking = c.n_embd, c.n_embd // c.n_head, c.n_head // 3
     if c.n_layer < 2 or n_looking < 1 or hs % 2:
         shape = f"n_layer={c.n_layer}, n_head={c.n_head}, n_embd={c.n_embd}"
-        raise ValueError(f"induction_heads needs two layers, three heads and heads of an even width, not {shape}")
-    norm = math.sqrt(C / 2)  # of a position's and of a token's half of the residual stream, behind a LayerNorm
+        raise ValueError(
+            f"induction_heads needs two layers, three heads and heads of an even width, not {shape}"
+        )
+    norm = math.sqrt(
+        C / 2
+    )  # of a position's and of a token's half of the residual stream, behind a LayerNorm
 
     # what a position and a token look like: vectors of norm 1, in dimensions of their own
     frequencies = 2.5 * 0.003 ** (torch.arange(hs // 2) / (hs // 2))

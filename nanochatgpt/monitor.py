@@ -26,7 +26,9 @@ class Log:
         kept = []
         if first_iter:
             for line, record in read_log(path) if path.exists() else ():
-                evaluation = any(name.startswith("val_") for name in record)  # the one there comes again
+                evaluation = any(
+                    name.startswith("val_") for name in record
+                )  # the one there comes again
                 if record["iter"] + evaluation <= first_iter:
                     kept.append(line + "\n")
         with replacing(path) as part:
@@ -38,9 +40,13 @@ class Log:
 
             try:
                 name = config.wandb_run_name or None
-                self.wandb = wandb.init(project=config.wandb_project, name=name, config=asdict(config))
+                self.wandb = wandb.init(
+                    project=config.wandb_project, name=name, config=asdict(config)
+                )
             except wandb.Error as error:
-                raise ValueError(f"wandb: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
+                raise ValueError(
+                    f"wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"
+                ) from error
 
     def __call__(self, **record):
         # JSON has no NaN and no infinity, which a loss can be, and the norm of a step that float16 skips
@@ -82,4 +88,6 @@ class StopSignal:
 
     def _ask(self, number, _frame):
         self.asked = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )

@@ -65,10 +65,16 @@ class Int8Linear(nn.Module):
         scale = torch.linalg.vector_norm(weight, math.inf, 1).clamp(min=1e-30) / 127  # (n_out,)
         rounded = torch.empty(weight.shape, dtype=torch.int8)
         sums = []
-        for part, rows, s in zip(rounded.split(4096), weight.split(4096), scale.split(4096), strict=True):
-            part.copy_((rows / s[:, None]).round())  # in parts: the head's weights are 154 MB in float32
+        for part, rows, s in zip(
+            rounded.split(4096), weight.split(4096), scale.split(4096), strict=True
+        ):
+            part.copy_(
+                (rows / s[:, None]).round()
+            )  # in parts: the head's weights are 154 MB in float32
             sums.append(part.float().sum(1) * s)
-        with warnings.catch_warnings():  # deprecated, but in the pinned version nothing else is as fast for one row
+        with (
+            warnings.catch_warnings()
+        ):  # deprecated, but in the pinned version nothing else is as fast for one row
             warnings.simplefilter("ignore")
             weight = torch._make_per_channel_quantized_tensor(
                 rounded, scale.double(), torch.zeros_like(scale).long(), 0
@@ -81,10 +87,15 @@ class Int8Linear(nn.Module):
         if x.numel() == x.size(-1):
             return quantized.linear_dynamic(x, self.packed, self.REDUCED)
         # linear_dynamic would round all rows between common extremes; this is what it does, row by row
-        low, high = x.amin(-1, keepdim=True).clamp_(max=0), x.amax(-1, keepdim=True).clamp_(min=0)  # (..., 1) each
+        low, high = (
+            x.amin(-1, keepdim=True).clamp_(max=0),
+            x.amax(-1, keepdim=True).clamp_(min=0),
+        )  # (..., 1) each
         scale = ((high - low) / self.LEVELS).clamp(min=6.1e-5)  # FBGEMM's smallest
         zero = (-low / scale).round()
-        y = quantized.linear_with_input_q_dq_qweight_dq_output_fp32((x / scale).add_(zero), 1.0, 0, self.packed)
+        y = quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            (x / scale).add_(zero), 1.0, 0, self.packed
+        )
         if self.bias is None:
             return y.addcmul_(zero, self.sums, value=-1).mul_(scale)
         y.sub_(self.bias).addcmul_(zero, self.sums, value=-1)

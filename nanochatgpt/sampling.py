@@ -16,12 +16,20 @@ class Sampling:
     """How the next token is chosen. Names and meaning are transformers', of the two penalties after them OpenAI's."""
 
     max_new_tokens: int = 128  # new tokens, at most
-    temperature: float = 1.0  # below 1 is more predictable, above 1 more random; 0 takes the likeliest token
+    temperature: float = (
+        1.0  # below 1 is more predictable, above 1 more random; 0 takes the likeliest token
+    )
     top_k: int = 0  # draw from the so many likeliest tokens; 0: from all
     top_p: float = 1.0  # draw from the likeliest tokens that have this much probability together
-    min_p: float = 0.0  # draw from the tokens that have this share of the likeliest one's probability
-    repetition_penalty: float = 1.0  # above 1 makes tokens less likely that were there before, in the prompt too
-    presence_penalty: float = 0.0  # subtracted from the logit of each token that is among the new ones
+    min_p: float = (
+        0.0  # draw from the tokens that have this share of the likeliest one's probability
+    )
+    repetition_penalty: float = (
+        1.0  # above 1 makes tokens less likely that were there before, in the prompt too
+    )
+    presence_penalty: float = (
+        0.0  # subtracted from the logit of each token that is among the new ones
+    )
     frequency_penalty: float = 0.0  # subtracted for each time that a token is among the new ones
     no_repeat_ngram_size: int = 0  # so many tokens never come twice in the same order; 0: they may
 
@@ -39,7 +47,9 @@ class Sampling:
             ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 or more"),
         ):
             if not allowed:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range: it must be {expected}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is out of range: it must be {expected}"
+                )
 
 
 @dataclass
@@ -63,13 +73,17 @@ def options_of(config):
 
 
 # with what the models of another template were shown: gpt2-conversational-or-qa's card
-OF_TEMPLATE = {"user_assistant": {"temperature": 1.0, "top_k": 35, "top_p": 0.80, "frequency_penalty": 0.0}}
+OF_TEMPLATE = {
+    "user_assistant": {"temperature": 1.0, "top_k": 35, "top_p": 0.80, "frequency_penalty": 0.0}
+}
 
 
 def for_template(config, template):
     """Return the config of a chat, with the sampling of that template where the person who talks has given none."""
     given = getattr(config, "given", ())
-    changed = {name: value for name, value in OF_TEMPLATE.get(template, {}).items() if name not in given}
+    changed = {
+        name: value for name, value in OF_TEMPLATE.get(template, {}).items() if name not in given
+    }
     return replace(config, **changed)
 
 
@@ -93,18 +107,35 @@ def penalize(logits, options, rows):
 
     add([(n, token, value) for n, (_, _, bias) in enumerate(rows) for token, value in bias.items()])
     if o.repetition_penalty != 1:
-        seen = at([(n, t) for n, (prompt, new, _) in enumerate(rows) for t in {*prompt, *new} if t < V])
+        seen = at(
+            [(n, t) for n, (prompt, new, _) in enumerate(rows) for t in {*prompt, *new} if t < V]
+        )
         values = logits[seen]
-        logits[seen] = torch.where(values < 0, values * o.repetition_penalty, values / o.repetition_penalty)
+        logits[seen] = torch.where(
+            values < 0, values * o.repetition_penalty, values / o.repetition_penalty
+        )
     if o.presence_penalty or o.frequency_penalty:
-        counts = [(n, token, count) for n, (_, new, _) in enumerate(rows) for token, count in Counter(new).items()]
-        add([(n, token, -o.presence_penalty - o.frequency_penalty * count) for n, token, count in counts])
+        counts = [
+            (n, token, count)
+            for n, (_, new, _) in enumerate(rows)
+            for token, count in Counter(new).items()
+        ]
+        add(
+            [
+                (n, token, -o.presence_penalty - o.frequency_penalty * count)
+                for n, token, count in counts
+            ]
+        )
     if size := o.no_repeat_ngram_size:
         banned = []
         for n, (prompt, new, _) in enumerate(rows):
             ids = [*prompt, *new]
             begun = ids[len(ids) - size + 1 :]  # the size - 1 newest
-            ends = (ids[i + size - 1] for i in range(len(ids) - size + 1) if ids[i : i + size - 1] == begun)
+            ends = (
+                ids[i + size - 1]
+                for i in range(len(ids) - size + 1)
+                if ids[i : i + size - 1] == begun
+            )
             banned += [(n, token) for token in ends if token < V]
         logits[at(banned)] = -math.inf
 
@@ -122,7 +153,11 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, cand
     falling, ids = logits.topk(k)  # (B, k)
     falling = falling / temperature
     all_there = bool(top_k) or k == V  # else tokens behind the candidates may be kept too
-    p = falling.softmax(-1) if all_there else (falling - (logits / temperature).logsumexp(-1, keepdim=True)).exp()
+    p = (
+        falling.softmax(-1)
+        if all_there
+        else (falling - (logits / temperature).logsumexp(-1, keepdim=True)).exp()
+    )
     filtered = top_p < 1 or min_p > 0
     if filtered:
         kept = (p.cumsum(-1) - p < top_p) & (p >= min_p * p[:, :1])  # the first always is
@@ -140,5 +175,7 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, cand
         # where tokens are filtered, the mass of those kept behind the candidates is not known
         beyond = (tail & (filtered | (target >= cumulative[:, -1:])))[:, 0]
         if beyond.any():
-            chosen[beyond] = sample(logits[beyond], uniform[beyond], temperature, 0, top_p, min_p, candidates=V)
+            chosen[beyond] = sample(
+                logits[beyond], uniform[beyond], temperature, 0, top_p, min_p, candidates=V
+            )
     return chosen

@@ -54,8 +54,12 @@ class ShardWriter:
 
     def write(self, conversations):
         """Append a list of (ids, mask), a conversation each, lists or arrays."""
-        tokens = np.concatenate([np.empty(0, np.uint16), *(np.asarray(ids, np.uint16) for ids, _ in conversations)])
-        bits = np.concatenate([self._bits, *(np.asarray(mask, np.uint8) for _, mask in conversations)])
+        tokens = np.concatenate(
+            [np.empty(0, np.uint16), *(np.asarray(ids, np.uint16) for ids, _ in conversations)]
+        )
+        bits = np.concatenate(
+            [self._bits, *(np.asarray(mask, np.uint8) for _, mask in conversations)]
+        )
         whole = len(bits) // 8 * 8
         self._bits = bits[whole:]
         starts = np.cumsum([self.n_tokens] + [len(ids) for ids, _ in conversations], dtype="<u8")
@@ -134,12 +138,16 @@ def open_shard(path, max_conversations=0):
         raise ValueError(f"{path} is cut short ({size} bytes, less than its header): {again}")
     _, version, vocab_size, n_tokens, n_conversations, template = HEADER.unpack(head[: HEADER.size])
     if version != VERSION:
-        raise ValueError(f"{path} has format version {version}, this program reads version {VERSION}: {again}")
+        raise ValueError(
+            f"{path} has format version {version}, this program reads version {VERSION}: {again}"
+        )
     mask_at = HEADER.size + _padded(2 * n_tokens)
     offsets_at = mask_at + _padded(-(-n_tokens // 8))
     expected = offsets_at + 8 * (n_conversations + 1)
     if size != expected:
-        raise ValueError(f"{path} is cut short or damaged ({size} bytes, its header says {expected}): {again}")
+        raise ValueError(
+            f"{path} is cut short or damaged ({size} bytes, its header says {expected}): {again}"
+        )
     if n_tokens == 0:
         raise ValueError(f"{path} holds no tokens: {again}")
     tokens = np.memmap(path, "<u2", "r", HEADER.size, n_tokens)
@@ -185,11 +193,15 @@ def find_shards(data_dir, dataset, split, shares=False):
         except ValueError:
             share = math.nan
         if not 0 < share < math.inf:
-            raise ValueError(f"dataset={dataset}: the share of {name} must be a positive number, as in {name}:0.5")
+            raise ValueError(
+                f"dataset={dataset}: the share of {name} must be a positive number, as in {name}:0.5"
+            )
         folder = Path(data_dir) / name
         paths = sorted(folder.glob(f"{split}*.bin"))
         if not paths:
-            raise FileNotFoundError(f"no {folder}/{split}*.bin: make it with a script in prepare/, or set --dataset")
+            raise FileNotFoundError(
+                f"no {folder}/{split}*.bin: make it with a script in prepare/, or set --dataset"
+            )
         found += [(path, share) for path in paths]
     return found
 
@@ -204,7 +216,9 @@ def _check_template(shard, tokenizer):
 def check_vocabulary(shard, token, tokenizer):
     """Raise ValueError where the largest token of a part of a shard is beyond the tokenizer's vocabulary."""
     if token >= (n := tokenizer.n_vocab):
-        raise ValueError(f"{shard.path} has token {token}, but the tokenizer's vocabulary is {n} tokens")
+        raise ValueError(
+            f"{shard.path} has token {token}, but the tokenizer's vocabulary is {n} tokens"
+        )
 
 
 def openings(shards, tokenizer, n, room, seed):
@@ -215,7 +229,9 @@ def openings(shards, tokenizer, n, room, seed):
     shards = [shard for shard in shards if shard.template]  # text without turns has no replies
     for shard in shards:
         _check_template(shard, tokenizer)
-    first = np.cumsum([0, *(len(shard.offsets) - 1 for shard in shards)])  # the number of each shard's first one
+    first = np.cumsum(
+        [0, *(len(shard.offsets) - 1 for shard in shards)]
+    )  # the number of each shard's first one
     prompts, replies = [], []
     for number in np.random.default_rng(seed).permutation(first[-1]):
         if len(prompts) == n:
@@ -226,7 +242,9 @@ def openings(shards, tokenizer, n, room, seed):
         stop = min(stop, start + 4 * room)  # a conversation may be a book
         ids, mask = shard.tokens[start:stop].tolist(), shard.mask(start, stop).tolist()
         begins = [at for at in range(1, min(len(ids), room + 1)) if mask[at] and not mask[at - 1]]
-        spans = [(at, ids.index(tokenizer.eos_id, at)) for at in begins if tokenizer.eos_id in ids[at:]]
+        spans = [
+            (at, ids.index(tokenizer.eos_id, at)) for at in begins if tokenizer.eos_id in ids[at:]
+        ]
         if spans:
             at, end = draw.choice(spans)
             check_vocabulary(shard, max(ids[:end]), tokenizer)
@@ -240,7 +258,9 @@ class Packed:
     """A shard whose conversations are packed into rows."""
 
     shard: Shard
-    pieces: np.ndarray  # (pieces, 4) int64: the persona's first and last + 1, the rest's first and last + 1
+    pieces: (
+        np.ndarray
+    )  # (pieces, 4) int64: the persona's first and last + 1, the rest's first and last + 1
     rows: np.ndarray  # (rows + 1,): the first piece of each row
     taken: int  # rows in an epoch
     n_lost: int  # tokens in no piece: the ends of exchanges that are too long
@@ -270,17 +290,27 @@ class Loader:
         """shards: [(path, share)]; of each the first `max_conversations`, if not 0. Raises ValueError where one is in
         another template than the tokenizer's or has nothing to learn, `batch` where one holds tokens beyond its
         vocabulary."""
-        self.batch_size, self.block_size, self.seed, self.tokenizer = batch_size, block_size, seed, tokenizer
-        self.parts = [self._pack(open_shard(path, max_conversations), share) for path, share in shards]
+        self.batch_size, self.block_size, self.seed, self.tokenizer = (
+            batch_size,
+            block_size,
+            seed,
+            tokenizer,
+        )
+        self.parts = [
+            self._pack(open_shard(path, max_conversations), share) for path, share in shards
+        ]
         self.n_tokens = sum(len(part.shard.tokens) for part in self.parts)
         self.n_lost = sum(part.n_lost for part in self.parts)
         self.n_rows = sum(part.taken for part in self.parts)
         filled, squares = (
-            sum((part.lengths**power).sum().item() / len(part) * part.taken for part in self.parts) for power in (1, 2)
+            sum((part.lengths**power).sum().item() / len(part) * part.taken for part in self.parts)
+            for power in (1, 2)
         )
         self.fill, self.span = filled / (self.n_rows * block_size), squares / filled
         # in a batch, at most: one more than the pieces of each row, for the padding behind them
-        self.max_documents = batch_size * (1 + max(np.diff(part.rows).max().item() for part in self.parts))
+        self.max_documents = batch_size * (
+            1 + max(np.diff(part.rows).max().item() for part in self.parts)
+        )
         self._order = functools.lru_cache(2)(self._order)
 
     def batch(self, number):
@@ -297,8 +327,12 @@ class Loader:
             epoch, row = divmod(number * B + b, self.n_rows)
             part, row = self._order(epoch)[row]
             part, at = self.parts[part], b * T
-            for first, last, start, stop in part.pieces[part.rows[row] : part.rows[row + 1]].tolist():
-                ids = np.concatenate([part.shard.tokens[first:last], part.shard.tokens[start:stop]]).astype(np.int64)
+            for first, last, start, stop in part.pieces[
+                part.rows[row] : part.rows[row + 1]
+            ].tolist():
+                ids = np.concatenate(
+                    [part.shard.tokens[first:last], part.shard.tokens[start:stop]]
+                ).astype(np.int64)
                 mask = np.concatenate([part.shard.mask(first, last), part.shard.mask(start, stop)])
                 documents.append(at)
                 end = at + len(ids) - 1
@@ -308,7 +342,9 @@ class Loader:
                 at = end
             documents.append(at)  # of the padding
         documents += [B * T] * (self.max_documents + 1 - len(documents))
-        return *(torch.from_numpy(t).view(B, T) for t in (x, y)), torch.tensor(documents, dtype=torch.int32)
+        return *(torch.from_numpy(t).view(B, T) for t in (x, y)), torch.tensor(
+            documents, dtype=torch.int32
+        )
 
     def counts(self, n_vocab):
         """Return how often each token comes in an epoch, (n_vocab,) float64."""
@@ -325,7 +361,9 @@ class Loader:
         """Return the rows of an epoch in their order: [(number of the part, of the row in it)]."""
         rows = []
         for number, part in enumerate(self.parts):
-            passes, at = np.divmod(np.arange(epoch * part.taken, (epoch + 1) * part.taken), len(part))
+            passes, at = np.divmod(
+                np.arange(epoch * part.taken, (epoch + 1) * part.taken), len(part)
+            )
             for n in range(passes[0], passes[-1] + 1):
                 order = np.random.default_rng((self.seed, number, n)).permutation(len(part))
                 rows += [(number, row) for row in order[at[passes == n]].tolist()]
@@ -353,8 +391,12 @@ class Loader:
             while (fitting := np.flatnonzero(there[: room + 1])).size:
                 chosen = [fitting[-1]]
                 for total in range(room, max(room - self.SLACK, chosen[0], 1), -1):
-                    pairs = np.flatnonzero(there[:total] & there[total:0:-1])  # lengths a with a total - a
-                    pairs = [a for a in pairs[:2].tolist() if 2 * a != total or len(of_length[a]) > 1]
+                    pairs = np.flatnonzero(
+                        there[:total] & there[total:0:-1]
+                    )  # lengths a with a total - a
+                    pairs = [
+                        a for a in pairs[:2].tolist() if 2 * a != total or len(of_length[a]) > 1
+                    ]
                     if pairs:
                         chosen = [pairs[0], total - pairs[0]]
                         break
@@ -373,7 +415,9 @@ class Loader:
         starts, stops = shard.offsets[:-1], shard.offsets[1:]
         if shard.template is None:  # text, which is one long document
             if len(shard.tokens) < 2:
-                raise ValueError(f"{shard.path} has nothing to learn, it is a single token: prepare it again")
+                raise ValueError(
+                    f"{shard.path} has nothing to learn, it is a single token: prepare it again"
+                )
             cuts = np.arange(0, stops[-1] - 1, self.block_size)
             return np.stack([cuts, cuts, cuts, np.minimum(cuts + room, stops[-1])], 1)
         fits = (stops - starts >= 2) & (stops - starts <= room)
@@ -382,8 +426,14 @@ class Loader:
         for begin, end in zip(starts[long].tolist(), stops[long].tolist(), strict=True):
             cut = self.tokenizer.cut(shard.tokens[begin:end].tolist(), room)
             cut = [(begin, begin + n, begin + start, begin + stop) for n, start, stop in cut]
-            pieces.append(np.array([piece for piece in cut if shard.mask(*piece[2:]).any()], np.int64).reshape(-1, 4))
+            pieces.append(
+                np.array(
+                    [piece for piece in cut if shard.mask(*piece[2:]).any()], np.int64
+                ).reshape(-1, 4)
+            )
         pieces = np.concatenate(pieces)
         if not any(shard.mask(start + 1, stop).any() for _, _, start, stop in pieces.tolist()):
-            raise ValueError(f"{shard.path} has nothing to learn in {self.block_size} tokens: raise block_size")
+            raise ValueError(
+                f"{shard.path} has nothing to learn in {self.block_size} tokens: raise block_size"
+            )
         return pieces

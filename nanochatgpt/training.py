@@ -24,7 +24,9 @@ from nanochatgpt.checkpoint import load_tensors, save_model
 from nanochatgpt.configurator import at_least
 from nanochatgpt.device import keep_freed_memory, pick_device, pick_dtype
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # a checkpoint knows nothing of shards
+WHOLE = StateDictOptions(
+    full_state_dict=True, cpu_offload=True
+)  # a checkpoint knows nothing of shards
 
 
 @dataclass
@@ -76,7 +78,9 @@ def join(config, *divided):
         keep_freed_memory()
     for name in divided:
         if getattr(config, name) % size:
-            raise ValueError(f"{name}={getattr(config, name)} is not a multiple of the {size} processes")
+            raise ValueError(
+                f"{name}={getattr(config, name)} is not a multiple of the {size} processes"
+            )
     if size > 1:
         if device_type == "cuda":
             device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -87,7 +91,9 @@ def join(config, *divided):
         # torchrun keeps the store over its restarts: a new start must not find addresses of the dead (pytorch 135712)
         restart = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=restart, rank=rank, world_size=size, timeout=hour)
-    torch.backends.cuda.matmul.fp32_precision = "tf32"  # where float32 is multiplied on a GPU at all
+    torch.backends.cuda.matmul.fp32_precision = (
+        "tf32"  # where float32 is multiplied on a GPU at all
+    )
     torch.manual_seed(config.seed)
     return World(rank, size, device, store)
 
@@ -97,10 +103,16 @@ def precision(name, device):
     needs its gradients scaled. Raises ValueError for float16 where it cannot train."""
     device_type, dtype = torch.device(device).type, pick_dtype(name, device)
     if name == "auto" and device_type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        dtype = torch.bfloat16  # 1.7 times the tokens/s of float32 where the CPU multiplies bfloat16 (BENCHMARKS.md)
+        dtype = (
+            torch.bfloat16
+        )  # 1.7 times the tokens/s of float32 where the CPU multiplies bfloat16 (BENCHMARKS.md)
     if dtype == torch.float16 and device_type != "cuda":
-        raise ValueError(f"dtype=float16 trains on CUDA only; on {device_type} take bfloat16 or float32")
-    autocast = torch.autocast(device_type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+        raise ValueError(
+            f"dtype=float16 trains on CUDA only; on {device_type} take bfloat16 or float32"
+        )
+    autocast = (
+        torch.autocast(device_type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    )
     return dtype, autocast, torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
 
 
@@ -112,7 +124,9 @@ def run_to_resume(config, world, script, same=()):
     """
     state = Path(config.out_dir) / "last" / "state.pt"
     resume = config.init_from == "resume"
-    if world.size > 1 and world.store.check(["begun"]):  # by this very job, which torchrun --max_restarts started again
+    if world.size > 1 and world.store.check(
+        ["begun"]
+    ):  # by this very job, which torchrun --max_restarts started again
         resume = state.exists()
     if not resume and state.exists():
         raise ValueError(
@@ -124,19 +138,43 @@ def run_to_resume(config, world, script, same=()):
     if not resume:
         return None
     if not state.exists():
-        raise FileNotFoundError(f"no {state} to resume from: start with another --init_from, the name of a model")
+        raise FileNotFoundError(
+            f"no {state} to resume from: start with another --init_from, the name of a model"
+        )
     found = load_tensors(state)
-    if not (isinstance(found, dict) and {"script", "knobs", "iter", "template", "config", "model"} <= found.keys()):
-        raise ValueError(f"{state} is not the state of a run: start a new one, with another --out_dir")
+    if not (
+        isinstance(found, dict)
+        and {"script", "knobs", "iter", "template", "config", "model"} <= found.keys()
+    ):
+        raise ValueError(
+            f"{state} is not the state of a run: start a new one, with another --out_dir"
+        )
     if (of := found["script"]) != script:
-        raise ValueError(f"{state.parent} is a run of {of}.py: resume it by that, or set another --out_dir")
+        raise ValueError(
+            f"{state.parent} is a run of {of}.py: resume it by that, or set another --out_dir"
+        )
     for name in same:
         if getattr(config, name) != (was := found["knobs"][name]):
-            raise ValueError(f"{name}={getattr(config, name)}, but the run in {config.out_dir} is for {was}")
+            raise ValueError(
+                f"{name}={getattr(config, name)}, but the run in {config.out_dir} is for {was}"
+            )
     return found
 
 
-def save_last(world, config, script, written, tokenizer, model, optimizer, scaler, /, same=(), weights=None, **state):
+def save_last(
+    world,
+    config,
+    script,
+    written,
+    tokenizer,
+    model,
+    optimizer,
+    scaler,
+    /,
+    same=(),
+    weights=None,
+    **state,
+):
     """Write out_dir/last/: the model to be `written` for others, and in one file all that a resumed run needs, so that
     both agree: tensors and plain values. weights: the model to resume with, `model` unless it is sharded.
 
@@ -149,7 +187,11 @@ def save_last(world, config, script, written, tokenizer, model, optimizer, scale
     save_model(written, tokenizer, last)
     state |= {"script": script, "knobs": {name: getattr(config, name) for name in same}}
     state |= {"template": tokenizer.template, "config": asdict(written.config)}
-    state |= {"model": (weights or model).state_dict(), "optimizer": optimizer_state, "scaler": scaler.state_dict()}
+    state |= {
+        "model": (weights or model).state_dict(),
+        "optimizer": optimizer_state,
+        "scaler": scaler.state_dict(),
+    }
     with replacing(last / "state.pt") as path:
         torch.save(state, path)
 
@@ -168,11 +210,22 @@ def check_knobs(config):
     if config.lr_schedule not in ("cosine", "linear", "constant"):
         raise ValueError(f"lr_schedule={config.lr_schedule} is not one of cosine, linear, constant")
     at_least(1, config, "batch_size", "eval_interval", "log_interval")
-    at_least(0, config, "max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip")
+    at_least(
+        0,
+        config,
+        "max_iters",
+        "warmup_iters",
+        "learning_rate",
+        "min_lr",
+        "weight_decay",
+        "grad_clip",
+    )
     at_least(0, config, "adam_eps", "seed")
     if not 0 <= getattr(config, "dropout", 0) < 1:
         raise ValueError(f"dropout={config.dropout} is not from 0 to below 1")
-    if not 0 <= getattr(config, "max_epochs", 0) < 2**20:  # and so the time that is left can be told
+    if (
+        not 0 <= getattr(config, "max_epochs", 0) < 2**20
+    ):  # and so the time that is left can be told
         raise ValueError(f"max_epochs={config.max_epochs} is not from 0 to a million")
 
 
@@ -181,7 +234,9 @@ def learning_rate(config, it):
     if it < config.warmup_iters:
         return config.learning_rate * (it + 1) / (config.warmup_iters + 1)
     done = (it - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)  # 0 to 1
-    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.lr_schedule]
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[
+        config.lr_schedule
+    ]
     return config.min_lr + left * (config.learning_rate - config.min_lr)
 
 
@@ -189,11 +244,16 @@ def adamw(model, config, spared=None):
     """Return AdamW over the model's parameters: weight decay on matrices and embeddings only, but not on `spared`."""
     params = list(model.parameters())
     groups = [
-        {"params": [p for p in params if p.dim() >= 2 and p is not spared], "weight_decay": config.weight_decay},
+        {
+            "params": [p for p in params if p.dim() >= 2 and p is not spared],
+            "weight_decay": config.weight_decay,
+        },
         {"params": [p for p in params if p.dim() < 2 or p is spared], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_eps, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=betas, eps=config.adam_eps, fused=True
+    )
 
 
 def moments(model, optimizer):

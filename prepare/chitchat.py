@@ -18,7 +18,12 @@ from prepare.corpus import Config, divide, existing, prepare
 
 def turns(conversation):
     """Return the texts of one conversation's turns: consecutive messages of one speaker are one."""
-    messages = [message for group in conversation["messages"] for message in group if message["text"].strip()]
+    messages = [
+        message
+        for group in conversation["messages"]
+        for message in group
+        if message["text"].strip()
+    ]
     grouped = groupby(messages, key=lambda message: message["sender"])
     return [" ".join(message["text"].strip() for message in group) for _, group in grouped]
 
@@ -34,19 +39,27 @@ def read(path):
             for roles in (("user", "assistant"), ("assistant", "user")):
                 yield key, [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not chitchat-dataset's dataset.json: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{path} is not chitchat-dataset's dataset.json: {type(error).__name__}: {error}"
+        ) from error
 
 
 def packaged():
     """Return the path of the package's dataset.json. Raises FileNotFoundError without the package."""
     try:
-        return metadata.distribution("chitchat-dataset").locate_file("chitchat_dataset/dataset.json")
+        return metadata.distribution("chitchat-dataset").locate_file(
+            "chitchat_dataset/dataset.json"
+        )
     except metadata.PackageNotFoundError:
-        raise FileNotFoundError("the corpus comes in a package: pip install chitchat-dataset==0.9.0") from None
+        raise FileNotFoundError(
+            "the corpus comes in a package: pip install chitchat-dataset==0.9.0"
+        ) from None
 
 
 def main(config):
-    prepare(config, "chitchat", divide(read(existing(config.source) if config.source else packaged())))
+    prepare(
+        config, "chitchat", divide(read(existing(config.source) if config.source else packaged()))
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ COLUMNS = {"System": "system", "User": "user", "Assistant": "assistant"}  # -> r
 @dataclass
 class Config(CorpusConfig):
     template: str = "user_assistant"
-    max_examples: int = 0  # take so many of each split, the first ones; 0: all. The model was made from 245,000
+    max_examples: int = (
+        0  # take so many of each split, the first ones; 0: all. The model was made from 245,000
+    )
     english: bool = False  # leave out what is not English, by py3langid
     skip_bad: bool = False  # go on behind what cannot be read
 
@@ -40,7 +42,9 @@ def conversation(record):
         texts["system"] = ""
     for column, role in COLUMNS.items():
         if not isinstance(texts[role], str):
-            raise ValueError(f"has {f'{texts[role]!r:.40} as' if column in record else 'no'} {column}")
+            raise ValueError(
+                f"has {f'{texts[role]!r:.40} as' if column in record else 'no'} {column}"
+            )
     texts = {role: text.strip() for role, text in texts.items()}
     if not (texts["user"] and texts["assistant"]):
         return []
@@ -93,7 +97,9 @@ def conversations(config, path, counts):
     def bad(where, error):
         """Count it, and show the first five. Raises ValueError unless it may be skipped."""
         if not config.skip_bad:
-            raise ValueError(f"{path}, {where}: {error}\n--skip_bad=true goes on behind it") from None
+            raise ValueError(
+                f"{path}, {where}: {error}\n--skip_bad=true goes on behind it"
+            ) from None
         counts["bad"] += 1
         if counts["bad"] <= 5:
             print(f"{path}, {where}: {error}", file=sys.stderr)
@@ -124,8 +130,12 @@ def classifier():
     try:
         from py3langid import classify
     except ModuleNotFoundError:
-        raise ValueError("english=true needs a package that tells languages apart: pip install py3langid") from None
-    return lambda messages: classify(" ".join(message["content"][:500] for message in messages))[0] == "en"
+        raise ValueError(
+            "english=true needs a package that tells languages apart: pip install py3langid"
+        ) from None
+    return lambda messages: (
+        classify(" ".join(message["content"][:500] for message in messages))[0] == "en"
+    )
 
 
 def main(config):

@@ -38,11 +38,15 @@ def prepare(config, name, conversations):
     start = time.perf_counter()
     with ExitStack() as stack:
         if sys.stderr.isatty():
-            stack.callback(print, file=sys.stderr)  # ends the line of the progress, whatever ends it
+            stack.callback(
+                print, file=sys.stderr
+            )  # ends the line of the progress, whatever ends it
         writers = stack.enter_context(writing(Path(config.out_dir or f"data/{name}"), tokenizer))
         splits = {which: Split(writer) for which, writer in writers.items()}
         conversations = iter(conversations)
-        reader = stack.enter_context(ThreadPoolExecutor(1))  # the next batch is read while one is tokenized
+        reader = stack.enter_context(
+            ThreadPoolExecutor(1)
+        )  # the next batch is read while one is tokenized
         ahead = reader.submit(next_batch, conversations)
         while batch := ahead.result():
             ahead = reader.submit(next_batch, conversations)
@@ -54,11 +58,15 @@ def prepare(config, name, conversations):
                 print(f"\r{n / 1e6:.1f}M tokens, {rate:,.0f}/s", end="", file=sys.stderr)
         for which, split in splits.items():
             if not split.writer.n_conversations:
-                raise ValueError(f"no conversation is left for {which}.bin: at least two different ones are needed")
+                raise ValueError(
+                    f"no conversation is left for {which}.bin: at least two different ones are needed"
+                )
     for split in splits.values():
         print(split.report())
     ids, mask = tokenizer.render(splits["train"].shown)
-    print(f"A conversation as the model sees it, {len(ids)} tokens, learning «what is between these»:")
+    print(
+        f"A conversation as the model sees it, {len(ids)} tokens, learning «what is between these»:"
+    )
     print(marked(tokenizer, ids, mask))
 
 
@@ -68,7 +76,9 @@ def writing(folder, tokenizer):
     try:
         with ExitStack() as stack:
             writers = {
-                split: stack.enter_context(ShardWriter(folder / f"{split}.bin", tokenizer.n_vocab, tokenizer.template))
+                split: stack.enter_context(
+                    ShardWriter(folder / f"{split}.bin", tokenizer.n_vocab, tokenizer.template)
+                )
                 for split in ("train", "val")
             }
             yield writers
@@ -169,7 +179,9 @@ class JsonStream:
                 cut = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated")
                 where = self.before + error.pos
                 if not cut or len(self.text) - self.at > self.LONGEST or not self._more():
-                    raise ValueError(f"{error.msg.removesuffix(' at')} at character {where:,}") from None
+                    raise ValueError(
+                        f"{error.msg.removesuffix(' at')} at character {where:,}"
+                    ) from None
             else:
                 length = end - self.at
                 if end < len(self.text) or not self._more():  # a number could go on
@@ -183,7 +195,9 @@ class JsonStream:
         lists: names of lists that may follow this one, beyond whose beginning nothing is skipped.
         """
         # where the next object begins, or the next list: within a text its quotes would be escaped
-        behind = re.compile(r'\}\s*(?=,\s*\{\s*"|\]\s*,\s*")|(?=\]\s*,\s*"(?:' + "|".join(lists) + r')"\s*:)')
+        behind = re.compile(
+            r'\}\s*(?=,\s*\{\s*"|\]\s*,\s*")|(?=\]\s*,\s*"(?:' + "|".join(lists) + r')"\s*:)'
+        )
         self.expect("[")
         if self.peek() == "]":
             self.at += 1
@@ -223,7 +237,9 @@ class Split:
         rendered = tokenizer.render_batch(conversations)
         self.writer.write(rendered)
         self.shown = self.shown or next(iter(conversations), None)
-        self.turns += sum(message["role"] != "system" for messages in conversations for message in messages)
+        self.turns += sum(
+            message["role"] != "system" for messages in conversations for message in messages
+        )
         self.supervised += sum(int(mask.sum()) for _, mask in rendered)
         self.longest = max([self.longest, *(len(ids) for ids, _ in rendered)])
 
@@ -238,7 +254,9 @@ class Split:
 def marked(tokenizer, ids, mask):
     """Return the text of `ids` with « and » around what is supervised, at most some 1,500 characters of it."""
     text = ""
-    for supervised, group in itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
+    for supervised, group in itertools.groupby(
+        zip(ids, mask, strict=True), key=lambda pair: pair[1]
+    ):
         piece = tokenizer.decode([token for token, _ in group])
         text += f"«{piece}»" if supervised else piece
     return text if len(text) < 1500 else text[:1500] + " ..."

@@ -37,11 +37,24 @@ FILES = {  # split -> file, bytes, sha256
 
 @dataclass
 class Config(CorpusConfig):
-    mask: str = "reply"  # what is to be learned: the reply to the question; or all, of every answer's text
-    max_examples: int = 0  # take the first so many that have an answer, a fifth of them for validation; 0: all
+    mask: str = (
+        "reply"  # what is to be learned: the reply to the question; or all, of every answer's text
+    )
+    max_examples: int = (
+        0  # take the first so many that have an answer, a fifth of them for validation; 0: all
+    )
 
 
-DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, EOFError, OSError, zlib.error)
+DAMAGED = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    EOFError,
+    OSError,
+    zlib.error,
+)
 
 
 def best_answer(answers):
@@ -49,14 +62,25 @@ def best_answer(answers):
     in them, of which the corpus keeps only a placeholder (URL_0)."""
     ranked = sorted(zip(answers["score"], answers["text"], strict=True), key=lambda pair: -pair[0])
     texts = (text.strip() for _, text in ranked)
-    return next((t for t in texts if t and t not in ("[deleted]", "[removed]") and not re.search(r"\bURL_\d", t)), None)
+    return next(
+        (
+            t
+            for t in texts
+            if t and t not in ("[deleted]", "[removed]") and not re.search(r"\bURL_\d", t)
+        ),
+        None,
+    )
 
 
 def as_messages(question):
     """Return a question as a conversation, None where no answer is left."""
     answer = best_answer(question["answers"])
     text = "\n".join(filter(None, (question["title"].strip(), question["selftext"].strip())))
-    return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}] if answer else None
+    return (
+        [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        if answer
+        else None
+    )
 
 
 def as_text(question):
@@ -86,9 +110,15 @@ def questions(config, counts, form):
     if not source:
         found = [hub_file("rexarski/eli5_category", *file, kind="datasets") for file in names]
     elif source.is_dir():
-        by_name = {path.name.removesuffix(".gz"): path for path in sorted(source.glob("eli5-category-*.json*"))}
+        by_name = {
+            path.name.removesuffix(".gz"): path
+            for path in sorted(source.glob("eli5-category-*.json*"))
+        }
         if len(by_name) != 1 or config.max_examples:
-            found = [by_name.get(name.removesuffix(".gz")) or existing(source / name) for name, _, _ in names]
+            found = [
+                by_name.get(name.removesuffix(".gz")) or existing(source / name)
+                for name, _, _ in names
+            ]
         else:
             found = list(by_name.values())
     else:
@@ -96,7 +126,9 @@ def questions(config, counts, form):
     if config.max_examples:
         taken = list(islice(read(found[0], counts, form), config.max_examples))
         held_out = set(random.Random(42).sample(range(len(taken)), len(taken) // 5))
-        yield from (("val" if i in held_out else "train", formed) for i, (_, formed) in enumerate(taken))
+        yield from (
+            ("val" if i in held_out else "train", formed) for i, (_, formed) in enumerate(taken)
+        )
     elif len(found) == 1:
         yield from divide(read(found[0], counts, form))
     else:

@@ -25,7 +25,9 @@ def problem(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             return f"message {i + 1} is not {{'role': ..., 'content': text}}"
         if message.get("role") not in ("system", "user", "assistant"):
-            return f"message {i + 1} has role {message.get('role')!r}, not system, user or assistant"
+            return (
+                f"message {i + 1} has role {message.get('role')!r}, not system, user or assistant"
+            )
         if message["role"] == "system" and i > 0:
             return f"message {i + 1} is a system message, which can only come first"
     if all(message["role"] != "assistant" for message in messages):
@@ -45,7 +47,10 @@ def read(path):
                 messages = value.get("messages") if isinstance(value, dict) else None
                 if what := problem(messages):
                     raise TypeError(what)
-                yield json.dumps([(message["role"], message["content"]) for message in messages]), messages
+                yield (
+                    json.dumps([(message["role"], message["content"]) for message in messages]),
+                    messages,
+                )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
     except TypeError as error:

@@ -57,13 +57,21 @@ def read(lines, name):
     coin = random.Random(1337)
     for persona, exchanges in dialogs(lines, name):
         if any(reply for _, reply, _ in exchanges):
-            system = [{"role": "system", "content": " ".join(persona)}] if persona and coin.random() < 0.5 else []
+            system = (
+                [{"role": "system", "content": " ".join(persona)}]
+                if persona and coin.random() < 0.5
+                else []
+            )
             yield system + messages(exchanges)
 
 
 def messages(exchanges):
     """Return exchanges as messages, without those in which nothing is said."""
-    turns = ((role, text) for said, reply, _ in exchanges for role, text in (("user", said), ("assistant", reply)))
+    turns = (
+        (role, text)
+        for said, reply, _ in exchanges
+        for role, text in (("user", said), ("assistant", reply))
+    )
     return [{"role": role, "content": text} for role, text in turns if text]
 
 
@@ -78,11 +86,15 @@ def files(source, wanted=r"(train|valid)_self_original(_no_cands)?\.txt"):
     archive = tarfile.open(source) if source.is_file() else None  # noqa: SIM115
     paths = archive.getnames() if archive else source.rglob("*.txt")
     found = {}
-    for path in sorted(paths, key=str):  # the file without candidates comes second, and is the shorter one to read
+    for path in sorted(
+        paths, key=str
+    ):  # the file without candidates comes second, and is the shorter one to read
         if match := wanted.fullmatch(Path(path).name):
             found[match[1]] = path
     if not found:
-        raise FileNotFoundError(f"{source} has none of PersonaChat's files, as valid_self_original.txt")
+        raise FileNotFoundError(
+            f"{source} has none of PersonaChat's files, as valid_self_original.txt"
+        )
     for split, path in found.items():
         split = split.removesuffix("id") if len(found) == 2 else ""
         with archive.extractfile(path) if archive else open(path, "rb") as file:
@@ -101,7 +113,9 @@ def examples(source, max_dialogs=0):
             for number, (persona, exchanges) in enumerate(dialogs(lines, name), 1):
                 for i, (said, reply, candidates) in enumerate(exchanges):
                     if candidates and candidates[-1] != reply:
-                        raise ValueError(f"{name}, dialog {number}: the last candidate is not the reply, {reply!r:.60}")
+                        raise ValueError(
+                            f"{name}, dialog {number}: the last candidate is not the reply, {reply!r:.60}"
+                        )
                     if reply:
                         before = messages([*exchanges[:i], (said, "", [])])
                         found.append((" ".join(persona), before, reply, candidates))
@@ -136,7 +150,9 @@ def conversations(source):
                 for conversation in read(lines, name):
                     yield split, conversation
             else:
-                yield from divide((dialog(conversation), conversation) for conversation in read(lines, name))
+                yield from divide(
+                    (dialog(conversation), conversation) for conversation in read(lines, name)
+                )
 
 
 def main(config):

@@ -48,13 +48,21 @@ KINDS = []  # of facts: {"values": their kind, "tell": {split: sentences}, "ask"
 for section in (TEXT[name] for name in TEXT.sections() if name.startswith("fact")):
     for each in section.pop("each", f"={section.pop('values', '')}").split():
         it, _, values = each.partition("=")
-        KINDS.append({name: both(text.replace("{it}", it)) for name, text in section.items()} | {"values": values})
+        KINDS.append(
+            {name: both(text.replace("{it}", it)) for name, text in section.items()}
+            | {"values": values}
+        )
 
 ENDS = {  # of names that are made up
     "name": ["n", "l", "r", "s", "a", "o", "y", "ie", "", "", ""],
     "place": ["ville", "ton", "burg", "stad", "land", "ford", " City", "field"],
 }
-LISTED = {word for words in VALUES.values() for split in words.values() for word in " ".join(split).lower().split()}
+LISTED = {
+    word
+    for words in VALUES.values()
+    for split in words.values()
+    for word in " ".join(split).lower().split()
+}
 
 
 def held_out(word):
@@ -102,7 +110,9 @@ class Speaker:
         """
         if isinstance(sentences, dict):
             sentences = self.random.choice(sentences[self.split])
-        chosen = re.sub(r"\[(.*?)\]", lambda match: self.random.choice(match[1].split("|")), sentences)
+        chosen = re.sub(
+            r"\[(.*?)\]", lambda match: self.random.choice(match[1].split("|")), sentences
+        )
         chosen = re.sub("{verb}", lambda _: self.random.choice(VERBS), chosen).split()
         if slips and self.split == "train" and self.random.random() < 0.5:
             chosen = self.slip(chosen)
@@ -134,20 +144,30 @@ class Speaker:
         """Return a value of a kind which the other split does not have."""
         choice = self.random.choice
         if kind == "number":
-            while held_out(number := str(self.random.randrange(100, 1000))) != (self.split == "val"):
+            while held_out(number := str(self.random.randrange(100, 1000))) != (
+                self.split == "val"
+            ):
                 pass
             return number
         if kind == "title":
             return f"The {self.value('adjective').title()} {self.value('noun').title()}"
         if kind == "thing":
             return f"{self.value('adjective')} {self.value('noun')}"
-        if self.split == "train" and self.random.random() < 0.4:  # any word: to remember it is not to know what fits
+        if (
+            self.split == "train" and self.random.random() < 0.4
+        ):  # any word: to remember it is not to know what fits
             return self.any_word()
         if kind in ENDS and self.random.random() < 0.7:
             while True:
-                name = "".join(choice(SYLLABLES) for _ in range(choice((1, 2, 2, 3)))).title() + choice(ENDS[kind])
+                name = "".join(
+                    choice(SYLLABLES) for _ in range(choice((1, 2, 2, 3)))
+                ).title() + choice(ENDS[kind])
                 word = name.split()[0]  # not of a place what is of a name
-                if len(name) > 2 and held_out(word) == (self.split == "val") and word.lower() not in LISTED:
+                if (
+                    len(name) > 2
+                    and held_out(word) == (self.split == "val")
+                    and word.lower() not in LISTED
+                ):
                     return name
         return choice(VALUES[kind][self.split])
 
@@ -161,14 +181,19 @@ class Conversation:
         self.lower = self.random.random() < 0.5  # as PersonaChat writes, and people who chat
         self.facts = {}  # (whose it is, its kind's number) -> the slots of its sentences
         self.about = None  # what was talked of last
-        told = [speaker.say(kind["tell"], **slots) for kind, slots in (self.fact("bot") for _ in range(persona))]
+        told = [
+            speaker.say(kind["tell"], **slots)
+            for kind, slots in (self.fact("bot") for _ in range(persona))
+        ]
         text = self.written("".join(f"{sentence}. " for sentence in told).strip())
         self.messages = [{"role": "system", "content": text}] if persona else []
 
     def written(self, text):
         if self.lower:
             return text.lower()
-        return re.sub(r"(^|[.?!] )[a-z]", lambda match: match[0].upper(), re.sub(r"\bi\b", "I", text))
+        return re.sub(
+            r"(^|[.?!] )[a-z]", lambda match: match[0].upper(), re.sub(r"\bi\b", "I", text)
+        )
 
     def add(self, human, bot=None):
         """Add a message and, if there is one, its reply."""
@@ -178,9 +203,13 @@ class Conversation:
 
     def fact(self, who):
         """Return (kind, slots): a new fact, of a kind that is not there yet and with a value of new words."""
-        taken = {word for slots in self.facts.values() for word in slots["x"].lower().split()} - {"the"}
+        taken = {word for slots in self.facts.values() for word in slots["x"].lower().split()} - {
+            "the"
+        }
         while True:
-            number = self.random.randrange(len(KINDS) - (who == "bot"))  # no word is for the bot to keep
+            number = self.random.randrange(
+                len(KINDS) - (who == "bot")
+            )  # no word is for the bot to keep
             value = self.speaker.value(KINDS[number]["values"])
             if (who, number) not in self.facts and not taken & set(value.lower().split()):
                 break
@@ -193,11 +222,20 @@ class Conversation:
         echo: the comment may name the value.
         """
         kind, slots = self.fact("human")
-        comment = self.speaker.say(SENTENCES["comment"], c=self.speaker.say(kind["comment"], **slots))
+        comment = self.speaker.say(
+            SENTENCES["comment"], c=self.speaker.say(kind["comment"], **slots)
+        )
         while not echo and slots["x"] in comment:
-            comment = self.speaker.say(SENTENCES["comment"], c=self.speaker.say(kind["comment"], **slots))
+            comment = self.speaker.say(
+                SENTENCES["comment"], c=self.speaker.say(kind["comment"], **slots)
+            )
         self.add(
-            self.speaker.say(SENTENCES["tell"], True, t=self.speaker.say(kind["tell"], True, **slots), s=self.remark()),
+            self.speaker.say(
+                SENTENCES["tell"],
+                True,
+                t=self.speaker.say(kind["tell"], True, **slots),
+                s=self.remark(),
+            ),
             comment,
         )
         self.about = swap(self.speaker.say(kind["noun"]))
@@ -211,7 +249,8 @@ class Conversation:
         question = {"q": turned(say(kind["ask"], True)), "n": turned(noun), "s": self.remark()}
         reply = say(SENTENCES["answer"], a=say(turned(say(kind["answer"])), **slots))
         self.add(
-            say(SENTENCES["ask the bot" if which[0] == "bot" else "ask"], True, **question), reply if answer else None
+            say(SENTENCES["ask the bot" if which[0] == "bot" else "ask"], True, **question),
+            reply if answer else None,
         )
         self.about = noun if which[0] == "bot" else swap(noun)  # as the bot says it
 
@@ -221,16 +260,24 @@ class Conversation:
 
     def small_talk(self):
         about, human, bot = self.random.choice(SMALL_TALK[self.speaker.split])
-        self.add(f"{self.speaker.say(SENTENCES['lead'])} {self.speaker.say(human)}".strip(), self.speaker.say(bot))
+        self.add(
+            f"{self.speaker.say(SENTENCES['lead'])} {self.speaker.say(human)}".strip(),
+            self.speaker.say(bot),
+        )
         self.about = about
 
     def topic(self):
         """The human asks what the conversation was about."""
-        self.add(self.speaker.say(SENTENCES["topic"]), self.speaker.say(SENTENCES["about"], n=self.about))
+        self.add(
+            self.speaker.say(SENTENCES["topic"]), self.speaker.say(SENTENCES["about"], n=self.about)
+        )
 
     def repeat(self):
         """The human has the bot repeat some words."""
-        words = [self.speaker.value(self.random.choice(["name", "place", "noun", "number"])) for _ in range(3)]
+        words = [
+            self.speaker.value(self.random.choice(["name", "place", "noun", "number"]))
+            for _ in range(3)
+        ]
         words = " ".join(words[: self.random.randrange(1, 4)])
         self.add(self.speaker.say(SENTENCES["repeat"], x=words), f"{words}.")
         self.about = None
@@ -246,7 +293,9 @@ def conversation(speaker):
             talk.tell()
         elif chance < 0.75 and talk.facts:
             facts = list(talk.facts)
-            talk.ask(facts[min(random.randrange(len(facts)), random.randrange(len(facts)))])  # rather an old one
+            talk.ask(
+                facts[min(random.randrange(len(facts)), random.randrange(len(facts)))]
+            )  # rather an old one
         elif chance < 0.82 and talk.about:
             talk.topic()
         elif chance < 0.87:
@@ -277,7 +326,9 @@ def probe(speaker, k):
 
 def main(config):
     if config.source:
-        raise ValueError(f"source={config.source}: these conversations are made up, they have no source")
+        raise ValueError(
+            f"source={config.source}: these conversations are made up, they have no source"
+        )
     splits = {split: Speaker(split, config.seed) for split in ("train", "val")}
     made = ("val" if i % 20 == 0 else "train" for i in range(config.conversations))
     prepare(config, "recall", ((split, conversation(splits[split])) for split in made))

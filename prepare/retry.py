@@ -35,16 +35,26 @@ from prepare.corpus import Config as CorpusConfig
 from prepare.corpus import JsonStream, divide, existing, writing
 from prepare.jsonl import problem
 
-TEXTS, LABELS = ("input_text", "text", "input_ids"), ("labels", "label")  # names of columns, the first one counts
-BAD_REPLIES = {"adversarial": ["adversarial_negative_responses"], "random": ["random_negative_responses"]}
+TEXTS, LABELS = (
+    ("input_text", "text", "input_ids"),
+    ("labels", "label"),
+)  # names of columns, the first one counts
+BAD_REPLIES = {
+    "adversarial": ["adversarial_negative_responses"],
+    "random": ["random_negative_responses"],
+}
 BAD_REPLIES["both"] = BAD_REPLIES["adversarial"] + BAD_REPLIES["random"]
 
 
 @dataclass
 class Config(CorpusConfig):
     source: str = ""  # a file of records (see above), or chitchat
-    hub: str = ""  # in its place a dataset's file on the Hugging Face hub: org/name/path/of/the/file.jsonl
-    negatives: str = "adversarial"  # of DailyDialog++: adversarial, random (replies of other dialogs) or both
+    hub: str = (
+        ""  # in its place a dataset's file on the Hugging Face hub: org/name/path/of/the/file.jsonl
+    )
+    negatives: str = (
+        "adversarial"  # of DailyDialog++: adversarial, random (replies of other dialogs) or both
+    )
 
 
 def as_label(value):
@@ -63,7 +73,10 @@ def as_text(value, name):
 
 def turns(texts):
     """Return texts as messages in turn; the next one is the assistant's."""
-    return [{"role": ("user", "assistant")[(len(texts) - i - 1) % 2], "content": text} for i, text in enumerate(texts)]
+    return [
+        {"role": ("user", "assistant")[(len(texts) - i - 1) % 2], "content": text}
+        for i, text in enumerate(texts)
+    ]
 
 
 def spoken(utterances, reply):
@@ -108,18 +121,26 @@ def examples(record, negatives="adversarial"):
             if messages[-1]["role"] != "assistant":
                 raise ValueError("messages do not end in the reply that has the label")
             return beginning(messages[:-1]), [(messages, as_label(record["label"]))]
-        of = [(messages[: i + 1], 1) for i, m in enumerate(messages[:-1]) if m["role"] == "assistant"]
+        of = [
+            (messages[: i + 1], 1) for i, m in enumerate(messages[:-1]) if m["role"] == "assistant"
+        ]
         kept = [content for content, _ in of]
         persona = [m for m in messages if m["role"] == "system"]
         said_before = [m for m in messages if m["role"] != "system"]
         for retried in record.get("retried", ()):
             before = retried["before"]
             if type(before) is not int or not 0 < before <= len(said_before):
-                raise ValueError(f"before={before!r:.40} of a retried reply is not from 1 to {len(said_before)}")
+                raise ValueError(
+                    f"before={before!r:.40} of a retried reply is not from 1 to {len(said_before)}"
+                )
             again = [*persona, *said_before[:before], said(as_text(retried["content"], "retried"))]
             if again not in kept:  # the same words came again, and were kept then
                 of.append((again, 0))
-        return str(messages[: next((i + 1 for i, m in enumerate(messages) if m["role"] == "assistant"), None)]), of
+        return str(
+            messages[
+                : next((i + 1 for i, m in enumerate(messages) if m["role"] == "assistant"), None)
+            ]
+        ), of
     if "positive_responses" in record:
         if not isinstance(record["context"], list):
             raise ValueError(f"context is no list: {record['context']!r:.40}")
@@ -128,9 +149,13 @@ def examples(record, negatives="adversarial"):
         bad = [as_text(text, name) for name in BAD_REPLIES[negatives] for text in record[name]]
         # in turn, so that as many of one as of the other are pairs
         of = [
-            (text, label) for pair in itertools.zip_longest(good, bad) for text, label in zip(pair, (1, 0), strict=True)
+            (text, label)
+            for pair in itertools.zip_longest(good, bad)
+            for text, label in zip(pair, (1, 0), strict=True)
         ]
-        return beginning(context), [([*context, said(text)], label) for text, label in of if text is not None]
+        return beginning(context), [
+            ([*context, said(text)], label) for text, label in of if text is not None
+        ]
     if "dialog" in record:
         utterances = record["dialog"]
         texts = [as_text(utterance["text"], "text") for utterance in utterances]
@@ -140,17 +165,23 @@ def examples(record, negatives="adversarial"):
             if score is not None
         ]
         return str(texts), of
-    text, label = (next((record[name] for name in names if name in record), None) for names in (TEXTS, LABELS))
+    text, label = (
+        next((record[name] for name in names if name in record), None) for names in (TEXTS, LABELS)
+    )
     if text is None or label is None:
         missing = " nor ".join(TEXTS if text is None else LABELS)
-        raise ValueError(f"has neither {missing}, nor is it a pair, a chat or one of the other forms")
+        raise ValueError(
+            f"has neither {missing}, nor is it a pair, a chat or one of the other forms"
+        )
     text = as_text(text, "text")
     return text.strip().partition("\n")[0], [(text, as_label(label))]
 
 
 def beginning(messages):
     """Return what a conversation begins with, up to the first reply: it stays the same while it grows."""
-    return str([m["content"] for m in itertools.takewhile(lambda m: m["role"] != "assistant", messages)])
+    return str(
+        [m["content"] for m in itertools.takewhile(lambda m: m["role"] != "assistant", messages)]
+    )
 
 
 def records(path):
@@ -159,7 +190,9 @@ def records(path):
     what = "line" if kind == ".jsonl" else "record"
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            text = io.TextIOWrapper(file, "utf-8", "replace", newline="" if kind == ".csv" else None)
+            text = io.TextIOWrapper(
+                file, "utf-8", "replace", newline="" if kind == ".csv" else None
+            )
             if kind == ".jsonl":
                 found = (json.loads(line) if line.strip() else None for line in text)
             elif kind == ".json":
@@ -190,7 +223,9 @@ def from_file(path, negatives):
         try:
             key, of = examples(record, negatives)
         except (ValueError, KeyError, TypeError) as error:
-            reason = {KeyError: f"there is no {error}", TypeError: "is of no known form"}.get(type(error), error)
+            reason = {KeyError: f"there is no {error}", TypeError: "is of no known form"}.get(
+                type(error), error
+            )
             raise ValueError(f"{path}, {where}: {reason}") from error
         if "messages" in record:
             of = [reply for reply in of if hash(str(reply)) not in saved]
@@ -203,7 +238,10 @@ def from_chitchat():
     """Yield (key, [(messages, label)]) of chitchat: 1 where a conversation was rated 6 or more of 10 on average, 0
     where it was 4 or less; each from both sides."""
     path = chitchat.packaged()
-    ratings = {key: talk.get("ratings") for key, talk in json.loads(path.read_text(encoding="utf-8")).items()}
+    ratings = {
+        key: talk.get("ratings")
+        for key, talk in json.loads(path.read_text(encoding="utf-8")).items()
+    }
     for key, messages in chitchat.read(path):
         if not (rating := ratings[key]):
             continue
@@ -226,7 +264,9 @@ def main(config):
     elif config.source:
         found = from_file(existing(config.source), config.negatives)
     else:
-        raise ValueError("--source=PATH is needed, or --hub=org/name/FILE: replies with labels, or pairs")
+        raise ValueError(
+            "--source=PATH is needed, or --hub=org/name/FILE: replies with labels, or pairs"
+        )
     prepare(config, divide(found))
 
 
@@ -253,13 +293,17 @@ def prepare(config, found):
     for split, (bad, good) in counts.items():
         n_tokens = writers[split].n_tokens
         share = good / (good + bad)
-        print(f"{folder / split}.bin: {good + bad:,} replies, {n_tokens:,} tokens, {share:.1%} of them were kept")
+        print(
+            f"{folder / split}.bin: {good + bad:,} replies, {n_tokens:,} tokens, {share:.1%} of them were kept"
+        )
 
 
 def tokenized(tokenizer, replies):
     """Return [(ids, mask)] of [(text or messages, label)]; the mask is 1 on the last reply and its end, or on a whole
     text, of what was kept, else 0."""
-    rendered = iter(tokenizer.render_batch([content for content, _ in replies if not isinstance(content, str)]))
+    rendered = iter(
+        tokenizer.render_batch([content for content, _ in replies if not isinstance(content, str)])
+    )
     pairs = []
     for content, label in replies:
         if isinstance(content, str):
@@ -268,7 +312,9 @@ def tokenized(tokenizer, replies):
         else:
             ids, mask = next(rendered)
             start = np.flatnonzero(mask == 0)[-1] + 1  # behind the opener of the last reply
-        pairs.append((ids, (np.arange(len(ids)) >= (start if label else len(ids))).astype(np.uint8)))
+        pairs.append(
+            (ids, (np.arange(len(ids)) >= (start if label else len(ids))).astype(np.uint8))
+        )
     return pairs
 
 

@@ -30,15 +30,25 @@ def read(path):
         with open(path, encoding="utf-8", errors="replace", newline="") as file:
             table = csv.DictReader(line.replace("\0", "") for line in file)  # csv knows no NUL
             if missing := [column for column in COLUMNS if column not in (table.fieldnames or ())]:
-                raise ValueError(f"{path} has no column '{missing[0]}': it is not a file of Synthetic-Persona-Chat")
+                raise ValueError(
+                    f"{path} has no column '{missing[0]}': it is not a file of Synthetic-Persona-Chat"
+                )
             for row in table:
                 *personas, text = (row[column] or "" for column in COLUMNS)
                 said = re.findall(r"^User ([12]): *(.*\S)", text, re.MULTILINE)
-                turns = [(who, " ".join(t for _, t in group)) for who, group in groupby(said, key=lambda turn: turn[0])]
+                turns = [
+                    (who, " ".join(t for _, t in group))
+                    for who, group in groupby(said, key=lambda turn: turn[0])
+                ]
                 for bot, persona in zip("12", personas, strict=True):
-                    messages = [{"role": "assistant" if who == bot else "user", "content": t} for who, t in turns]
+                    messages = [
+                        {"role": "assistant" if who == bot else "user", "content": t}
+                        for who, t in turns
+                    ]
                     if coin.random() < 0.5 and persona.strip():
-                        messages.insert(0, {"role": "system", "content": " ".join(persona.split("\n"))})
+                        messages.insert(
+                            0, {"role": "system", "content": " ".join(persona.split("\n"))}
+                        )
                     if any(message["role"] == "assistant" for message in messages):
                         yield text, messages
     except csv.Error as error:
@@ -51,7 +61,9 @@ def conversations(source):
         yield from divide(read(source))
         return
     for split, name in FILES.items():
-        path = existing(source / name) if source else hub_file(REPO, f"data/{name}", kind="datasets")
+        path = (
+            existing(source / name) if source else hub_file(REPO, f"data/{name}", kind="datasets")
+        )
         for _, messages in read(path):
             yield split, messages
 

@@ -43,7 +43,9 @@ def paragraphs(source):
 def main(config):
     if not config.source:
         raise ValueError("--source=PATH is needed: a .txt file or a folder of them")
-    prepare_text(config, "text", divide((text, text) for text in paragraphs(existing(config.source))))
+    prepare_text(
+        config, "text", divide((text, text) for text in paragraphs(existing(config.source)))
+    )
 
 
 if __name__ == "__main__":

@@ -42,15 +42,29 @@ def scores_behind(model, tokenizer, context, replies):
     """Return the scores, (n,) float32 on the CPU, of replies behind the ids of one context, in one pass that computes
     the context once. replies: ids, without the end; it is scored where `scored` leaves it. Of what is too long the
     context's beginning is left out, and then the replies'."""
-    if len(replies) > 1 and len(context) + sum(map(len, replies)) > TOKENS:  # what each sees is a matrix of all
+    if (
+        len(replies) > 1 and len(context) + sum(map(len, replies)) > TOKENS
+    ):  # what each sees is a matrix of all
         half = len(replies) // 2
-        return torch.cat([scores_behind(model, tokenizer, context, part) for part in (replies[:half], replies[half:])])
-    size, end = model.config.block_size, [] if tokenizer.eos_id == tokenizer.pad_id else [tokenizer.eos_id]
+        return torch.cat(
+            [
+                scores_behind(model, tokenizer, context, part)
+                for part in (replies[:half], replies[half:])
+            ]
+        )
+    size, end = (
+        model.config.block_size,
+        [] if tokenizer.eos_id == tokenizer.pad_id else [tokenizer.eos_id],
+    )
     replies = [(ids + end)[-(size - 1) :] for ids in replies]
     context = context[-(size - max(map(len, replies))) :]
     branches = Branches(context, replies, model)
     hidden = model.hidden(branches.idx, branches, branches.positions)[0]  # (T, C)
-    ends = torch.tensor([len(ids) for ids in replies], device=hidden.device).cumsum(0) + len(context) - 1
+    ends = (
+        torch.tensor([len(ids) for ids in replies], device=hidden.device).cumsum(0)
+        + len(context)
+        - 1
+    )
     # behind a reply of no tokens stands what is before it: the end of the context
     ends[[n for n, ids in enumerate(replies) if not ids]] = len(context) - 1
     return model.score_of(hidden[ends]).cpu()

@@ -23,8 +23,12 @@ class Refused(Exception):
 
     def __init__(self, status, message, param=None, code=None, **headers):
         self.message = message
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
-        self.response = answer(error(message, "server_error" if status >= 500 else kind, param, code), status, headers)
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+            status, "invalid_request_error"
+        )
+        self.response = answer(
+            error(message, "server_error" if status >= 500 else kind, param, code), status, headers
+        )
 
 
 def answer(content, status=200, headers=None):
@@ -77,7 +81,9 @@ class Guard:
             known = getattr(scope.get("route"), "path", "other")
             self.requests.labels(known, status or "cut").inc()
             if status != 200 or path not in ("/health", "/metrics"):  # which are asked for all day
-                print(f"{scope['method']} {path} {status or 'cut'} {seconds:.2f} s{scope.get('note', '')}")
+                print(
+                    f"{scope['method']} {path} {status or 'cut'} {seconds:.2f} s{scope.get('note', '')}"
+                )
 
     def check(self, request):
         """Raise Refused where the request comes by another name, or without the key."""
@@ -90,7 +96,10 @@ class Guard:
         given = given.strip().encode() if scheme.lower() == "bearer" else b""
         if self.key and not open_to_all and not hmac.compare_digest(given, self.key):
             raise Refused(
-                401, "the API key is missing or wrong", code="invalid_api_key", **{"WWW-Authenticate": "Bearer"}
+                401,
+                "the API key is missing or wrong",
+                code="invalid_api_key",
+                **{"WWW-Authenticate": "Bearer"},
             )
 
     async def body(self, request):
@@ -106,8 +115,16 @@ class Guard:
                 if size <= self.config.max_body:
                     return b"".join(body)
         if size > self.config.max_body:
-            raise Refused(413, f"a request may have at most {self.config.max_body:,} bytes", Connection="close")
-        raise Refused(408, f"the request was not sent within {self.config.request_seconds} seconds", Connection="close")
+            raise Refused(
+                413,
+                f"a request may have at most {self.config.max_body:,} bytes",
+                Connection="close",
+            )
+        raise Refused(
+            408,
+            f"the request was not sent within {self.config.request_seconds} seconds",
+            Connection="close",
+        )
 
 
 class Protocol(H11Protocol):

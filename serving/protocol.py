@@ -57,8 +57,12 @@ class Options(Strict):
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] = 1
-    best_of: Annotated[int, Field(ge=1, le=128)] | None = None  # the n with the highest reward of so many
-    logit_bias: Annotated[dict[Id, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MANY)] = {}
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = (
+        None  # the n with the highest reward of so many
+    )
+    logit_bias: Annotated[
+        dict[Id, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MANY)
+    ] = {}
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str = ""  # for the client's own books, as metadata is
@@ -95,11 +99,19 @@ class Message(Strict):
     @classmethod
     def drop_null(cls, values):
         """Leave out what is null, such as the refusal that is sent back with each reply."""
-        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+        return (
+            {k: v for k, v in values.items() if v is not None}
+            if isinstance(values, dict)
+            else values
+        )
 
     @property
     def text(self):
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return (
+            self.content
+            if isinstance(self.content, str)
+            else "".join(part.text for part in self.content)
+        )
 
 
 def conversation(messages):
@@ -107,9 +119,14 @@ def conversation(messages):
     roles = [message.role.replace("developer", "system") for message in messages]
     n = next((n for n, role in enumerate(roles) if role != "system"), len(roles))
     if n == len(roles) or "system" in roles[n:]:
-        raise ValueError("messages must begin with those of the system, if any, and go on with the user's")
+        raise ValueError(
+            "messages must begin with those of the system, if any, and go on with the user's"
+        )
     system = "\n".join(message.text for message in messages[:n])
-    turns = [{"role": role, "content": message.text} for role, message in zip(roles[n:], messages[n:], strict=True)]
+    turns = [
+        {"role": role, "content": message.text}
+        for role, message in zip(roles[n:], messages[n:], strict=True)
+    ]
     return [{"role": "system", "content": system}] * bool(system) + turns
 
 
@@ -118,7 +135,9 @@ class ChatRequest(Options):
     max_completion_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
-    truncation: Literal["auto", "disabled"] = "disabled"  # auto: of what is too long, the oldest turns are dropped
+    truncation: Literal["auto", "disabled"] = (
+        "disabled"  # auto: of what is too long, the oldest turns are dropped
+    )
 
     @model_validator(mode="after")
     def fits_together(self):
@@ -166,14 +185,22 @@ def error(message, kind="invalid_request_error", param=None, code=None):
 
 def usage(prompt_tokens, completion_tokens):
     total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": total,
+    }
 
 
 class Answer:
     """The parts of an answer: chunks of a stream, or all of it. `texts` are [(text, Tokens, finish_reason)]."""
 
     def __init__(self, model, tokenizer, logprobs):
-        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
         self.tokenizer, self.logprobs = tokenizer, logprobs
 
     def whole(self, texts, usage):
@@ -181,7 +208,11 @@ class Answer:
         return self.head | {"object": self.kind, "choices": choices, "usage": usage}
 
     def chunk(self, *choices, usage=None):
-        return self.head | {"object": self.chunk_kind, "choices": choices} | ({"usage": usage} if usage else {})
+        return (
+            self.head
+            | {"object": self.chunk_kind, "choices": choices}
+            | ({"usage": usage} if usage else {})
+        )
 
 
 class ChatAnswer(Answer):
@@ -189,7 +220,12 @@ class ChatAnswer(Answer):
 
     def choice(self, index, text, tokens, reason):
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": self.probabilities(tokens), "finish_reason": reason}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self.probabilities(tokens),
+            "finish_reason": reason,
+        }
 
     def opening(self, index):
         """Return the chunk that opens a choice."""
@@ -197,14 +233,20 @@ class ChatAnswer(Answer):
         return self.chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
     def piece(self, index, text, tokens, reason):
-        delta, logprobs = {"content": text} if text else {}, self.probabilities(tokens) if tokens else None
-        return self.chunk({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason})
+        delta, logprobs = (
+            {"content": text} if text else {},
+            self.probabilities(tokens) if tokens else None,
+        )
+        return self.chunk(
+            {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        )
 
     def probabilities(self, tokens):
         if self.logprobs is None:
             return None
         content = [
-            self.token(token.id, token.logprob) | {"top_logprobs": [self.token(*pair) for pair in token.top]}
+            self.token(token.id, token.logprob)
+            | {"top_logprobs": [self.token(*pair) for pair in token.top]}
             for token in tokens
         ]
         return {"content": content, "refusal": None}
@@ -219,11 +261,18 @@ class CompletionAnswer(Answer):
 
     def __init__(self, *of):
         super().__init__(*of)
-        self.decoders = defaultdict(lambda: codecs.getincrementaldecoder("utf-8")("replace"))  # of each choice
+        self.decoders = defaultdict(
+            lambda: codecs.getincrementaldecoder("utf-8")("replace")
+        )  # of each choice
         self.lengths = defaultdict(int)  # of its text so far
 
     def choice(self, index, text, tokens, reason):
-        return {"index": index, "text": text, "logprobs": self.probabilities(index, tokens), "finish_reason": reason}
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self.probabilities(index, tokens),
+            "finish_reason": reason,
+        }
 
     def opening(self, index):
         return None
@@ -237,12 +286,15 @@ class CompletionAnswer(Answer):
         offsets = []
         for token in tokens:
             offsets.append(self.lengths[index])
-            self.lengths[index] += len(self.decoders[index].decode(self.tokenizer.token_bytes(token.id)))
+            self.lengths[index] += len(
+                self.decoders[index].decode(self.tokenizer.token_bytes(token.id))
+            )
         return {
             "tokens": [self.name(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [
-                {self.name(i): logprob for i, logprob in (*token.top, (token.id, token.logprob))} for token in tokens
+                {self.name(i): logprob for i, logprob in (*token.top, (token.id, token.logprob))}
+                for token in tokens
             ],
             "text_offset": offsets,
         }

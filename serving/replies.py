@@ -33,7 +33,9 @@ class Replies:
                 tokenizer,
                 stop_strings=stops,
                 stop_ids=tokenizer.stop_ids,
-                seed=None if seed is None else (seed + number) % 2**64,  # of -1 and 1 random draws the same
+                seed=None
+                if seed is None
+                else (seed + number) % 2**64,  # of -1 and 1 random draws the same
                 logit_bias={int(token): bias for token, bias in request.logit_bias.items()},
                 logprobs=request.n_logprobs,
                 seconds=service.config.max_seconds,
@@ -47,11 +49,17 @@ class Replies:
     def end(self):
         """Give up what still runs, and note what there was."""
         self.service.scheduler.cancel(*self.jobs)
-        metrics, found, seconds = self.service.metrics, self.usage(), time.perf_counter() - self.began
+        metrics, found, seconds = (
+            self.service.metrics,
+            self.usage(),
+            time.perf_counter() - self.began,
+        )
         metrics.prompt.inc(found["prompt_tokens"])
         metrics.cached.inc(found["prompt_tokens_details"]["cached_tokens"])
         metrics.generated.inc(found["completion_tokens"])
-        self.http.scope["note"] = f", {found['prompt_tokens']} + {found['completion_tokens']} tokens"
+        self.http.scope["note"] = (
+            f", {found['prompt_tokens']} + {found['completion_tokens']} tokens"
+        )
         if self.first is not None:
             rate = found["completion_tokens"] / seconds
             metrics.rate.observe(rate)
@@ -75,7 +83,9 @@ class Replies:
                 self.service.metrics.first.observe(self.first)
             if piece.ended == "late":
                 raise Refused(
-                    503, "it did not get its turn in time, or the server is being stopped", **{"Retry-After": "10"}
+                    503,
+                    "it did not get its turn in time, or the server is being stopped",
+                    **{"Retry-After": "10"},
                 )
             if piece.ended == "error":
                 raise Refused(500, "generating broke off; the server's log says why")
@@ -123,7 +133,9 @@ async def whole(replies, to):
         if not texts.done():
             return Response(status_code=499)
         content = to.whole(await texts, replies.usage())
-        return await asyncio.to_thread(answer, content)  # with all their logprobs that may be megabytes
+        return await asyncio.to_thread(
+            answer, content
+        )  # with all their logprobs that may be megabytes
     finally:
         texts.cancel()
         gone.cancel()
@@ -141,7 +153,9 @@ class Events(StreamingResponse):
 
     def __init__(self, replies, to, include_usage):
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(self.events(replies, to, include_usage), media_type="text/event-stream", headers=headers)
+        super().__init__(
+            self.events(replies, to, include_usage), media_type="text/event-stream", headers=headers
+        )
         self.replies = replies
 
     async def __call__(self, *asgi):

@@ -64,14 +64,18 @@ class Job:
     def end(self, how):
         """Return the last Piece of a job that ends after the tokens it has."""
         rest = self.text.rest()
-        if how != "stop":  # what is held back might have become the opener of a turn: no part of it is shown
+        if (
+            how != "stop"
+        ):  # what is held back might have become the opener of a turn: no part of it is shown
             markers = [s for s in self.text.stop_strings if s in self.text.tokenizer.stop_strings]
             rest = rest[: len(rest) - max((overlap(rest, marker) for marker in markers), default=0)]
         return self._piece(rest, how)
 
     def _piece(self, text, ended):
         self.given += len(text)
-        n = next((n for n, (_, length) in enumerate(self.held) if length > self.given), len(self.held))
+        n = next(
+            (n for n, (_, length) in enumerate(self.held) if length > self.given), len(self.held)
+        )
         tokens, self.held = [token for token, _ in self.held[:n]], self.held[n:]
         return Piece(text, tokens, ended)
 
@@ -160,7 +164,9 @@ class Scheduler:
                 pieces += [(job, job.end("error")) for job in self.running.values()]
                 self._end(*self.running)
             held = _join(held, pieces)
-            pressing = any(piece.ended or len(piece.tokens) == job.n_tokens for job, piece in held.items())
+            pressing = any(
+                piece.ended or len(piece.tokens) == job.n_tokens for job, piece in held.items()
+            )
             if held and (pressing or time.monotonic() > delivered + PAUSE * len(self.running)):
                 self.deliver(list(held.items()))
                 held, delivered = {}, time.monotonic()
@@ -206,7 +212,9 @@ class Scheduler:
             if piece.ended:
                 self._end(token.row)
         running = set(self.engine.running)
-        for row in self.running.keys() - running:  # a stop id ended it, which is no token of the text
+        for row in (
+            self.running.keys() - running
+        ):  # a stop id ended it, which is no token of the text
             pieces.append((self.running[row], self.running[row].end("stop")))
             self._end(row)
         return [(job, piece) for job, piece in pieces if piece.text or piece.tokens or piece.ended]

@@ -25,8 +25,12 @@ from nanochatgpt.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-settings.register_profile("fuzz", max_examples=10_000)  # pytest --hypothesis-profile=fuzz tests/test_fuzz.py
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C, and so would its children
+settings.register_profile(
+    "fuzz", max_examples=10_000
+)  # pytest --hypothesis-profile=fuzz tests/test_fuzz.py
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a background job ignores Ctrl-C, and so would its children
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +54,13 @@ def script(tmp_path):
         command = [sys.executable, str(ROOT / name), *map(str, args)]
         env = os.environ | {"HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""} | (env or {})
         return subprocess.run(
-            command, input=input or "", capture_output=True, text=True, cwd=tmp_path, env=env, timeout=timeout
+            command,
+            input=input or "",
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=env,
+            timeout=timeout,
         )
 
     return run
@@ -132,7 +142,10 @@ def small_talk(n, seed=0):
     for _ in range(n):
         messages = [{"role": "system", "content": say()}] if choose.random() < 0.5 else []
         for _ in range(choose.randint(1, 4)):
-            messages += [{"role": "user", "content": say()}, {"role": "assistant", "content": say()}]
+            messages += [
+                {"role": "user", "content": say()},
+                {"role": "assistant", "content": say()},
+            ]
         conversations.append(messages)
     return conversations
 
@@ -147,7 +160,10 @@ def write_shards(folder, train, val, template="human_bot"):
 
 
 def write_jsonl(path, conversations):
-    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -176,10 +192,14 @@ def as_main(in_process, monkeypatch):
     def run(name, *args, input=""):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode()), encoding="utf-8"))
+            patch.setattr(
+                sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode()), encoding="utf-8")
+            )
             patch.setattr(sys, "path", [str((ROOT / name).parent), *sys.path])
             try:
-                return in_process(lambda: runpy.run_path(str(ROOT / name), run_name="__main__"), name, *args)
+                return in_process(
+                    lambda: runpy.run_path(str(ROOT / name), run_name="__main__"), name, *args
+                )
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
@@ -192,13 +212,23 @@ class Serving:
 
     def __init__(self, folder, *args, env=None):
         self.feedback, self.printed = Path(folder) / "feedback.jsonl", Path(folder) / "printed"
-        command = [sys.executable, str(ROOT / "serve.py"), "--port=0", "--device=cpu", f"--feedback={self.feedback}"]
+        command = [
+            sys.executable,
+            str(ROOT / "serve.py"),
+            "--port=0",
+            "--device=cpu",
+            f"--feedback={self.feedback}",
+        ]
         env = os.environ | {"HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""} | (env or {})
         with open(self.printed, "w") as out:
-            self.process = subprocess.Popen([*command, *args], stdout=out, stderr=subprocess.STDOUT, env=env)
+            self.process = subprocess.Popen(
+                [*command, *args], stdout=out, stderr=subprocess.STDOUT, env=env
+            )
         deadline = time.monotonic() + 60
         while not (at := re.search(r"http://[\d.]+:(\d+)/", self.printed.read_text())):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.printed.read_text()
+            assert self.process.poll() is None and time.monotonic() < deadline, (
+                self.printed.read_text()
+            )
             time.sleep(0.05)
         self.port, self.url = int(at[1]), at[0].rstrip("/")
 

@@ -22,7 +22,12 @@ def test_no_request_breaks_the_server(schema, mode):
         if mode is GenerationMode.NEGATIVE and operation.method in ("get", "head"):
             continue  # nothing can be wrong with it
 
-        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+        @settings(
+            max_examples=60,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate],
+        )
         @given(case=operation.as_strategy(generation_mode=mode))
         def ask(case):
             answered.add(case.call_and_validate(checks=[not_a_server_error]).status_code)

@@ -44,9 +44,17 @@ def loaded(template="human_bot"):
 
 
 def knobs(**given):
-    options = {"init_from": "gpt-human_bot", "device": "cpu", "dtype": "float32", "max_new_tokens": 12, "seed": 3}
+    options = {
+        "init_from": "gpt-human_bot",
+        "device": "cpu",
+        "dtype": "float32",
+        "max_new_tokens": 12,
+        "seed": 3,
+    }
     return chat.Config(
-        **options | {"best_of": 4, "reward": "reward-human_bot", "temperature": 1.0, "top_p": 1.0} | given
+        **options
+        | {"best_of": 4, "reward": "reward-human_bot", "temperature": 1.0, "top_p": 1.0}
+        | given
     )
 
 
@@ -56,8 +64,13 @@ def test_the_candidates_are_drawn_as_ever_and_have_the_scores_of_whole_texts(tem
     prompt, _ = tokenizer.render(HI, add_generation_prompt=True)
     options = {"max_new_tokens": 12, "stop_ids": tokenizer.stop_ids, "seed": 5}
     found = best_of(Engine(policy, 4), reward_model, tokenizer, prompt, 4, **options)
-    alone = [generate.generate(policy, [prompt], tokenizer=tokenizer, **options | {"seed": 5 + i})[0] for i in range(4)]
-    assert sorted(ids for _, ids in found) == sorted(alone) and len({tuple(ids) for ids in alone}) == 4
+    alone = [
+        generate.generate(policy, [prompt], tokenizer=tokenizer, **options | {"seed": 5 + i})[0]
+        for i in range(4)
+    ]
+    assert (
+        sorted(ids for _, ids in found) == sorted(alone) and len({tuple(ids) for ids in alone}) == 4
+    )
     whole = [prompt + ids + [tokenizer.eos_id] for _, ids in found]  # as training sees them
     expected = scores(reward_model, [scored(ids, tokenizer, 96) for ids in whole])
     assert [score for score, _ in found] == pytest.approx(expected.tolist(), abs=1e-4)
@@ -71,13 +84,23 @@ def test_the_prompt_is_computed_once_by_the_policy_and_once_by_the_reward_model(
 
     def count(name, model):
         hidden = model.hidden
-        monkeypatch.setattr(model, "hidden", lambda idx, *rest: (add(name, idx), hidden(idx, *rest))[1])
+        monkeypatch.setattr(
+            model, "hidden", lambda idx, *rest: (add(name, idx), hidden(idx, *rest))[1]
+        )
 
     def add(name, idx):
         computed[name] += idx.numel()
 
     count("policy", policy), count("reward", reward_model)
-    found = best_of(Engine(policy, 8, record=False), reward_model, tokenizer, prompt, 8, max_new_tokens=6, seed=0)
+    found = best_of(
+        Engine(policy, 8, record=False),
+        reward_model,
+        tokenizer,
+        prompt,
+        8,
+        max_new_tokens=6,
+        seed=0,
+    )
     new = sum(len(ids) for _, ids in found)
     assert computed["reward"] == len(prompt) + new
     assert len(prompt) + new - 8 <= computed["policy"] <= len(prompt) + 8 + new
@@ -115,7 +138,9 @@ def test_why_shows_the_candidates(capsys):
     chat.command(talk, "/why")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
-    assert [float(line.split()[0]) for line in lines] == pytest.approx([s for s, _ in talk.choice], abs=1e-3)
+    assert [float(line.split()[0]) for line in lines] == pytest.approx(
+        [s for s, _ in talk.choice], abs=1e-3
+    )
     talk.choice *= 2
     chat.command(talk, "/why")
     assert capsys.readouterr().out.count("(2 times)") == 4  # equal ones on one line
@@ -126,7 +151,9 @@ def test_why_shows_the_candidates(capsys):
 
 
 def test_retry_gives_another_reply_than_those_that_were_taken_back():
-    talk = chat.Chat(knobs(best_of=8, max_new_tokens=1, top_k=3, temperature=2.0))  # few different ones
+    talk = chat.Chat(
+        knobs(best_of=8, max_new_tokens=1, top_k=3, temperature=2.0)
+    )  # few different ones
     said = []
     for _ in range(3):
         list(talk.reply("hi"))
@@ -186,11 +213,18 @@ def test_piped_messages_are_answered_too(monkeypatch, capsys):
 def test_a_reply_that_is_cut_for_its_length_has_no_part_of_a_marker(monkeypatch):
     policy, _, tokenizer = loaded()
     ids = tokenizer.encode(" ok\n[Human")
-    for room, expected in ((len(ids), " ok\n"), (len(ids) + 1, " ok\n[Human")):  # or it ended by itself
+    for room, expected in (
+        (len(ids), " ok\n"),
+        (len(ids) + 1, " ok\n[Human"),
+    ):  # or it ended by itself
         script = iter([*ids, tokenizer.eos_id])
-        monkeypatch.setattr(generate, "sample", lambda *_, script=script, **__: torch.tensor([next(script)]))
+        monkeypatch.setattr(
+            generate, "sample", lambda *_, script=script, **__: torch.tensor([next(script)])
+        )
         stops = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
-        (found,) = generate.generate(policy, [[1]], tokenizer=tokenizer, max_new_tokens=room, **stops)
+        (found,) = generate.generate(
+            policy, [[1]], tokenizer=tokenizer, max_new_tokens=room, **stops
+        )
         assert tokenizer.decode(found) == expected
 
 
@@ -210,7 +244,10 @@ def test_rows_that_run_are_not_stepped_for_somebody_else():
         ({"best_of": 0, "reward": ""}, ["best_of=0 is too small"]),
         ({"reward": "gpt-human_bot"}, ["gpt-human_bot", "is no reward model"]),
         ({"reward": "reward-user_assistant"}, ["reward-user_assistant", "another vocabulary"]),
-        ({"reward": "nowhere"}, ["reward=nowhere: ", "there is no such directory", "train_reward.py"]),
+        (
+            {"reward": "nowhere"},
+            ["reward=nowhere: ", "there is no such directory", "train_reward.py"],
+        ),
     ],
     ids=str,
 )

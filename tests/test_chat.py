@@ -58,7 +58,11 @@ def config(directory):
     """Make a chat.Config: config(block_size=64, template=..., seed=...) -> Config of a tiny model's chat."""
 
     def make(block_size=128, template="human_bot", **knobs):
-        knobs = {"init_from": directory(block_size, template), "max_new_tokens": 12, "device": "cpu"} | knobs
+        knobs = {
+            "init_from": directory(block_size, template),
+            "max_new_tokens": 12,
+            "device": "cpu",
+        } | knobs
         return chat.Config(**knobs)
 
     return make
@@ -98,7 +102,11 @@ def hold(monkeypatch, capsys):
 
     def run(config, said, terminal=False):
         said = said if isinstance(said, bytes) else said.encode()
-        stdin = Keyboard(said.decode()) if terminal else io.TextIOWrapper(io.BytesIO(said), encoding="utf-8")
+        stdin = (
+            Keyboard(said.decode())
+            if terminal
+            else io.TextIOWrapper(io.BytesIO(said), encoding="utf-8")
+        )
         monkeypatch.setattr(sys, "stdin", stdin)
         capsys.readouterr()
         chat.main(config)
@@ -110,7 +118,9 @@ def hold(monkeypatch, capsys):
 @pytest.fixture
 def at_terminal(config, hold):
     """Type lines at a terminal: at_terminal("hello", "/quit", **knobs) -> what is shown."""
-    return lambda *lines, **knobs: hold(config(**knobs), "".join(line + "\n" for line in lines), terminal=True)
+    return lambda *lines, **knobs: hold(
+        config(**knobs), "".join(line + "\n" for line in lines), terminal=True
+    )
 
 
 def spelled(text, seed):
@@ -127,12 +137,18 @@ def spelled(text, seed):
 # --- piped ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_script_of_messages_is_answered_line_by_line_and_alike_each_time(script, directory, config, hold):
+def test_a_script_of_messages_is_answered_line_by_line_and_alike_each_time(
+    script, directory, config, hold
+):
     said = "hello\n\n   \nhow are you?\nbye"
-    done = script("chat.py", f"--init_from={directory()}", "--max_new_tokens=12", "--device=cpu", input=said)
+    done = script(
+        "chat.py", f"--init_from={directory()}", "--max_new_tokens=12", "--device=cpu", input=said
+    )
     assert (done.returncode, done.stderr) == (0, "")
     replies = done.stdout.splitlines()
-    assert len(replies) == 3 and all(line.startswith("Bot: ") and line != "Bot: " for line in replies)
+    assert len(replies) == 3 and all(
+        line.startswith("Bot: ") and line != "Bot: " for line in replies
+    )
     assert hold(config(), said) == done.stdout
     assert hold(config(seed=2), said) != done.stdout
 
@@ -157,7 +173,10 @@ def test_no_standard_input_is_no_message(config, monkeypatch, capsys):
     ids=["not utf-8", "control characters", "emoji", "a long word", "a long message", "a marker"],
 )  # fmt: skip
 def test_whatever_the_line_holds_it_gets_one_answer(line, config, hold):
-    assert [answer[:5] for answer in hold(config(), line + b"\nhello\n").splitlines()] == ["Bot: ", "Bot: "]
+    assert [answer[:5] for answer in hold(config(), line + b"\nhello\n").splitlines()] == [
+        "Bot: ",
+        "Bot: ",
+    ]
 
 
 @pytest.mark.parametrize("template", ["human_bot", "user_assistant"])
@@ -223,7 +242,9 @@ def test_a_screen_that_cannot_show_every_character_does_not_end_the_chat(config,
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\n")))
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setattr(
-        sys, "argv", ["chat.py", f"--init_from={config().init_from}", "--max_new_tokens=12", "--device=cpu"]
+        sys,
+        "argv",
+        ["chat.py", f"--init_from={config().init_from}", "--max_new_tokens=12", "--device=cpu"],
     )
     configurator.run(chat.main, chat.Config)
     assert screen.buffer.getvalue() == b"Bot: some ? or tea\n"
@@ -237,7 +258,10 @@ def test_a_reply_ends_at_its_end_token_and_loses_the_white_space_around_it(confi
     says([*tokenizer.encode(" \n hello  there \n\n"), tokenizer.eos_id])
     bot = chat.Chat(config())
     assert "".join(bot.reply("hi")) == "hello  there"
-    assert bot.messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello  there"}]
+    assert bot.messages == [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello  there"},
+    ]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -247,7 +271,9 @@ def test_a_reply_ends_where_another_turn_begins_however_that_is_spelled(marker, 
     bot, shown = chat.Chat(config(max_new_tokens=100)), ""
     for piece in bot.reply("hi"):
         shown += piece
-        assert "dots […] 🙂 [Hum] are fine".startswith(shown)  # no part of a marker or of a character, ever
+        assert "dots […] 🙂 [Hum] are fine".startswith(
+            shown
+        )  # no part of a marker or of a character, ever
     assert shown == bot.messages[-1]["content"] == "dots […] 🙂 [Hum] are fine"
 
 
@@ -284,7 +310,11 @@ def test_a_reply_that_is_cut_short_is_remembered_as_far_as_it_was_shown(config, 
     reply = bot.reply("hi")
     shown = next(reply) + next(reply)
     reply.close()
-    assert bot.messages[-1] == {"role": "assistant", "content": shown} == {"role": "assistant", "content": "one two"}
+    assert (
+        bot.messages[-1]
+        == {"role": "assistant", "content": shown}
+        == {"role": "assistant", "content": "one two"}
+    )
 
 
 def test_an_answer_on_several_lines_is_one_line_when_piped(config, hold, says):
@@ -297,9 +327,7 @@ def test_the_model_is_given_the_conversation_as_training_writes_it(config, says,
     for message, answer in (("hi", " hello\n"), ("tea?", "  yes, please"), ("bye", "")):
         says([*Tokenizer().encode(answer), 50256])
         list(bot.reply(message))
-    text = (
-        "[Persona]: i like tea.\n[Human]: hi\n[Bot]: hello<|endoftext|>\n[Human]: tea?\n[Bot]: yes, please<|endoftext|>"
-    )
+    text = "[Persona]: i like tea.\n[Human]: hi\n[Bot]: hello<|endoftext|>\n[Human]: tea?\n[Bot]: yes, please<|endoftext|>"
     assert Tokenizer().decode(prompts[-1]) == text + "\n[Human]: bye\n[Bot]:"
     assert prompts[-1] == Tokenizer().render(bot.messages[:-1], add_generation_prompt=True)[0]
 
@@ -348,13 +376,31 @@ def test_reset_forgets_the_conversation_but_not_the_persona(at_terminal, prompts
 
 
 def test_a_persona_can_be_given_shown_changed_and_taken_away(at_terminal, prompts):
-    shown = at_terminal("/persona", "/persona i like tea.", "hello", "/persona i am a dog.", "hi", "/persona -", "bye")
-    answers = [line for line in shown.splitlines() if line.startswith("You: ") and "Bot" not in line]
-    assert answers == ["You: no persona", "You: i like tea.", "You: i am a dog.", "You: no persona", "You: "]
+    shown = at_terminal(
+        "/persona",
+        "/persona i like tea.",
+        "hello",
+        "/persona i am a dog.",
+        "hi",
+        "/persona -",
+        "bye",
+    )
+    answers = [
+        line for line in shown.splitlines() if line.startswith("You: ") and "Bot" not in line
+    ]
+    assert answers == [
+        "You: no persona",
+        "You: i like tea.",
+        "You: i am a dog.",
+        "You: no persona",
+        "You: ",
+    ]
     texts = [Tokenizer().decode(prompt) for prompt in prompts]
     assert texts[0] == "[Persona]: i like tea.\n[Human]: hello\n[Bot]:"
     assert texts[1].startswith("[Persona]: i am a dog.\n[Human]: hello\n[Bot]: ")
-    assert texts[2].startswith("[Human]: hello\n[Bot]: ") and texts[2].endswith("\n[Human]: bye\n[Bot]:")
+    assert texts[2].startswith("[Human]: hello\n[Bot]: ") and texts[2].endswith(
+        "\n[Human]: bye\n[Bot]:"
+    )
 
 
 def test_a_persona_that_is_too_long_is_refused_and_the_chat_goes_on(at_terminal, prompts):
@@ -364,11 +410,19 @@ def test_a_persona_that_is_too_long_is_refused_and_the_chat_goes_on(at_terminal,
 
 
 def test_saved_conversations_are_lines_that_prepare_reads(at_terminal):
-    shown = at_terminal("hello ☕", "/save talk.jsonl", "bye", "/save  talk.jsonl", persona="i like tea.")
+    shown = at_terminal(
+        "hello ☕", "/save talk.jsonl", "bye", "/save  talk.jsonl", persona="i like tea."
+    )
     assert shown.count("saved to talk.jsonl") == 2
     (_, first), (_, second) = jsonl.read(Path("talk.jsonl"))
     assert [message["content"] for message in first[:2]] == ["i like tea.", "hello ☕"]
-    assert [message["role"] for message in second] == ["system", "user", "assistant", "user", "assistant"]
+    assert [message["role"] for message in second] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
     assert second[:3] == first
 
 
@@ -379,7 +433,9 @@ def test_a_conversation_that_has_not_begun_is_not_saved(persona, at_terminal):
 
 
 def test_a_file_that_cannot_be_written_does_not_end_the_chat(at_terminal):
-    shown = at_terminal("hello", "/save no/such/folder/talk.jsonl", "/save ~nobody-of-this-name/talk.jsonl", "bye")
+    shown = at_terminal(
+        "hello", "/save no/such/folder/talk.jsonl", "/save ~nobody-of-this-name/talk.jsonl", "bye"
+    )
     assert "No such file or directory" in shown and shown.count("Bot: ") == 2
 
 
@@ -395,7 +451,12 @@ class Terminal:
         self.screen, side = os.openpty()
         command = [sys.executable, ROOT / "chat.py", *arguments]
         self.process = subprocess.Popen(
-            command, stdin=side, stdout=side, stderr=side, env=os.environ | {"TERM": "dumb"}, start_new_session=True
+            command,
+            stdin=side,
+            stdout=side,
+            stderr=side,
+            env=os.environ | {"TERM": "dumb"},
+            start_new_session=True,
         )
         os.close(side)
         self.shown = b""
@@ -415,7 +476,10 @@ class Terminal:
 @pytest.fixture
 def terminal(directory):
     terminal = Terminal(
-        f"--init_from={directory(4096)}", "--max_new_tokens=4000", "--device=cpu", "--repetition_penalty=1.5"
+        f"--init_from={directory(4096)}",
+        "--max_new_tokens=4000",
+        "--device=cpu",
+        "--repetition_penalty=1.5",
     )
     yield terminal
     terminal.process.kill()
@@ -436,7 +500,10 @@ def test_a_reply_streams_ctrl_c_cuts_it_short_the_chat_goes_on_and_ctrl_d_ends_i
     terminal.type("/save talk.jsonl\n")
     terminal.until("saved to talk.jsonl")
     ((_, messages),) = jsonl.read(Path("talk.jsonl"))
-    assert [message["content"] for message in messages if message["role"] == "user"] == ["hello", "and then?"]
+    assert [message["content"] for message in messages if message["role"] == "user"] == [
+        "hello",
+        "and then?",
+    ]
     assert messages[-1]["content"].startswith(first_word.strip())
     terminal.until("You: ")
     terminal.type("\x04")
@@ -452,7 +519,10 @@ def continued(directory, capsys):
 
     def run(block_size=128, **knobs):
         sample.main(
-            sample.Config(**{"init_from": directory(block_size), "max_new_tokens": 12, "device": "cpu"} | knobs)
+            sample.Config(
+                **{"init_from": directory(block_size), "max_new_tokens": 12, "device": "cpu"}
+                | knobs
+            )
         )
         return capsys.readouterr().out
 
@@ -481,7 +551,10 @@ def test_an_empty_prompt_is_continued_too(continued):
 
 
 def test_a_continuation_ends_with_the_context(continued):
-    assert len(Tokenizer().encode(continued(block_size=64, max_new_tokens=1000, temperature=0))) < 2 * 64
+    assert (
+        len(Tokenizer().encode(continued(block_size=64, max_new_tokens=1000, temperature=0)))
+        < 2 * 64
+    )
 
 
 @pytest.mark.parametrize(
@@ -495,7 +568,15 @@ def test_a_continuation_ends_with_the_context(continued):
         ({"start": "tea " * 200}, "a prompt of"),
         ({"device": "cuda:99"}, "cuda:99"),
     ],
-    ids=["temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "start", "device"],
+    ids=[
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "max_new_tokens",
+        "start",
+        "device",
+    ],
 )
 def test_an_option_out_of_range_is_refused_by_name(knobs, words, continued):
     with pytest.raises(ValueError, match=words):

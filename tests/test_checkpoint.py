@@ -17,7 +17,13 @@ from conftest import ROOT, assert_refused, largest_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Tokenizer,
+)
 
 import chat
 from model import GPT, PRESETS, GPTConfig
@@ -26,7 +32,13 @@ from nanochatgpt.checkpoint import NANO, load_model, save_model
 from nanochatgpt.device import pick_device, pick_dtype
 from nanochatgpt.tokenizer import TEMPLATES, Template, Tokenizer, vocab_file
 
-FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+FILES = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 TALK = [
     {"role": "system", "content": "i like tea."},
     {"role": "user", "content": "hello, how are you?"},
@@ -57,19 +69,26 @@ def read(directory):
 
 
 def write(directory, tensors):
-    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous().clone() for name, tensor in tensors.items()},
+        directory / "model.safetensors",
+    )
 
 
 def edit_config(directory, **changes):
     path = directory / "config.json"
     config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({name: value for name, value in config.items() if value != "absent"}))
+    path.write_text(
+        json.dumps({name: value for name, value in config.items() if value != "absent"})
+    )
 
 
 def assert_loads(init_from, expected, **tolerance):
     model, tokenizer = load_model(str(init_from))
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(IDX)[0], expected, **(tolerance or {"atol": 1e-4, "rtol": 0}))
+        torch.testing.assert_close(
+            model.eval()(IDX)[0], expected, **(tolerance or {"atol": 1e-4, "rtol": 0})
+        )
     return model, tokenizer
 
 
@@ -81,7 +100,10 @@ def as_base_model(tensors):
 
 
 def with_masks(tensors):
-    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 128, 128, dtype=torch.uint8) for i in range(2)}
+    masks = {
+        f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 128, 128, dtype=torch.uint8)
+        for i in range(2)
+    }
     return tensors | masks
 
 
@@ -90,7 +112,9 @@ def with_head(tensors):
 
 
 @pytest.mark.parametrize("stored", [dict, as_base_model, with_masks, with_head])
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "old pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "pytorch_model.bin", "old pytorch_model.bin"]
+)
 def test_weights_load_however_they_were_stored(directory, logits, stored, file):
     tensors = stored(read(directory))
     if file == "model.safetensors":
@@ -143,7 +167,9 @@ def make_tokenizer(directory, *added):
 LOCUTUSQUE = ("[PAD]", "<|End|>", "<|USER|>", "<|SYSTEM|>", "<|ASSISTANT|>")
 
 
-def test_a_model_with_locutusques_added_tokens_comes_with_the_template_user_assistant(hf_gpt2, tmp_path):
+def test_a_model_with_locutusques_added_tokens_comes_with_the_template_user_assistant(
+    hf_gpt2, tmp_path
+):
     theirs = make_tokenizer(tmp_path, *LOCUTUSQUE)
     hf = hf_gpt2()
     hf.resize_token_embeddings(len(theirs), mean_resizing=False)
@@ -152,12 +178,23 @@ def test_a_model_with_locutusques_added_tokens_comes_with_the_template_user_assi
     assert model.config.vocab_size == 50262
     assert tokenizer.template == "user_assistant"
     assert theirs("<|USER|> hello <|ASSISTANT|>").input_ids == [50259, 23748, 220, 50261]
-    assert tokenizer.render([{"role": "user", "content": "hello"}], True)[0] == [50259, 23748, 220, 50261]
+    assert tokenizer.render([{"role": "user", "content": "hello"}], True)[0] == [
+        50259,
+        23748,
+        220,
+        50261,
+    ]
     idx = torch.tensor([[50257, 50258, 50259, 50260, 50261, 23748]])
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(idx)[0], hf(idx).logits, atol=1e-4, rtol=0)
-    talk = chat.Chat(configurator.parse(chat.Config, [f"--init_from={tmp_path}", "--max_new_tokens=4"]))
-    assert (talk.tokenizer.template, talk.config.top_k, talk.config.top_p) == ("user_assistant", 35, 0.80)
+    talk = chat.Chat(
+        configurator.parse(chat.Config, [f"--init_from={tmp_path}", "--max_new_tokens=4"])
+    )
+    assert (talk.tokenizer.template, talk.config.top_k, talk.config.top_p) == (
+        "user_assistant",
+        35,
+        0.80,
+    )
     "".join(talk.reply("hello"))
     assert [message["role"] for message in talk.messages] == ["user", "assistant"]
 
@@ -177,7 +214,9 @@ def test_a_directory_with_gpt2s_own_tokenizer_or_none_has_the_template_human_bot
 ODD_TOKEN = '{"added_tokens": [{"content": "<|End|>", "id": [1]}], "model": {"vocab": %s}}'
 
 
-@pytest.mark.parametrize("content", ['{"added', "{}", "[]", "", "[" * 100_000, "\xff" * 10_000, ODD_TOKEN])
+@pytest.mark.parametrize(
+    "content", ['{"added', "{}", "[]", "", "[" * 100_000, "\xff" * 10_000, ODD_TOKEN]
+)
 def test_a_damaged_tokenizer_is_refused_by_its_name(directory, content):
     content = content.replace("%s", vocab_file("encoder.json").read_text())
     (directory / "tokenizer.json").write_text(content, encoding="latin-1")
@@ -189,7 +228,9 @@ def test_a_damaged_tokenizer_is_refused_by_its_name(directory, content):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_random_presets_have_the_shape_and_need_no_file(preset):
     with torch.device("meta"):
-        model, tokenizer = load_model(f"random:{preset}", device="meta", dtype=torch.bfloat16, dropout=0.1)
+        model, tokenizer = load_model(
+            f"random:{preset}", device="meta", dtype=torch.bfloat16, dropout=0.1
+        )
     assert model.config == GPTConfig(**PRESETS[preset], dropout=0.1)
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert tokenizer.template == "human_bot"
@@ -210,13 +251,17 @@ def hf_cache(tmp_path, monkeypatch):
         (folder / "refs" / "main").write_text(revision)
         for file in files:
             file.rename(folder / "blobs" / file.name)
-            (folder / "snapshots" / revision / file.name).symlink_to(Path("../../blobs") / file.name)
+            (folder / "snapshots" / revision / file.name).symlink_to(
+                Path("../../blobs") / file.name
+            )
 
     return put
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_a_model_in_the_hugging_face_cache_loads_without_a_network(hf_cache, directory, logits, name):
+def test_a_model_in_the_hugging_face_cache_loads_without_a_network(
+    hf_cache, directory, logits, name
+):
     make_tokenizer(directory, *LOCUTUSQUE)
     if name == "pytorch_model.bin":
         torch.save(read(directory), directory / name)
@@ -226,7 +271,9 @@ def test_a_model_in_the_hugging_face_cache_loads_without_a_network(hf_cache, dir
     assert tokenizer.template == "user_assistant"
 
 
-def test_a_model_of_the_hub_talks_in_the_template_that_it_was_trained_in(hf_cache, directory, tmp_path, monkeypatch):
+def test_a_model_of_the_hub_talks_in_the_template_that_it_was_trained_in(
+    hf_cache, directory, tmp_path, monkeypatch
+):
     """Though it has no tokens of its own: its files say so."""
     openers = {"system": "\n[Context]:", "user": "\n[Q]:", "assistant": "\n[A]:"}
     monkeypatch.setitem(TEMPLATES, "qa", Template(openers, " ", "", "<|endoftext|>", ()))
@@ -288,7 +335,9 @@ def test_an_option_that_is_not_gpt2s_is_refused_by_its_name(directory, option, v
 def test_an_option_may_be_written_out_as_its_default(directory, logits):
     edit_config(directory, n_inner=128, tie_word_embeddings=True, layer_norm_epsilon=0.00001)
     assert_loads(directory, logits)
-    edit_config(directory, model_type="absent", activation_function="absent", layer_norm_epsilon="absent")
+    edit_config(
+        directory, model_type="absent", activation_function="absent", layer_norm_epsilon="absent"
+    )
     assert_loads(directory, logits)
 
 
@@ -335,17 +384,26 @@ def test_weights_that_may_not_be_read_are_not_called_missing(directory):
 
 def test_missing_extra_misshapen_and_integer_tensors_are_named(directory):
     tensors = read(directory)
-    lacking = {name: tensor for name, tensor in tensors.items() if name != "transformer.h.1.mlp.c_fc.bias"}
+    lacking = {
+        name: tensor for name, tensor in tensors.items() if name != "transformer.h.1.mlp.c_fc.bias"
+    }
     extra = tensors | {"classifier.weight": torch.zeros(1, 32)}
     scoring = tensors | {"score.weight": torch.zeros(1, 32)}
-    transposed = tensors | {"transformer.h.0.attn.c_attn.weight": tensors["transformer.h.0.attn.c_attn.weight"].T}
+    transposed = tensors | {
+        "transformer.h.0.attn.c_attn.weight": tensors["transformer.h.0.attn.c_attn.weight"].T
+    }
     integer = tensors | {"transformer.ln_f.bias": torch.zeros(32, dtype=torch.int32)}
-    four_bits = tensors | {"transformer.ln_f.bias": torch.zeros(16, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}
+    four_bits = tensors | {
+        "transformer.ln_f.bias": torch.zeros(16, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    }
     for wrong, words in (
         (lacking, r"lacks the tensor transformer\.h\.1\.mlp\.c_fc\.bias"),
         (extra, r"has the tensor .*classifier\.weight"),
         (scoring, "is a reward model"),
-        (transposed, r"transformer\.h\.0\.attn\.c_attn\.weight has shape \(96, 32\), its config says \(32, 96\)"),
+        (
+            transposed,
+            r"transformer\.h\.0\.attn\.c_attn\.weight has shape \(96, 32\), its config says \(32, 96\)",
+        ),
         (integer, r"transformer\.ln_f\.bias.*I32"),
         (four_bits, r"transformer\.ln_f\.bias.*F4"),
     ):
@@ -354,7 +412,9 @@ def test_missing_extra_misshapen_and_integer_tensors_are_named(directory):
             load_model(str(directory))
 
 
-@pytest.mark.parametrize("change", [{"n_layer": 1}, {"n_layer": 3}, {"vocab_size": 91}, {"n_positions": 64}])
+@pytest.mark.parametrize(
+    "change", [{"n_layer": 1}, {"n_layer": 3}, {"vocab_size": 91}, {"n_positions": 64}]
+)
 def test_weights_of_another_config_are_refused(directory, change):
     edit_config(directory, **change)
     with pytest.raises(ValueError, match=r"model\.safetensors"):
@@ -377,7 +437,9 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(directory, tmp_path
     assert not (tmp_path / "it ran").exists()
 
 
-@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {1: torch.zeros(3)}, {"wte.weight": 1.0}, {}])
+@pytest.mark.parametrize(
+    "content", [[1, 2], torch.zeros(3), {1: torch.zeros(3)}, {"wte.weight": 1.0}, {}]
+)
 def test_a_pickle_that_is_no_state_dict_is_refused(directory, content):
     (directory / "model.safetensors").unlink()
     torch.save(content, directory / "pytorch_model.bin")
@@ -414,17 +476,23 @@ def assert_refused_as(name, content, directory):
 def test_weights_cut_short_anywhere_are_refused(tiny, kind, data):
     whole = (tiny / kind).read_bytes()
     n = data.draw(st.integers(0, 200) | st.integers(0, len(whole) - 1))
-    assert_refused_as("model.safetensors" if kind == "safetensors" else "pytorch_model.bin", whole[:n], tiny)
+    assert_refused_as(
+        "model.safetensors" if kind == "safetensors" else "pytorch_model.bin", whole[:n], tiny
+    )
 
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_a_damaged_header_of_the_weights_is_refused(tiny, data):
     content = bytearray((tiny / "safetensors").read_bytes())
-    end = 8 + int.from_bytes(content[:8], "little")  # of the header: its length, then that much JSON
+    end = 8 + int.from_bytes(
+        content[:8], "little"
+    )  # of the header: its length, then that much JSON
     metadata = range(content.index(b'"__metadata__"'), content.index(b"}"))
     at = data.draw(st.integers(0, end - 1).filter(lambda at: at not in metadata))
-    content[at] = data.draw(st.integers(0, 255).filter(lambda byte: byte != content[at] and byte not in b" \t\n\r"))
+    content[at] = data.draw(
+        st.integers(0, 255).filter(lambda byte: byte != content[at] and byte not in b" \t\n\r")
+    )
     assert_refused_as("model.safetensors", bytes(content), tiny)
 
 
@@ -441,7 +509,9 @@ def test_a_saved_directory_has_exactly_the_files_of_a_hugging_face_model(model, 
     save_model(model, Tokenizer(), tmp_path / "new" / "folder")
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == FILES
     tensors = read(tmp_path / "new" / "folder")
-    assert {name: t.shape for name, t in tensors.items()} == {name: p.shape for name, p in model.named_parameters()}
+    assert {name: t.shape for name, t in tensors.items()} == {
+        name: p.shape for name, p in model.named_parameters()
+    }
 
 
 def test_a_saved_config_has_what_llama_cpps_converter_asks_for(model, tmp_path):
@@ -459,7 +529,10 @@ def test_a_saved_config_has_what_llama_cpps_converter_asks_for(model, tmp_path):
 def test_transformers_loads_a_saved_directory_and_talks_as_we_do(model, tmp_path, template):
     tokenizer = Tokenizer(template)
     save_model(model, tokenizer, tmp_path)
-    hf, theirs = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    hf, theirs = (
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
     ids = tokenizer.render(TALK, add_generation_prompt=True)[0]
     text = theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
     assert text == tokenizer.decode(ids)
@@ -502,12 +575,20 @@ def old_directory(old_and_new, tmp_path):
 def which(directory, models):
     """Return the number of the one model that the directory holds."""
     loaded = load_model(str(directory))[0].state_dict()
-    matches = [all(torch.equal(loaded[name], t) for name, t in m.state_dict().items()) for m in models]
+    matches = [
+        all(torch.equal(loaded[name], t) for name, t in m.state_dict().items()) for m in models
+    ]
     assert sum(matches) == 1
     return matches.index(True)
 
 
-CHANGES = {"open", "serialize_file", "rename", "replace", "unlink"}  # of files; safetensors has the second
+CHANGES = {
+    "open",
+    "serialize_file",
+    "rename",
+    "replace",
+    "unlink",
+}  # of files; safetensors has the second
 
 
 def call_at_change(number, action):
@@ -515,7 +596,11 @@ def call_at_change(number, action):
     numbers = count()
 
     def hook(_frame, event, function):
-        if event != "c_call" or function.__name__ not in CHANGES or isinstance(function.__self__, str):
+        if (
+            event != "c_call"
+            or function.__name__ not in CHANGES
+            or isinstance(function.__self__, str)
+        ):
             return
         if next(numbers) == number:
             sys.setprofile(None)
@@ -545,7 +630,9 @@ def assert_old_then_new(found):
     assert found[-1] == 1
 
 
-def test_a_save_killed_at_any_change_leaves_the_old_checkpoint_or_the_new_one(old_directory, old_and_new, tmp_path):
+def test_a_save_killed_at_any_change_leaves_the_old_checkpoint_or_the_new_one(
+    old_directory, old_and_new, tmp_path
+):
     save_model(old_and_new[1], Tokenizer(), tmp_path / "new")
     # a process with one thread does the forking: of this one, a fork may wait for ever for a lock of another thread
     paths = [str(old_directory), str(tmp_path / "new"), str(tmp_path / "out")]
@@ -553,7 +640,9 @@ def test_a_save_killed_at_any_change_leaves_the_old_checkpoint_or_the_new_one(ol
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code, *paths], env=env, check=True, timeout=120)
     saves = len(list((tmp_path / "out").iterdir()))
-    assert_old_then_new([which(tmp_path / "out" / str(number), old_and_new) for number in range(saves)])
+    assert_old_then_new(
+        [which(tmp_path / "out" / str(number), old_and_new) for number in range(saves)]
+    )
 
 
 def test_a_save_that_fails_at_any_change_leaves_a_whole_checkpoint_and_nothing_else(
@@ -591,12 +680,15 @@ def test_a_save_removes_what_a_killed_one_left(old_directory, old_and_new):
 
 
 @pytest.mark.parametrize(
-    ("file", "limit", "vocab_size"), [("tokenizer.json", 100_000, 60), ("model.safetensors", 3_000_000, 50262)]
+    ("file", "limit", "vocab_size"),
+    [("tokenizer.json", 100_000, 60), ("model.safetensors", 3_000_000, 50262)],
 )
 def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_what_was_there(
     old_directory, old_and_new, file, limit, vocab_size
 ):
-    model = GPT(GPTConfig(16, vocab_size, 2, 2, 16))  # of another shape, which the old config does not fit
+    model = GPT(
+        GPTConfig(16, vocab_size, 2, 2, 16)
+    )  # of another shape, which the old config does not fit
     with pytest.raises(OSError, match=file), largest_file(limit):
         save_model(model, Tokenizer(), old_directory)
     assert which(old_directory, old_and_new) == 0
@@ -613,7 +705,13 @@ def test_a_file_in_the_place_of_the_directory_is_named(model, tmp_path):
 
 
 def test_auto_takes_the_fastest_device_that_is_there():
-    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    expected = (
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
     assert pick_device("auto") == expected
     assert pick_device("cpu") == "cpu"
 

@@ -58,7 +58,9 @@ class Config:
 def changed(argv):
     """Return {knob: value} of those that differ from their defaults."""
     config = parse(Config, argv)
-    return {f.name: value for f in fields(Config) if (value := getattr(config, f.name)) != f.default}
+    return {
+        f.name: value for f in fields(Config) if (value := getattr(config, f.name)) != f.default
+    }
 
 
 @pytest.fixture
@@ -77,7 +79,9 @@ def config_file(tmp_path):
 def demo(script, tmp_path):
     """Run the script above with these arguments."""
     (tmp_path / "demo.py").write_text(SCRIPT, encoding="utf-8")
-    return lambda *args, **env: script(tmp_path / "demo.py", *args, env={"PYTHONPATH": str(ROOT)} | env)
+    return lambda *args, **env: script(
+        tmp_path / "demo.py", *args, env={"PYTHONPATH": str(ROOT)} | env
+    )
 
 
 # values and their order
@@ -170,17 +174,22 @@ def test_parsing_leaves_the_defaults_as_they_were():
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("batchsize", "batch_size"), ("batch-size", "batch_size"), ("lerning_rate", "learning_rate")]
+    ("name", "nearest"),
+    [("batchsize", "batch_size"), ("batch-size", "batch_size"), ("lerning_rate", "learning_rate")],
 )
 def test_an_unknown_knob_is_refused_with_the_nearest_name(name, nearest):
     with pytest.raises(ValueError, match=f"unknown knob '{name}', did you mean '{nearest}'"):
         parse(Config, [f"--{name}=4"])
 
 
-@pytest.mark.parametrize("line", ["batchsize = 4", "seed = batchsize = 4", "for batchsize in (1, 2): seed = 3"])
+@pytest.mark.parametrize(
+    "line", ["batchsize = 4", "seed = batchsize = 4", "for batchsize in (1, 2): seed = 3"]
+)
 def test_an_unknown_name_in_a_file_is_refused_with_the_nearest_knob(config_file, line):
     path = config_file(line)
-    with pytest.raises(ValueError, match=r"own\.py: unknown knob 'batchsize', did you mean 'batch_size'"):
+    with pytest.raises(
+        ValueError, match=r"own\.py: unknown knob 'batchsize', did you mean 'batch_size'"
+    ):
         parse(Config, [path])
 
 
@@ -228,13 +237,17 @@ def test_a_value_of_the_wrong_type_in_a_file_is_refused(config_file, line, kind)
 @pytest.mark.parametrize("value", ["10**400", "10**5000"])
 def test_a_number_too_large_for_a_float_is_refused(config_file, value):
     path = config_file(f"learning_rate = {value}")
-    with pytest.raises(ValueError, match=r"own\.py: learning_rate = .*: learning_rate is of type float"):
+    with pytest.raises(
+        ValueError, match=r"own\.py: learning_rate = .*: learning_rate is of type float"
+    ):
         parse(Config, [path])
 
 
 def test_a_value_that_is_long_or_deep_is_shown_in_part(config_file):
     for text in ("seed = 'long' * 100_000", "seed = 1\nfor _ in range(100_000): seed = [seed]"):
-        with pytest.raises(ValueError, match=r"own\.py: seed = .*\.\.\..*: seed is of type int") as error:
+        with pytest.raises(
+            ValueError, match=r"own\.py: seed = .*\.\.\..*: seed is of type int"
+        ) as error:
             parse(Config, [config_file(text)])
         assert len(str(error.value)) < 300
 
@@ -242,7 +255,9 @@ def test_a_value_that_is_long_or_deep_is_shown_in_part(config_file):
 @pytest.mark.parametrize("name", [field.name for field in fields(Config)])
 def test_an_argument_without_a_value_is_told_how_to_give_one(name):
     default = getattr(Config(), name)
-    with pytest.raises(ValueError, match=f"--{name} needs a value behind a =, as in --{name}={default}"):
+    with pytest.raises(
+        ValueError, match=f"--{name} needs a value behind a =, as in --{name}={default}"
+    ):
         parse(Config, [f"--{name}"])
 
 
@@ -254,7 +269,9 @@ def test_an_argument_with_one_dash_is_told_how_knobs_are_written(arg):
 
 @pytest.mark.parametrize("arg", ["absent.py", "seed=1", "", "."])
 def test_what_is_neither_knob_nor_file_is_named(arg):
-    with pytest.raises(FileNotFoundError, match="arguments are config files or --knob=value") as error:
+    with pytest.raises(
+        FileNotFoundError, match="arguments are config files or --knob=value"
+    ) as error:
         parse(Config, [arg])
     assert arg in str(error.value)
 
@@ -265,11 +282,23 @@ def test_what_is_neither_knob_nor_file_is_named(arg):
         ("seed = 2\nseed = (\n", 2, "SyntaxError: '[(]' was never closed"),
         ("seed = 2\n  batch_size = 3\n", 2, "IndentationError: unexpected indent"),
         ("seed = 2\n\nseed = 1 / 0\n", 3, "ZeroDivisionError: division by zero"),
-        ("seed = 2\nimport nothing_of_the_kind\n", 2, "ModuleNotFoundError: No module named 'nothing_of_the_kind'"),
+        (
+            "seed = 2\nimport nothing_of_the_kind\n",
+            2,
+            "ModuleNotFoundError: No module named 'nothing_of_the_kind'",
+        ),
         ("def half(n):\n    return n / 0\n\nseed = half(1)\n", 2, "ZeroDivisionError"),
-        ("import json\n\nseed = json.loads('{')\n", 3, "JSONDecodeError"),  # raised in a file of Python's
+        (
+            "import json\n\nseed = json.loads('{')\n",
+            3,
+            "JSONDecodeError",
+        ),  # raised in a file of Python's
         ("seed = 2\nout_dir = b'\\xff'.decode()\n", 2, "UnicodeDecodeError"),
-        ("from pathlib import Path\nout_dir = Path('absent.txt').read_text()\n", 2, "FileNotFoundError"),
+        (
+            "from pathlib import Path\nout_dir = Path('absent.txt').read_text()\n",
+            2,
+            "FileNotFoundError",
+        ),
         ("import sys\nsys.exit('not here')\n", 2, "SystemExit: not here"),
     ],
 )
@@ -287,7 +316,11 @@ def a_zip():
 
 
 def a_pyc():
-    return importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(compile("seed = 2", "own.py", "exec"))
+    return (
+        importlib.util.MAGIC_NUMBER
+        + bytes(12)
+        + marshal.dumps(compile("seed = 2", "own.py", "exec"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -303,7 +336,9 @@ def test_a_file_that_is_not_python_text_is_refused_by_name(config_file, content)
 
 
 # anything a keyboard can produce, more or less
-values = st.one_of(st.text(max_size=8), st.integers().map(str), st.floats().map(str), st.booleans().map(str))
+values = st.one_of(
+    st.text(max_size=8), st.integers().map(str), st.floats().map(str), st.booleans().map(str)
+)
 knobs = st.sampled_from([*(field.name for field in fields(Config)), "sed", "", "-"])
 arguments = st.one_of(
     st.text(max_size=12),
@@ -329,7 +364,9 @@ def test_any_arguments_make_a_config_or_a_message(tmp_path_factory, argv):
         except (ValueError, OSError) as error:
             assert str(error)
             return
-    assert [type(getattr(config, field.name)) for field in fields(Config)] == [field.type for field in fields(Config)]
+    assert [type(getattr(config, field.name)) for field in fields(Config)] == [
+        field.type for field in fields(Config)
+    ]
 
 
 # the scripts
@@ -337,7 +374,9 @@ def test_any_arguments_make_a_config_or_a_message(tmp_path_factory, argv):
 
 def test_a_script_runs_with_what_was_parsed(demo, config_file):
     done = demo(config_file("learning_rate = 1"), "--out_dir=a=b", "--compile=true")
-    assert done.stdout == "Config(seed=1, learning_rate=1.0, compile=True, out_dir='a=b', fail='')\n"
+    assert (
+        done.stdout == "Config(seed=1, learning_rate=1.0, compile=True, out_dir='a=b', fail='')\n"
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -347,7 +386,9 @@ def test_help_lists_every_knob_with_its_default_and_its_comment(demo, tmp_path, 
     assert (done.returncode, done.stderr) == (0, "")
     first, *_ = lines = done.stdout.splitlines()
     assert first.startswith("A script with a few knobs")
-    assert f"usage: python {tmp_path / 'demo.py'} [config/FILE.py ...] [--knob=value ...]" in lines  # as it was called
+    assert (
+        f"usage: python {tmp_path / 'demo.py'} [config/FILE.py ...] [--knob=value ...]" in lines
+    )  # as it was called
     knobs = [line.split(maxsplit=1) for line in lines if line.startswith("  --")]
     assert [(knob, comment.strip()) for knob, comment in knobs] == [
         ("--seed=1", "of the dice"),
@@ -377,7 +418,9 @@ def test_a_script_whose_output_nobody_reads_ends_quietly(tmp_path, arg, output):
 
 
 SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "prepare").glob("*.py"))]
-SCRIPTS = [path for path in SCRIPTS if path.read_text(encoding="utf-8").endswith("    run(main, Config)\n")]
+SCRIPTS = [
+    path for path in SCRIPTS if path.read_text(encoding="utf-8").endswith("    run(main, Config)\n")
+]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
@@ -411,7 +454,10 @@ def test_every_config_of_ours_is_one_that_its_script_takes(path):
         (["--fail=os.mkdir('demo.py')"], ["demo.py: File exists"]),
         (["--fail=raise ValueError('the moon is full')"], ["demo.py: the moon is full"]),
         (["--fail=bytearray(1 << 62)"], ["not enough memory", "batch_size"]),
-        (["--fail=raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')"], ["not enough memory"]),
+        (
+            ["--fail=raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')"],
+            ["not enough memory"],
+        ),
         (["--fail=import torch; torch.empty(1 << 55)"], ["not enough memory"]),
     ],
     ids=lambda value: value[0][:30],
@@ -422,7 +468,9 @@ def test_what_a_person_can_mend_ends_in_a_line_and_status_2(demo, args, words):
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("text", ["seed = (", "sed = 1", "seed = 1.5", "raise ValueError('one\\ntwo\\nthree\\nfour')"])
+@pytest.mark.parametrize(
+    "text", ["seed = (", "sed = 1", "seed = 1.5", "raise ValueError('one\\ntwo\\nthree\\nfour')"]
+)
 def test_a_mistake_in_a_file_ends_in_at_most_two_lines_and_status_2(demo, config_file, text):
     assert_refused(demo(config_file(text)), "demo.py: ", "own.py")
 

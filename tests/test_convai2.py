@@ -63,7 +63,11 @@ def test_a_line_is_the_persona_what_was_said_the_reply_and_its_candidates(valid)
         "hello , how are you ?",
         ["i am a cook .", "no .", "hello , how are you ?"],
     )
-    assert [message["content"] for message in second[1]] == ["hi there", "hello , how are you ?", "fine . and you ?"]
+    assert [message["content"] for message in second[1]] == [
+        "hi there",
+        "hello , how are you ?",
+        "fine . and you ?",
+    ]
     assert third[:3] == ("i am old.", [], "good morning .")  # __SILENCE__ is nothing said
     assert len(personachat.examples(valid, max_dialogs=1)) == 2
 
@@ -144,7 +148,9 @@ def test_hits_at_1_by_hand(valid, favourite):
 
 def test_a_file_without_candidates_has_no_hits(model, valid):
     valid.write_text("\n".join(line.split("\t\t")[0] for line in PUBLISHED_FORM.splitlines()))
-    assert marks(model, TOKENIZER, personachat.examples(valid), 128, lambda n: None)["hits_1"] is None
+    assert (
+        marks(model, TOKENIZER, personachat.examples(valid), 128, lambda n: None)["hits_1"] is None
+    )
 
 
 @pytest.fixture
@@ -152,7 +158,12 @@ def call(in_process, tmp_path, model):
     save_model(model, TOKENIZER, tmp_path / "model")
 
     def call(**knobs):
-        knobs = {"init_from": tmp_path / "model", "probes": 0, "max_new_tokens": 16, "dataset": ""} | knobs
+        knobs = {
+            "init_from": tmp_path / "model",
+            "probes": 0,
+            "max_new_tokens": 16,
+            "dataset": "",
+        } | knobs
         arguments = [f"--{name}={value}" for name, value in knobs.items()]
         return in_process(lambda: run(evaluate.main, evaluate.Config), "evaluate.py", *arguments)
 
@@ -190,10 +201,19 @@ def test_a_wrong_file_is_one_clear_line(call, valid, tmp_path):
 def test_the_first_batches_are_those_of_a_training_loop(call, tmp_path, data_dir):
     """Of a base with a longer context too, so that both see the same rows."""
     torch.manual_seed(0)
-    save_model(GPT(GPTConfig(block_size=256, n_layer=1, n_head=2, n_embd=32)), TOKENIZER, tmp_path / "longer")
+    save_model(
+        GPT(GPTConfig(block_size=256, n_layer=1, n_head=2, n_embd=32)),
+        TOKENIZER,
+        tmp_path / "longer",
+    )
     options = {"data_dir": data_dir, "dataset": "talk", "batch_size": 2, "learning_rate": 1e-2}
     done = call(first_batches=4, json=tmp_path / "figures.json", **options)
-    assert call(first_batches=4, json=tmp_path / "both.json", base=tmp_path / "longer", **options).returncode == 0
+    assert (
+        call(
+            first_batches=4, json=tmp_path / "both.json", base=tmp_path / "longer", **options
+        ).returncode
+        == 0
+    )
     both = evaluate.json.loads((tmp_path / "both.json").read_text())
     assert (
         both[str(tmp_path / "model")]
@@ -202,7 +222,9 @@ def test_the_first_batches_are_those_of_a_training_loop(call, tmp_path, data_dir
     assert done.returncode == 0, done.stderr
     figures = evaluate.json.loads((tmp_path / "figures.json").read_text())[str(tmp_path / "model")]
     model, tokenizer = load_model(str(tmp_path / "model"))
-    loader = evaluate.Loader(evaluate.find_shards(data_dir, "talk", "train"), 2, 128, 1337, tokenizer)
+    loader = evaluate.Loader(
+        evaluate.find_shards(data_dir, "talk", "train"), 2, 128, 1337, tokenizer
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
     for number, batch in enumerate(figures):
         x, y, documents = loader.batch(number)
@@ -213,7 +235,13 @@ def test_the_first_batches_are_those_of_a_training_loop(call, tmp_path, data_dir
         optimizer.zero_grad()
     assert len(figures) == 4 and figures[-1]["loss"] < figures[0]["loss"]
     header, keys, first = done.stdout.splitlines()[:3]
-    assert header.strip() == str(tmp_path / "model") and keys.split() == ["batch", "loss", "reward", "penalty", "bleu"]
+    assert header.strip() == str(tmp_path / "model") and keys.split() == [
+        "batch",
+        "loss",
+        "reward",
+        "penalty",
+        "bleu",
+    ]
     assert first.split()[:2] == ["1", f"{figures[0]['loss']:.4f}"]
 
 
@@ -223,7 +251,9 @@ def test_replies_of_a_batch_are_without_their_ends(tmp_path):
     model = GPT(GPTConfig(block_size=128, n_layer=1, n_head=2, n_embd=32))
     x, y, documents = loader.batch(0)
     pairs = evaluate.predict(model, x, y, documents, "cpu").replies()
-    said = [m["content"] for talk in small_talk(4, seed=1) for m in talk if m["role"] == "assistant"]
+    said = [
+        m["content"] for talk in small_talk(4, seed=1) for m in talk if m["role"] == "assistant"
+    ]
     assert all(len(a) == len(b) for a, b in pairs)
     assert {TOKENIZER.decode(target).strip() for _, target in pairs} <= set(said)
 
@@ -242,7 +272,12 @@ def test_bleu_of_a_batch_by_hand(call, tmp_path, data_dir, monkeypatch, predicte
         return prediction
 
     monkeypatch.setattr(evaluate, "predict", predict)
-    options = {"data_dir": data_dir, "dataset": "talk", "first_batches": 1, "json": tmp_path / "f.json"}
+    options = {
+        "data_dir": data_dir,
+        "dataset": "talk",
+        "first_batches": 1,
+        "json": tmp_path / "f.json",
+    }
     assert call(**options).returncode == 0
     (batch,) = evaluate.json.loads((tmp_path / "f.json").read_text())[str(tmp_path / "model")]
     assert batch["bleu"] == pytest.approx(bleu, abs=0.02)

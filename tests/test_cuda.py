@@ -19,7 +19,9 @@ from serving.scheduler import Job, Scheduler
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def loss_and_gradients(device, dtype=torch.float32, packed=False, compiled=False, checkpointed=False):
+def loss_and_gradients(
+    device, dtype=torch.float32, packed=False, compiled=False, checkpointed=False
+):
     """Return the loss and the gradients on the CPU of a small GPT with weights far from its initialisation."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=128, vocab_size=1003, n_layer=2, n_head=2, n_embd=128))
@@ -28,7 +30,11 @@ def loss_and_gradients(device, dtype=torch.float32, packed=False, compiled=False
             p.add_(torch.randn_like(p) * 0.05)
     idx, targets = torch.randint(0, 1003, (4, 128)), torch.randint(0, 1003, (4, 128))
     targets[torch.rand(4, 128) < 0.5] = -100
-    documents = torch.tensor([0, 50, 128, 140, 256, 256, 300, 384, 512, 512], dtype=torch.int32) if packed else None
+    documents = (
+        torch.tensor([0, 50, 128, 140, 256, 256, 300, 384, 512, 512], dtype=torch.int32)
+        if packed
+        else None
+    )
     model.to(device).train()
     model.gradient_checkpointing = checkpointed
     run = model.compiled() if compiled else model
@@ -64,10 +70,14 @@ def test_a_reward_model_learns_on_a_gpu_as_on_a_cpu(dtype, tmp_path, monkeypatch
     save_model(GPT(GPTConfig(64, **test_train_reward.SHAPE)), test_train_reward.TOKENIZER, "start")
     for device in ("cuda", "cpu"):
         test_train_reward.fit(
-            device=device, out_dir=device, dtype=dtype if device == "cuda" else "float32", dropout=0.0
+            device=device,
+            out_dir=device,
+            dtype=dtype if device == "cuda" else "float32",
+            dropout=0.0,
         )
     on_gpu, on_cpu = (
-        [r["val_loss"] for r in records(tmp_path / device) if "val_loss" in r] for device in ("cuda", "cpu")
+        [r["val_loss"] for r in records(tmp_path / device) if "val_loss" in r]
+        for device in ("cuda", "cpu")
     )
     assert on_gpu == pytest.approx(on_cpu, abs=0.05) and on_gpu[-1] < 0.3
 
@@ -76,7 +86,12 @@ def test_a_reward_model_learns_on_a_gpu_as_on_a_cpu(dtype, tmp_path, monkeypatch
 def test_ppo_on_a_gpu_begins_with_ratios_of_1_and_no_kl(dtype, tmp_path, monkeypatch, data_dir):
     monkeypatch.chdir(tmp_path)
     save_model(test_ppo.model(), test_ppo.TOKENIZER, "start")
-    knobs = {"device": "cuda", "dtype": dtype, "max_new_tokens": 48, "max_iters": 3}  # so many are recorded
+    knobs = {
+        "device": "cuda",
+        "dtype": dtype,
+        "max_new_tokens": 48,
+        "max_iters": 3,
+    }  # so many are recorded
     steps = [r for r in records(test_ppo.fit(**knobs)) if "kl" in r]
     assert abs(steps[0]["kl"]) < 1e-3 and len(steps) == 3
     assert all(r["entropy"] > 0 and abs(r["kl"]) < 60 for r in steps)
@@ -88,7 +103,9 @@ def test_jobs_on_a_gpu_that_come_and_go_get_what_each_gets_alone():
     prompts = [[7 * n + i for i in range(3 + 5 * n)] for n in range(12)]
     alone = [generate(model, [prompt], max_new_tokens=20, temperature=0)[0] for prompt in prompts]
     pieces, tokenizer = queue.Queue(), Tokenizer()
-    load = functools.partial(Engine, model, 4, prefill_tokens=16)  # prompts in pieces, steps replayed by graphs
+    load = functools.partial(
+        Engine, model, 4, prefill_tokens=16
+    )  # prompts in pieces, steps replayed by graphs
     scheduler = Scheduler(load, len(prompts), lambda found: [pieces.put(each) for each in found])
     jobs = [Job(None, prompt, Sampling(20, 0), tokenizer) for prompt in prompts]
     scheduler.add(*jobs)
@@ -99,4 +116,6 @@ def test_jobs_on_a_gpu_that_come_and_go_get_what_each_gets_alone():
         left -= piece.ended is not None
     scheduler.close()
     for job, expected in zip(jobs, alone, strict=True):  # half a character at the end is no text
-        assert given[job] == expected[: len(given[job])] and job.n_tokens == 20 <= len(given[job]) + 3
+        assert (
+            given[job] == expected[: len(given[job])] and job.n_tokens == 20 <= len(given[job]) + 3
+        )

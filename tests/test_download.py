@@ -36,7 +36,9 @@ class Server(ThreadingHTTPServer):
         self.ranges, self.wrong_range, self.lengths, self.extra_headers = True, False, True, {}
         self.stalled = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
 
     def close(self):
         self.stalled.set()
@@ -67,7 +69,9 @@ class Handler(BaseHTTPRequestHandler):
             if server.wrong_range:
                 start = 0
             if start >= len(body):
-                return self.answer(416, {"Content-Range": f"bytes */{len(body)}", "Content-Length": "0"})
+                return self.answer(
+                    416, {"Content-Range": f"bytes */{len(body)}", "Content-Length": "0"}
+                )
             status, headers["Content-Range"] = 206, f"bytes {start}-{len(body) - 1}/{len(body)}"
             body = body[start:]
         if server.lengths:
@@ -215,7 +219,9 @@ def test_a_part_longer_than_the_file_is_discarded(server, path, part):
     assert server.ranges_asked[1:] == [None]
 
 
-def test_a_part_of_another_version_is_found_by_its_hash_and_fetched_from_the_start(server, path, part):
+def test_a_part_of_another_version_is_found_by_its_hash_and_fetched_from_the_start(
+    server, path, part
+):
     part.write_bytes(b"x" * 100_000)
     assert download(server.url + "/file.bin", path, sha256=SHA256).read_bytes() == BODY
     assert server.ranges_asked == ["bytes=100000-", None]
@@ -269,7 +275,8 @@ def test_a_busy_server_is_asked_again(server, path, status):
 def test_a_server_that_stays_busy_is_named_with_its_answer(server, path):
     server.faults = [503] * 9
     with pytest.raises(
-        ConnectionError, match=rf"cannot fetch from 127.0.0.1:{server.server_port}: 503 Service Unavail"
+        ConnectionError,
+        match=rf"cannot fetch from 127.0.0.1:{server.server_port}: 503 Service Unavail",
     ):
         download(server.url + "/file.bin", path)
     assert len(server.seen) == 5
@@ -297,7 +304,9 @@ def test_a_refused_connection_is_reported_at_once_with_the_remedy(path, capsys):
     with pytest.raises(ConnectionError) as error:
         download(f"http://127.0.0.1:{port}/file.bin", path)
     what, remedy = str(error.value).splitlines()
-    assert what.startswith(f"cannot reach 127.0.0.1:{port}: Failed") and what.endswith("Connection refused")
+    assert what.startswith(f"cannot reach 127.0.0.1:{port}: Failed") and what.endswith(
+        "Connection refused"
+    )
     assert "proxy" in remedy and str(path) in remedy and "--source" in remedy
     assert capsys.readouterr().err == ""
     assert not path.parent.exists()
@@ -308,7 +317,9 @@ def test_an_unknown_host_is_reported_at_once(path, monkeypatch):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
-    with pytest.raises(ConnectionError, match=r"^cannot reach nowhere\.test: .*Name or service not known"):
+    with pytest.raises(
+        ConnectionError, match=r"^cannot reach nowhere\.test: .*Name or service not known"
+    ):
         download("http://nowhere.test/file.bin", path)
 
 
@@ -342,7 +353,12 @@ def test_a_wrong_hash_is_an_error_that_names_both_and_keeps_nothing(server, path
     with pytest.raises(ValueError) as error:
         download(server.url + "/file.bin", path, sha256="0" * 64)
     message = str(error.value)
-    assert server.url in message and SHA256[:12] in message and "000000000000…" in message and str(path) in message
+    assert (
+        server.url in message
+        and SHA256[:12] in message
+        and "000000000000…" in message
+        and str(path) in message
+    )
     assert list(path.parent.iterdir()) == []
     assert len(server.seen) == 1
 
@@ -494,7 +510,9 @@ def test_hub_file_takes_a_dataset_from_its_own_place(hub, tmp_path):
         ("XDG_CACHE_HOME", "", "home/.cache/huggingface/hub"),
     ],
 )
-def test_hub_file_finds_what_transformers_has_fetched(hub, tmp_path, monkeypatch, variable, value, root):
+def test_hub_file_finds_what_transformers_has_fetched(
+    hub, tmp_path, monkeypatch, variable, value, root
+):
     monkeypatch.setenv(variable, value and str(tmp_path / value))
     file = cached(tmp_path / root, "models--org--name", "abc", b"cached", ref="abc")
     assert hub_file("org/name", "w.bin") == file
@@ -511,7 +529,9 @@ def test_a_home_that_there_is_not_is_no_defect(hub, tmp_path, monkeypatch, varia
 
 
 def test_hub_file_finds_a_dataset_that_the_datasets_library_has_fetched(tmp_path):
-    file = cached(tmp_path / "cache/huggingface/hub", "datasets--org--name", "abc", b"cached", ref="abc")
+    file = cached(
+        tmp_path / "cache/huggingface/hub", "datasets--org--name", "abc", b"cached", ref="abc"
+    )
     assert hub_file("org/name", "w.bin", kind="datasets") == file
 
 
@@ -536,7 +556,9 @@ def test_without_refs_main_the_newest_snapshot_that_holds_the_file_counts(hub, h
     assert hub_file("org/name", "w.bin") == new
 
 
-@pytest.mark.parametrize(("repo", "old"), [("openai-community/gpt2", "gpt2"), ("distilbert/distilgpt2", "distilgpt2")])
+@pytest.mark.parametrize(
+    ("repo", "old"), [("openai-community/gpt2", "gpt2"), ("distilbert/distilgpt2", "distilgpt2")]
+)
 def test_gpt2_is_found_under_the_name_it_had_without_organisation(hf_cache, repo, old):
     file = cached(hf_cache, f"models--{old}", "abc", b"cached", ref="abc")
     assert hub_file(repo, "w.bin") == file
@@ -577,12 +599,17 @@ def storage(hub):
     """The second server to which the hub redirects for large files, naming their hash on the way."""
     storage = Server()
     storage.files["/blob"] = BODY
-    hub.redirects["/mirror/org/name/resolve/main/w.bin"] = (storage.url + "/blob", {"X-Linked-Etag": f'"{SHA256}"'})
+    hub.redirects["/mirror/org/name/resolve/main/w.bin"] = (
+        storage.url + "/blob",
+        {"X-Linked-Etag": f'"{SHA256}"'},
+    )
     yield storage
     storage.close()
 
 
-def test_the_token_goes_to_the_hub_and_not_to_the_storage_it_redirects_to(hub, storage, monkeypatch):
+def test_the_token_goes_to_the_hub_and_not_to_the_storage_it_redirects_to(
+    hub, storage, monkeypatch
+):
     monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
     assert hub_file("org/name", "w.bin").read_bytes() == BODY
     assert hub.seen[0]["Authorization"] == "Bearer hf_secret"
@@ -608,7 +635,10 @@ def test_the_hash_that_the_hub_names_is_verified(hub, storage):
 
 def test_a_hash_that_is_given_counts_more_than_the_one_that_the_hub_names(hub, storage):
     storage.files["/blob"] = b"pinned"
-    assert hub_file("org/name", "w.bin", sha256=hashlib.sha256(b"pinned").hexdigest()).read_bytes() == b"pinned"
+    assert (
+        hub_file("org/name", "w.bin", sha256=hashlib.sha256(b"pinned").hexdigest()).read_bytes()
+        == b"pinned"
+    )
 
 
 def test_the_shorter_hash_that_the_hub_names_for_small_files_is_ignored(hub, storage):

@@ -21,7 +21,11 @@ from nanochatgpt.shards import Loader, ShardWriter
 from nanochatgpt.tokenizer import Tokenizer
 from prepare import chitchat
 
-EXACT = [torch.float32, torch.float16, torch.int8]  # bfloat16 rounds each sum to 8 bits, which tells rows apart
+EXACT = [
+    torch.float32,
+    torch.float16,
+    torch.int8,
+]  # bfloat16 rounds each sum to 8 bits, which tells rows apart
 
 
 def plain(gpt, prompt, n):
@@ -78,7 +82,9 @@ def test_the_packed_model_gives_the_greedy_text_of_its_own_plain_forward(packed,
 @pytest.mark.skipif(not FBGEMM, reason="x86 only")
 def test_float16_gives_the_greedy_text_of_float32(packed):
     options = {"temperature": 0, "max_new_tokens": 20}
-    assert generate(packed(torch.float16), PROMPTS, **options) == generate(packed(torch.float32), PROMPTS, **options)
+    assert generate(packed(torch.float16), PROMPTS, **options) == generate(
+        packed(torch.float32), PROMPTS, **options
+    )
 
 
 @pytest.mark.skipif(not FBGEMM, reason="x86 only")
@@ -87,7 +93,9 @@ def test_in_every_exact_dtype_a_row_depends_on_no_neighbour(packed, dtype):
     fast = packed(dtype)
     options = {"max_new_tokens": 20, "top_k": 40}
     together = generate(fast, PROMPTS, seed=5, **options)
-    assert together == [generate(fast, [prompt], seed=5 + i, **options)[0] for i, prompt in enumerate(PROMPTS)]
+    assert together == [
+        generate(fast, [prompt], seed=5 + i, **options)[0] for i, prompt in enumerate(PROMPTS)
+    ]
 
 
 # rows that come and go
@@ -97,7 +105,9 @@ def test_in_every_exact_dtype_a_row_depends_on_no_neighbour(packed, dtype):
 def test_rows_that_join_and_leave_mid_way_change_nobodys_text(model, temperature):  # noqa: F811
     choose = random.Random(1)
     jobs = [[choose.randrange(200) for _ in range(choose.randint(1, 30))] for _ in range(25)]
-    options = [Sampling(choose.randint(1, 25), temperature, top_p=choose.choice([1.0, 0.9])) for _ in jobs]
+    options = [
+        Sampling(choose.randint(1, 25), temperature, top_p=choose.choice([1.0, 0.9])) for _ in jobs
+    ]
     alone = [finish(_with(Engine(model), jobs[i], options[i], seed=i))[0] for i in range(len(jobs))]
 
     engine, waiting, at = Engine(model, rows=4), list(range(len(jobs))), {}
@@ -140,13 +150,20 @@ def test_a_full_engine_refuses_another_row_and_an_ended_row_makes_room(model):  
 
 
 def test_rows_with_options_of_their_own_share_a_step(model):  # noqa: F811
-    options = [Sampling(12, 0), Sampling(12, 1.3), Sampling(12, 0.7, top_k=5), Sampling(12, 0, repetition_penalty=2.0)]
+    options = [
+        Sampling(12, 0),
+        Sampling(12, 1.3),
+        Sampling(12, 0.7, top_k=5),
+        Sampling(12, 0, repetition_penalty=2.0),
+    ]
     engine = Engine(model, rows=4)
     for i, option in enumerate(options):
         engine.add(PROMPTS[i], option, seed=i, stop_ids=[i])
     together = finish(engine)
     for i, option in enumerate(options):
-        assert together[i] == finish(_with(Engine(model), PROMPTS[i], option, seed=i, stop_ids=[i]))[0]
+        assert (
+            together[i] == finish(_with(Engine(model), PROMPTS[i], option, seed=i, stop_ids=[i]))[0]
+        )
 
 
 # what was computed before is not computed again
@@ -159,7 +176,10 @@ def test_a_new_turn_computes_only_what_is_new_and_gives_what_computing_all_gives
         engine.add(ids, options)
         computed.clear()
         reply = finish(engine)[0]
-        assert computed[0] == (1, 20 if turn == 0 else 5)  # the last id of the reply, never fed, and the four new ones
+        assert computed[0] == (
+            1,
+            20 if turn == 0 else 5,
+        )  # the last id of the reply, never fed, and the four new ones
         assert reply == finish(_with(Engine(model), ids, options))[0]
         ids = ids + reply + [7, 8, 9, turn]
 
@@ -211,7 +231,9 @@ def test_a_row_that_runs_gives_its_beginning_to_a_new_one(model, computed):  # n
     assert given[1] == plain(model, prompt, 8)[3:]
 
 
-def test_prompts_of_a_batch_are_computed_together_but_not_too_many_tokens_at_once(model, computed, monkeypatch):  # noqa: F811
+def test_prompts_of_a_batch_are_computed_together_but_not_too_many_tokens_at_once(
+    model, computed, monkeypatch
+):  # noqa: F811
     prompts = [[i, *range(100, 109)] for i in range(6)]
     expected = generate(model, prompts, temperature=0, max_new_tokens=2)
     assert computed[0] == (6, 10)
@@ -228,9 +250,21 @@ def test_prompts_of_a_batch_are_computed_together_but_not_too_many_tokens_at_onc
 def test_prompts_computed_in_pieces_give_the_same_and_hold_up_nobody(model, computed, piece):  # noqa: F811
     choose = random.Random(3)
     jobs = [[choose.randrange(200) for _ in range(choose.randint(1, 40))] for _ in range(12)]
-    jobs += [[*jobs[0][:20], 9], [*jobs[1], 8, 7], jobs[2]]  # beginnings in common, while they are being computed
-    alone = [finish(_with(Engine(model), job, Sampling(12, 0.9), seed=i))[0] for i, job in enumerate(jobs)]
-    engine, waiting, at, given = Engine(model, rows=4, prefill_tokens=piece), list(range(len(jobs))), {}, {}
+    jobs += [
+        [*jobs[0][:20], 9],
+        [*jobs[1], 8, 7],
+        jobs[2],
+    ]  # beginnings in common, while they are being computed
+    alone = [
+        finish(_with(Engine(model), job, Sampling(12, 0.9), seed=i))[0]
+        for i, job in enumerate(jobs)
+    ]
+    engine, waiting, at, given = (
+        Engine(model, rows=4, prefill_tokens=piece),
+        list(range(len(jobs))),
+        {},
+        {},
+    )
     while waiting or engine.running:
         while waiting and len(engine.running) < 4:
             i = waiting.pop(0)
@@ -292,7 +326,9 @@ def test_a_recorded_step_gives_the_ids_of_the_eager_one_at_every_length(model, r
 @pytest.mark.parametrize("dtype", EXACT)
 def test_one_trace_serves_any_number_of_rows(packed, dtype, monkeypatch):
     fast, prompts = packed(dtype), [*PROMPTS, [3], [9, 9]]
-    options = [Sampling(4 * i + 3, 0) for i in range(len(prompts))]  # rows join one by one, and end so
+    options = [
+        Sampling(4 * i + 3, 0) for i in range(len(prompts))
+    ]  # rows join one by one, and end so
     given = []
     for record_at in (10**9, 3):
         monkeypatch.setattr("nanochatgpt.generate.RECORD_AT", record_at)
@@ -310,17 +346,31 @@ def test_one_trace_serves_any_number_of_rows(packed, dtype, monkeypatch):
 
 def test_rows_that_go_on_are_moved_together_and_each_keeps_what_it_has_computed(model, monkeypatch):  # noqa: F811
     widths, take = [], Engine._take
-    monkeypatch.setattr(Engine, "_take", lambda engine, n, length: (widths.append(n), take(engine, n, length))[1])
+    monkeypatch.setattr(
+        Engine, "_take", lambda engine, n, length: (widths.append(n), take(engine, n, length))[1]
+    )
     prompts, lengths = [[i, 20, 30 + i, 7] for i in range(6)], [3, 20, 5, 4, 12, 15]
     engine = Engine(model, rows=6)
     for prompt, n in zip(prompts, lengths, strict=True):
         engine.add(prompt, Sampling(n, 0))
     texts = {row: prompts[row] + ids for row, ids in finish(engine).items()}
     for row, n in enumerate(lengths):
-        assert texts[row] == prompts[row] + finish(_with(Engine(model), prompts[row], Sampling(n, 0)))[0]
-    running = [sum(n > step for n in lengths) for step in range(1, 20)]  # after the first token, which prompts give
+        assert (
+            texts[row]
+            == prompts[row] + finish(_with(Engine(model), prompts[row], Sampling(n, 0)))[0]
+        )
+    running = [
+        sum(n > step for n in lengths) for step in range(1, 20)
+    ]  # after the first token, which prompts give
     assert widths[:19] == running
-    for row in (0, 1, 4, 5, 2, 3):  # each next turn goes on from its own row, wherever that has got to
+    for row in (
+        0,
+        1,
+        4,
+        5,
+        2,
+        3,
+    ):  # each next turn goes on from its own row, wherever that has got to
         turn = [*texts[row], 11, 12]
         expected = finish(_with(Engine(model), turn, Sampling(6, 0)))[0]
         i = engine.add(turn, Sampling(6, 0))
@@ -353,12 +403,16 @@ def trained(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("trained")
     path = metadata.distribution("chitchat-dataset").locate_file("chitchat_dataset/dataset.json")
-    rendered = list(Tokenizer().render_batch([messages for _, messages in islice(chitchat.read(path), 600)]))
+    rendered = list(
+        Tokenizer().render_batch([messages for _, messages in islice(chitchat.read(path), 600)])
+    )
     common = Counter(token for ids, _ in rendered for token in ids.tolist()).most_common(1500)
     rank = {token: i for i, (token, _) in enumerate(common)}
     (folder / "talk").mkdir()
     ranks = [([rank.get(token, 1499) for token in ids.tolist()], mask) for ids, mask in rendered]
-    np.array([token for ids, _ in ranks[60:] for token in ids], "<u2").tofile(folder / "talk" / "train.bin")
+    np.array([token for ids, _ in ranks[60:] for token in ids], "<u2").tofile(
+        folder / "talk" / "train.bin"
+    )
     with ShardWriter(folder / "talk" / "val.bin", 1500, "human_bot") as writer:
         writer.write(ranks[:60])
     loader = Loader([(folder / "talk" / "train.bin", 1.0)], 16, 64, seed=0, tokenizer=Tokenizer())
@@ -377,7 +431,9 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.skipif(not FBGEMM, reason="x86 only")
-@pytest.mark.parametrize(("dtype", "kl", "same_top"), [("int8", 5e-3, 0.97), ("float16", 1e-4, 0.999)])
+@pytest.mark.parametrize(
+    ("dtype", "kl", "same_top"), [("int8", 5e-3, 0.97), ("float16", 1e-4, 0.999)]
+)
 def test_on_real_text_a_trained_model_in_fewer_bits_says_the_same(trained, dtype, kl, same_top):
     config = fidelity.Config(str(trained / "model"), str(trained), "talk", 2000, dtype)
     result = fidelity.measure(config)

@@ -15,9 +15,24 @@ from model import GPT, GPTConfig, RewardModel
 from nanochatgpt.checkpoint import save_model
 from nanochatgpt.tokenizer import Tokenizer
 
-PREPARE = sorted(path.stem for path in (ROOT / "prepare").glob("*.py") if path.stem not in ("corpus", "recall"))
-TRAIN = ["--dataset=talk", "--block_size=64", "--batch_size=2", "--gradient_accumulation_steps=1", "--device=cpu"]
-PPO = ["--dataset=talk", "--rollouts=2", "--batch_size=2", "--max_new_tokens=4", "--max_prompt=32", "--device=cpu"]
+PREPARE = sorted(
+    path.stem for path in (ROOT / "prepare").glob("*.py") if path.stem not in ("corpus", "recall")
+)
+TRAIN = [
+    "--dataset=talk",
+    "--block_size=64",
+    "--batch_size=2",
+    "--gradient_accumulation_steps=1",
+    "--device=cpu",
+]
+PPO = [
+    "--dataset=talk",
+    "--rollouts=2",
+    "--batch_size=2",
+    "--max_new_tokens=4",
+    "--max_prompt=32",
+    "--device=cpu",
+]
 PPO += ["--normalize_on=2", "--eval_replies=2", "--reward=share:i"]
 # every script that takes a model, and what else it needs to come as far
 MODELS = {
@@ -34,7 +49,14 @@ MODELS = {
     "figures.py attention": ["--dataset=talk", "--layer=0"],
     "figures.py repetition": ["--device=cpu", "--dataset=talk"],
 }
-ALL = [*MODELS, "plot.py", "bench.py train", "bench.py prepare", "bench.py candidates", "bench.py serve"]
+ALL = [
+    *MODELS,
+    "plot.py",
+    "bench.py train",
+    "bench.py prepare",
+    "bench.py candidates",
+    "bench.py serve",
+]
 ALL += [f"prepare/{name}.py" for name in (*PREPARE, "recall")]
 
 
@@ -49,7 +71,9 @@ def here(tmp_path, monkeypatch):
     config = GPTConfig(block_size=128, n_layer=1, n_head=2, n_embd=32)
     save_model(GPT(config), Tokenizer(), "tiny")
     save_model(RewardModel(config), Tokenizer(), "reward")
-    Path("picture.png").write_bytes(bytes.fromhex("89504e470d0a1a0a0000000d49484452") + bytes(range(256)) * 8)
+    Path("picture.png").write_bytes(
+        bytes.fromhex("89504e470d0a1a0a0000000d49484452") + bytes(range(256)) * 8
+    )
 
 
 @pytest.fixture
@@ -90,10 +114,14 @@ def test_weights_that_are_cut(call, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_that_are_to_be_fetched_without_a_network(call, name, empty_caches):
-    assert_refused(call(name, *MODELS[name], "--init_from=gpt2"), "openai-community/gpt2", "HF_HUB_OFFLINE")
+    assert_refused(
+        call(name, *MODELS[name], "--init_from=gpt2"), "openai-community/gpt2", "HF_HUB_OFFLINE"
+    )
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "bench.py fidelity"])  # takes no random model
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if name != "bench.py fidelity"]
+)  # takes no random model
 def test_not_enough_memory_for_a_model(call, name):
     """There are 200 MB more than are used, and the model needs 1.4 GB."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -106,12 +134,18 @@ def test_not_enough_memory_for_a_model(call, name):
     assert_refused(done, "not enough memory")
 
 
-@pytest.mark.parametrize("name", [name for name, args in MODELS.items() if any("--dataset" in arg for arg in args)])
+@pytest.mark.parametrize(
+    "name", [name for name, args in MODELS.items() if any("--dataset" in arg for arg in args)]
+)
 def test_a_data_set_that_is_not_there(call, name):
-    assert_refused(call(name, *MODELS[name], "--init_from=tiny", "--dataset=nowhere"), "data/nowhere/")
+    assert_refused(
+        call(name, *MODELS[name], "--init_from=tiny", "--dataset=nowhere"), "data/nowhere/"
+    )
 
 
-@pytest.mark.parametrize("name", [name for name, args in MODELS.items() if any("--dataset" in arg for arg in args)])
+@pytest.mark.parametrize(
+    "name", [name for name, args in MODELS.items() if any("--dataset" in arg for arg in args)]
+)
 def test_a_shard_that_is_none(call, name):
     Path("data/other").mkdir()
     for split in ("train", "val"):
@@ -129,9 +163,13 @@ def test_a_source_that_is_not_there_or_something_else(call, name, source):
     assert not Path("data/new").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in PREPARE if name not in ("jsonl", "text", "chitchat", "retry")])
+@pytest.mark.parametrize(
+    "name", [name for name in PREPARE if name not in ("jsonl", "text", "chitchat", "retry")]
+)
 def test_a_corpus_that_is_to_be_fetched_without_a_network(call, name, empty_caches, monkeypatch):
-    monkeypatch.setattr("socket.socket.connect", lambda *_: (_ for _ in ()).throw(OSError("Network is unreachable")))
+    monkeypatch.setattr(
+        "socket.socket.connect", lambda *_: (_ for _ in ()).throw(OSError("Network is unreachable"))
+    )
     done = call(f"prepare/{name}.py", "--out_dir=data/new")
     assert_refused(done, "parl.ai" if name == "personachat" else "HF_HUB_OFFLINE")
     assert not Path("data/new").exists()
@@ -148,7 +186,12 @@ def test_a_corpus_that_is_to_be_fetched_without_a_network(call, name, empty_cach
 )
 def test_a_full_disk(call, name, written):
     with largest_file(5000):  # more than is printed: that goes to a file too
-        done = call(name, *MODELS[name], "--init_from=tiny", *["--report=report.html"] * (name == "evaluate.py"))
+        done = call(
+            name,
+            *MODELS[name],
+            "--init_from=tiny",
+            *["--report=report.html"] * (name == "evaluate.py"),
+        )
     assert_refused(done, written)
     assert not list(Path().rglob("*.part"))
 
@@ -159,7 +202,9 @@ def test_a_full_disk_in_a_preparation(call, name):
     Path("text").mkdir()
     for n in range(4):
         Path(f"text/{n}.txt").write_text("\n\n".join(f"paragraph {n} {i}" for i in range(200)))
-    pairs = "".join(f'{{"text": "[Human]: {n}\\n[Bot]: {n}", "label": {n % 2}}}\n' for n in range(200))
+    pairs = "".join(
+        f'{{"text": "[Human]: {n}\\n[Bot]: {n}", "label": {n % 2}}}\n' for n in range(200)
+    )
     Path("retry.jsonl").write_text(pairs)
     source = {"jsonl": "mine.jsonl", "text": "text", "retry": "retry.jsonl"}[name]
     with largest_file(500):

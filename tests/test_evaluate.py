@@ -21,8 +21,27 @@ from nanochatgpt.shards import Loader, find_shards, open_shard, openings
 from nanochatgpt.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer()
-KEYS = ["loss", "perplexity", "token_accuracy", "reward", "penalty", "bleu", "chrf", "distinct_1", "distinct_2"]
-KEYS += ["repeated_4grams", "mean_length", "ended", "speaks_for_human", "recall_1", "recall_3", "recall_6", "persona"]
+KEYS = [
+    "loss",
+    "perplexity",
+    "token_accuracy",
+    "reward",
+    "penalty",
+    "bleu",
+    "chrf",
+    "distinct_1",
+    "distinct_2",
+]
+KEYS += [
+    "repeated_4grams",
+    "mean_length",
+    "ended",
+    "speaks_for_human",
+    "recall_1",
+    "recall_3",
+    "recall_6",
+    "persona",
+]
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
 
 
@@ -52,14 +71,20 @@ def loader_of(folder, conversations, batch_size=2, block_size=64, **options):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "auto"])
-def test_loss_and_perplexity_are_those_of_transformers_on_the_same_tokens(data_dir, hf_gpt2, tmp_path, dtype):
+def test_loss_and_perplexity_are_those_of_transformers_on_the_same_tokens(
+    data_dir, hf_gpt2, tmp_path, dtype
+):
     hf = hf_gpt2(n_positions=64)
     hf.save_pretrained(tmp_path / "hf")
     dtype = evaluate.pick_dtype(dtype, "cpu", inference=True)
     model, tokenizer = load_model(str(tmp_path / "hf"), dtype=dtype, inference=True)
-    figures = predictions(model, Loader(find_shards(data_dir, "talk", "val"), 3, 64, 0, tokenizer), "cpu")
+    figures = predictions(
+        model, Loader(find_shards(data_dir, "talk", "val"), 3, 64, 0, tokenizer), "cpu"
+    )
     loss = right = n = 0
-    for messages in small_talk(10, seed=2):  # as in conftest.data_dir; some are longer than the context
+    for messages in small_talk(
+        10, seed=2
+    ):  # as in conftest.data_dir; some are longer than the context
         ids, mask = tokenizer.render(messages)
         for n_persona, start, stop in tokenizer.cut(ids, 65):
             piece = torch.tensor(ids[:n_persona] + ids[start:stop])
@@ -90,7 +115,9 @@ def test_the_end_of_a_reply_and_the_beginning_of_the_next_are_no_neighbours(tmp_
     # (c c) within the first row counts and that across the rows does not: 1 of 3 + 3 pairs.
     a, b, c, d, e, f, g = range(7)
     np.array([a, b, c, c, c, d, e, f, g], np.uint16).tofile(tmp_path / "val.bin")
-    figures = predictions(Copier(), Loader([(tmp_path / "val.bin", 1.0)], 2, 4, 0, TOKENIZER), "cpu")
+    figures = predictions(
+        Copier(), Loader([(tmp_path / "val.bin", 1.0)], 2, 4, 0, TOKENIZER), "cpu"
+    )
     assert figures["penalty"] == 1 / 6
 
 
@@ -99,7 +126,9 @@ def test_every_conversation_counts_once_whatever_the_batch(tmp_path):
     torch.manual_seed(1)
     model = GPT(GPTConfig(block_size=64, **SHAPE))
     losses = {
-        batch_size: predictions(model, loader_of(tmp_path, conversations, batch_size), "cpu")["loss"]
+        batch_size: predictions(model, loader_of(tmp_path, conversations, batch_size), "cpu")[
+            "loss"
+        ]
         for batch_size in (1, 2, 5, 40)
     }
     assert max(losses.values()) - min(losses.values()) < 1e-5
@@ -137,7 +166,10 @@ def test_openings_are_prompts_of_the_people_and_what_they_replied(data_dir):
 
 
 def test_distinct_counts_different_words_among_all():
-    texts = ["the cat saw the dog", "The dog!"]  # 8 words and marks: the cat saw dog ! are different
+    texts = [
+        "the cat saw the dog",
+        "The dog!",
+    ]  # 8 words and marks: the cat saw dog ! are different
     assert distinct(texts, 1) == 5 / 8
     assert distinct(texts, 2) == 5 / 6  # the-cat cat-saw saw-the the-dog the-dog dog-!
     assert distinct([], 1) == 0
@@ -173,11 +205,20 @@ def test_replies_tell_whether_they_ended_and_for_whom_they_spoke(monkeypatch):
 
 def test_a_template_with_tokens_for_the_turns_is_caught_speaking_for_the_human_too(monkeypatch):
     columned = Tokenizer("user_assistant")
-    ids = [*columned.encode("yes "), columned.special_ids["<|USER|>"], *columned.encode(" and you?")]
+    ids = [
+        *columned.encode("yes "),
+        columned.special_ids["<|USER|>"],
+        *columned.encode(" and you?"),
+    ]
     seen = {}
-    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, **options: seen.update(options) or [ids])
+    monkeypatch.setattr(
+        evaluate, "generate", lambda model, prompts, **options: seen.update(options) or [ids]
+    )
     assert reply(None, columned, [[0]], {"max_new_tokens": 30}, 0, "") == [Reply("yes", True, True)]
-    assert columned.special_ids["<|USER|>"] not in seen["stop_ids"] and columned.eos_id in seen["stop_ids"]
+    assert (
+        columned.special_ids["<|USER|>"] not in seen["stop_ids"]
+        and columned.eos_id in seen["stop_ids"]
+    )
 
 
 def test_bleu_and_chrf_are_sacrebleus_of_the_same_replies(data_dir, model_dir):
@@ -230,17 +271,28 @@ def evaluated(in_process, tmp_path, monkeypatch):
     return partial(in_process, lambda: run(evaluate.main, Config), "evaluate.py")
 
 
-def test_two_models_side_by_side_in_a_table_and_as_json(script, evaluated, data_dir, model_dir, tmp_path):
+def test_two_models_side_by_side_in_a_table_and_as_json(
+    script, evaluated, data_dir, model_dir, tmp_path
+):
     torch.manual_seed(1)
     save_model(GPT(GPTConfig(block_size=256, **SHAPE)), TOKENIZER, tmp_path / "other")
     quick = ["--replies=3", "--probes=2", "--max_new_tokens=8", "--dtype=float32"]
-    done = script("evaluate.py", "--init_from=model", "--base=other", "--dataset=talk", "--json=figures.json", *quick)
+    done = script(
+        "evaluate.py",
+        "--init_from=model",
+        "--base=other",
+        "--dataset=talk",
+        "--json=figures.json",
+        *quick,
+    )
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert list(figures) == ["other", "model"]
     for row in figures.values():
         assert list(row) == KEYS
-        assert all(0 <= row[key] <= 1 for key in KEYS if key not in ("loss", "perplexity", "mean_length"))
+        assert all(
+            0 <= row[key] <= 1 for key in KEYS if key not in ("loss", "perplexity", "mean_length")
+        )
         assert row["loss"] == pytest.approx(math.log(50257), rel=0.05)  # they have learned nothing
         assert f"{row['loss']:.4f}" in done.stdout
     assert done.stdout.split()[:3] == ["other", "model", "people"]
@@ -251,7 +303,9 @@ def test_two_models_side_by_side_in_a_table_and_as_json(script, evaluated, data_
 
 
 def test_without_a_dataset_only_the_probes_are_asked(evaluated, model_dir, tmp_path):
-    done = evaluated("--init_from=model", "--dataset=", "--probes=2", "--max_new_tokens=4", "--json=figures.json")
+    done = evaluated(
+        "--init_from=model", "--dataset=", "--probes=2", "--max_new_tokens=4", "--json=figures.json"
+    )
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())["model"]
     assert [key for key in KEYS if figures[key] is None] == KEYS[:11]
@@ -264,7 +318,9 @@ def test_text_without_turns_has_a_loss_and_no_replies(data_dir, model_dir):
         data_dir / "prose" / "val.bin"
     )
     config = Config(dataset="prose", data_dir=str(data_dir), probes=0)
-    figures, _ = evaluate.evaluate(config, *load_model(str(model_dir)), Material(config, TOKENIZER, 256))
+    figures, _ = evaluate.evaluate(
+        config, *load_model(str(model_dir)), Material(config, TOKENIZER, 256)
+    )
     assert figures["loss"] > 0 and figures["bleu"] is None and figures["ended"] is None
 
 
@@ -273,10 +329,16 @@ def test_refusals(evaluated, data_dir, model_dir, tmp_path):
     (data_dir / "talk" / "train.bin").rename(data_dir / "untold" / "train.bin")
     torch.manual_seed(0)
     columned = Tokenizer("user_assistant")
-    save_model(GPT(GPTConfig(block_size=256, vocab_size=columned.n_vocab, **SHAPE)), columned, tmp_path / "columned")
+    save_model(
+        GPT(GPTConfig(block_size=256, vocab_size=columned.n_vocab, **SHAPE)),
+        columned,
+        tmp_path / "columned",
+    )
     shutil.copytree(model_dir, tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.json").unlink()
-    save_model(GPT(GPTConfig(block_size=256, vocab_size=65, **SHAPE)), TOKENIZER, tmp_path / "letters")
+    save_model(
+        GPT(GPTConfig(block_size=256, vocab_size=65, **SHAPE)), TOKENIZER, tmp_path / "letters"
+    )
     save_model(GPT(GPTConfig(block_size=40, **SHAPE)), TOKENIZER, tmp_path / "short")
     model = "--init_from=model"
     for words, arguments in [
@@ -285,14 +347,20 @@ def test_refusals(evaluated, data_dir, model_dir, tmp_path):
         (["bare", "tokenizer.json"], ["--init_from=bare", "--dataset=talk"]),
         (["letters", "65"], ["--init_from=letters", "--dataset=talk"]),
         (["context, 256", "max_new_tokens=300"], [model, "--dataset=talk", "--max_new_tokens=300"]),
-        (["no reply", "max_new_tokens=300"], [model, "--dataset=talk", "--max_new_tokens=300", "--probes=0"]),
+        (
+            ["no reply", "max_new_tokens=300"],
+            [model, "--dataset=talk", "--max_new_tokens=300", "--probes=0"],
+        ),
         (["batch_size=0"], [model, "--dataset=talk", "--batch_size=0"]),
         (["vocabular", "columned"], [model, "--base=columned", "--dataset=talk"]),
         (["base=model"], [model, "--base=model"]),
         (["there is no such directory"], [model, "--base=out/none", "--dataset="]),
         (["replies=-1"], [model, "--replies=-1"]),
         (["letters", "65"], ["--init_from=letters", "--dataset=untold", "--first_batches=1"]),
-        (["max_conversations does nothing"], [model, "--dataset=talk", "--first_batches=1", "--max_conversations=9"]),
+        (
+            ["max_conversations does nothing"],
+            [model, "--dataset=talk", "--first_batches=1", "--max_conversations=9"],
+        ),
         (["nothing is asked for", "probes"], [model, "--dataset=", "--probes=0"]),
         (["context, 40", "--probes=0"], ["--init_from=short", "--dataset=", "--max_new_tokens=20"]),
         (["no/figures.json"], [model, "--dataset=talk", "--json=no/figures.json"]),
@@ -300,13 +368,19 @@ def test_refusals(evaluated, data_dir, model_dir, tmp_path):
         assert_refused(evaluated(*arguments), *words)
 
 
-def test_two_models_are_measured_by_the_same_material(evaluated, data_dir, model_dir, tmp_path, monkeypatch):
+def test_two_models_are_measured_by_the_same_material(
+    evaluated, data_dir, model_dir, tmp_path, monkeypatch
+):
     """The shorter context is that of both, so that the same tokens are predicted and the same prompts answered."""
     save_model(GPT(GPTConfig(block_size=512, **SHAPE)), TOKENIZER, tmp_path / "longer")
     seen = []
     monkeypatch.setattr(
-        evaluate, "evaluate", lambda config, model, tokenizer, material: seen.append(material) or ({}, [])
+        evaluate,
+        "evaluate",
+        lambda config, model, tokenizer, material: seen.append(material) or ({}, []),
     )
-    done = evaluated("--init_from=longer", "--base=model", "--dataset=talk", "--probes=0", "--replies=0")
+    done = evaluated(
+        "--init_from=longer", "--base=model", "--dataset=talk", "--probes=0", "--replies=0"
+    )
     assert done.returncode == 0, done.stderr
     assert seen[0] is seen[1] and seen[0].loader.block_size == 256

@@ -44,7 +44,14 @@ def test_attention_is_the_models_own_within_one_conversation(here, tmp_path, tin
     """Drawn from a packed row; the same head's, of the conversation alone, by transformers."""
     from transformers import GPT2LMHeadModel
 
-    knobs = ["--init_from=tiny", "--dataset=talk", "--tokens=200", "--row=0", "--conversation=1", "--layer=0"]
+    knobs = [
+        "--init_from=tiny",
+        "--dataset=talk",
+        "--tokens=200",
+        "--row=0",
+        "--conversation=1",
+        "--layer=0",
+    ]
     result = result_of(here("attention", *knobs, "--head=1", "--png=a.png"))
     assert png_size(tmp_path / "a.png")[0] > 500
     config = figures.Attention(tiny, "data", "talk", 200, 0, 1, 0, 1, "a.png")
@@ -60,7 +67,13 @@ def test_attention_is_the_models_own_within_one_conversation(here, tmp_path, tin
 
 
 def test_repetition_is_counted_over_the_beginnings_of_the_same_replies(here, tmp_path, tiny):
-    knobs = ["--init_from=tiny", "--dataset=talk", "--prompts=3", "--max_new_tokens=45", "--temperature=0.1"]
+    knobs = [
+        "--init_from=tiny",
+        "--dataset=talk",
+        "--prompts=3",
+        "--max_new_tokens=45",
+        "--temperature=0.1",
+    ]
     result = result_of(here("repetition", *knobs, "--dtype=float32", "--device=cpu", "--png=r.png"))
     assert png_size(tmp_path / "r.png")[0] > 500
     assert result.pop("lengths") == [20, 40]
@@ -70,7 +83,14 @@ def test_repetition_is_counted_over_the_beginnings_of_the_same_replies(here, tmp
     tokenizer = Tokenizer()
     prompts, _ = openings([open_shard("data/talk/val.bin")], tokenizer, 3, 256 - 45, 0)
     never = dict.fromkeys(tokenizer.stop_ids, -100.0)
-    options = {"temperature": 0.1, "top_k": 50, "top_p": 0.8, "max_new_tokens": 45, "logit_bias": never, "seed": 0}
+    options = {
+        "temperature": 0.1,
+        "top_k": 50,
+        "top_p": 0.8,
+        "max_new_tokens": 45,
+        "logit_bias": never,
+        "seed": 0,
+    }
     replies = generate(load_model(tiny)[0], prompts, tokenizer=tokenizer, **options)
     again = there = 0
     for ids in replies:
@@ -99,10 +119,13 @@ def test_the_best_of_n_is_what_the_benchmark_measures(here, tmp_path, tiny):
     prompts, _ = openings([open_shard("data/talk/val.bin")], tokenizer, 2, 256 - 8, 0)
     options = options_of(ChatSampling(max_new_tokens=8)) | {"stop_ids": tokenizer.stop_ids}
     options |= {"stop_strings": tokenizer.stop_strings, "tokenizer": tokenizer}
-    drawn = [generate(model, [prompt] * 4, seed=4 * n, **options) for n, prompt in enumerate(prompts, 1)]
+    drawn = [
+        generate(model, [prompt] * 4, seed=4 * n, **options) for n, prompt in enumerate(prompts, 1)
+    ]
     reward_model = load_model("reward", Model=RewardModel)[0].eval()
     found = [
-        scores(reward_model, [[*prompt, *ids] for ids in each]) for prompt, each in zip(prompts, drawn, strict=True)
+        scores(reward_model, [[*prompt, *ids] for ids in each])
+        for prompt, each in zip(prompts, drawn, strict=True)
     ]
     expected = {str(n): torch.stack(found)[:, :n].max(1).values.mean().item() for n in (1, 2, 4)}
     assert result["rewards"] == pytest.approx(expected, abs=1e-3)
@@ -114,7 +137,9 @@ def test_mistakes_end_in_a_line(here, tiny):
     attention = ("attention", "--init_from=tiny", "--dataset=talk", "--tokens=200")
     assert_refused(here(*attention, "--layer=1"), "layer=1, head=1: there are 1 layers of 2 heads")
     assert_refused(here(*attention, "--layer=0", "--conversation=99"), "conversation=99: there are")
-    assert_refused(here("repetition", "--init_from=tiny", "--dataset=talk", "--max_new_tokens=255"), "lower it")
+    assert_refused(
+        here("repetition", "--init_from=tiny", "--dataset=talk", "--max_new_tokens=255"), "lower it"
+    )
     assert here("--help").stdout.startswith("Draw what the README shows")
 
 

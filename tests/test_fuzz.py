@@ -36,7 +36,9 @@ from prepare.corpus import Config as CorpusConfig
 from train_reward import Replies
 
 TOKENIZERS = {name: Tokenizer(name) for name in TEMPLATES}
-cases = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+cases = settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 
 
 # how it is found out
@@ -88,7 +90,9 @@ def returned(read, *names):
 @st.composite
 def edited(draw, content):
     """Bytes of which up to three stretches are others, longer or shorter, or go on no further."""
-    numbers = st.sampled_from([0, 1, 255, 2**31, 2**63, 2**64 - 1]).map(lambda n: n.to_bytes(8, "little"))
+    numbers = st.sampled_from([0, 1, 255, 2**31, 2**63, 2**64 - 1]).map(
+        lambda n: n.to_bytes(8, "little")
+    )
     for _ in range(draw(st.integers(0, 3))):
         at, new = draw(st.integers(0, len(content))), draw(st.binary(max_size=8) | numbers)
         gone = draw(st.sampled_from([len(new), 0, 1, 2, 8, len(content)]))
@@ -111,7 +115,9 @@ scalars = (
     | st.sampled_from([DEEP, "a" * 5000])
 )
 json_values = st.recursive(
-    scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(any_text, v, max_size=3), max_leaves=6
+    scalars,
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(any_text, v, max_size=3),
+    max_leaves=6,
 )
 
 
@@ -147,7 +153,9 @@ def as_json(draw, trees):
     """The bytes of a JSON tree; not always UTF-8, nor of a depth that can be read."""
     depth = draw(st.sampled_from([50, 900, 100_000]))
     text = json.dumps(draw(trees), ensure_ascii=draw(st.booleans()))
-    return text.replace(json.dumps(DEEP), "[" * depth + "]" * depth).encode("utf-8", "surrogatepass")
+    return text.replace(json.dumps(DEEP), "[" * depth + "]" * depth).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +165,9 @@ def folder(tmp_path_factory):
 
 # configs and arguments
 
-CONFIG_LINES = sorted({line for path in (ROOT / "config").glob("*.py") for line in path.read_text().splitlines()})
+CONFIG_LINES = sorted(
+    {line for path in (ROOT / "config").glob("*.py") for line in path.read_text().splitlines()}
+)
 ODD_VALUES = [
     *(
         "1e999",
@@ -173,8 +183,24 @@ ODD_VALUES = [
         "b'\\xff'",
         "'\\ud800'",
     ),
-    *("[[]] * 1000", "{'a': 1}", "'a' * 100_000", "lambda: 0", "int", "...", "1 / 0", "open('absent')", "object()"),
-    *("(" * 300 + ")" * 300, "[" * 60 + "]" * 60, "-" * 10_000 + "1", "+".join("1" * 20_000), "'a\\nb\\nc\\nd'"),
+    *(
+        "[[]] * 1000",
+        "{'a': 1}",
+        "'a' * 100_000",
+        "lambda: 0",
+        "int",
+        "...",
+        "1 / 0",
+        "open('absent')",
+        "object()",
+    ),
+    *(
+        "(" * 300 + ")" * 300,
+        "[" * 60 + "]" * 60,
+        "-" * 10_000 + "1",
+        "+".join("1" * 20_000),
+        "'a\\nb\\nc\\nd'",
+    ),
 ]
 ODD_LINES = [
     *(
@@ -193,8 +219,19 @@ ODD_LINES = [
         "raise MemoryError",
         "assert False",
     ),
-    *("seed = [1]\nfor _ in range(100_000): seed = [seed]", "def _f(): return _f()\nseed = _f()", "x = 1", "del seed"),
-    *("# coding: utf-16", "# coding: utf-7", "# coding: idna", "# coding: undefined", "# coding: none of the kind"),
+    *(
+        "seed = [1]\nfor _ in range(100_000): seed = [seed]",
+        "def _f(): return _f()\nseed = _f()",
+        "x = 1",
+        "del seed",
+    ),
+    *(
+        "# coding: utf-16",
+        "# coding: utf-7",
+        "# coding: idna",
+        "# coding: undefined",
+        "# coding: none of the kind",
+    ),
 ]
 PYC = importlib.util.MAGIC_NUMBER  # with which a compiled file begins
 
@@ -204,15 +241,41 @@ def config_files(draw):
     """The bytes of a config file: lines like ours, in part damaged, or anything at all."""
     if draw(st.integers(0, 5)) == 0:
         start = draw(
-            st.sampled_from([b"", b"", b"\xef\xbb\xbf", b"\xff\xfe", PYC, PYC + bytes(12), b"PK\3\4", b"\x7fELF"])
+            st.sampled_from(
+                [
+                    b"",
+                    b"",
+                    b"\xef\xbb\xbf",
+                    b"\xff\xfe",
+                    PYC,
+                    PYC + bytes(12),
+                    b"PK\3\4",
+                    b"\x7fELF",
+                ]
+            )
         )
         return start + draw(st.binary(max_size=40))
     names = st.sampled_from(
-        ["seed", "learning_rate", "compile", "out_dir", "dataset", "max_iter", "a.b", "None", "é", "_a"]
+        [
+            "seed",
+            "learning_rate",
+            "compile",
+            "out_dir",
+            "dataset",
+            "max_iter",
+            "a.b",
+            "None",
+            "é",
+            "_a",
+        ]
     )
     assigned = st.builds("{} = {}".format, names, st.sampled_from(ODD_VALUES) | scalars.map(repr))
-    lines = draw(st.lists(st.sampled_from(CONFIG_LINES) | st.sampled_from(ODD_LINES) | assigned, max_size=4))
-    content = "\n".join(lines).encode(draw(st.sampled_from(["utf-8", "utf-16", "utf-32", "utf-7"])), "replace")
+    lines = draw(
+        st.lists(st.sampled_from(CONFIG_LINES) | st.sampled_from(ODD_LINES) | assigned, max_size=4)
+    )
+    content = "\n".join(lines).encode(
+        draw(st.sampled_from(["utf-8", "utf-16", "utf-32", "utf-7"])), "replace"
+    )
     for _ in range(draw(st.integers(0, 2))):  # not a star: a power of a power would be computed
         at, new = (
             draw(st.integers(0, len(content))),
@@ -235,9 +298,15 @@ arguments = st.one_of(
 
 
 @cases
-@given(content=config_files(), before=st.lists(arguments, max_size=1), behind=st.lists(arguments, max_size=1))
+@given(
+    content=config_files(),
+    before=st.lists(arguments, max_size=1),
+    behind=st.lists(arguments, max_size=1),
+)
 @example(content=PYC + bytes(12) + b"(" + (2**31 - 1).to_bytes(4, "little"), before=[], behind=[])
-def test_any_config_file_and_any_arguments_make_a_config_or_a_message(folder, content, before, behind):
+def test_any_config_file_and_any_arguments_make_a_config_or_a_message(
+    folder, content, before, behind
+):
     path = folder / "own.py"
     path.write_bytes(content)
     argv = [*before, str(path), *behind]
@@ -248,7 +317,9 @@ def test_any_config_file_and_any_arguments_make_a_config_or_a_message(folder, co
         config = returned(lambda: parse(train.Config, argv), *firsts)
     if config:
         knobs = train.Config.__dataclass_fields__
-        assert {name: type(getattr(config, name)) for name in knobs} == {name: f.type for name, f in knobs.items()}
+        assert {name: type(getattr(config, name)) for name in knobs} == {
+            name: f.type for name, f in knobs.items()
+        }
 
 
 # conversations and replies
@@ -263,11 +334,18 @@ TALK = [
 RECORDS = [
     {"messages": TALK},
     {"messages": TALK, "label": 1},
-    {"messages": TALK, "retried": [{"before": 1, "content": "what?"}, {"before": 3, "content": "tea"}]},
+    {
+        "messages": TALK,
+        "retried": [{"before": 1, "content": "what?"}, {"before": 3, "content": "tea"}],
+    },
     {"prompt": "hello", "chosen": "hi", "rejected": "what?"},
     {"prompt": TALK[:2], "chosen": "hi", "rejected": "what?"},
     {"input_text": "[Human]: hello\n[Bot]: hi", "labels": 0},
-    {"context": ["hello", "hi"], "positive_responses": ["a"], "adversarial_negative_responses": ["b", "c"]},
+    {
+        "context": ["hello", "hi"],
+        "positive_responses": ["a"],
+        "adversarial_negative_responses": ["b", "c"],
+    },
     {
         "dialog": [
             {"sender": "a", "text": "hello", "evaluation_score": None},
@@ -286,16 +364,22 @@ def lines_of(records):
         [b"", b" \t", b"\r", b"{", b"\xef\xbb\xbf", b"\0", b"1" * 5000, b"[" * 100_000]
     ) | st.binary(max_size=20)
     lines = st.lists(good | bad | bad | other, min_size=1, max_size=3)
-    return st.one_of(lines.map(b"\n".join), lines.map(b"\n".join), lines.map(b"\n".join).flatmap(edited))
+    return st.one_of(
+        lines.map(b"\n".join), lines.map(b"\n".join), lines.map(b"\n".join).flatmap(edited)
+    )
 
 
 def written_by(module, source, out, **knobs):
     """Run a script of prepare/; return the conversations that are in its shards, [(ids, mask)]."""
     module.main(module.Config(source=str(source), out_dir=str(out), **knobs))
-    return [pair for split in ("train", "val") for pair in contents(open_shard(out / f"{split}.bin"))]
+    return [
+        pair for split in ("train", "val") for pair in contents(open_shard(out / f"{split}.bin"))
+    ]
 
 
-TWO = [{"messages": [{"role": "assistant", "content": text}]} for text in ("first", "second")]  # enough for both splits
+TWO = [
+    {"messages": [{"role": "assistant", "content": text}]} for text in ("first", "second")
+]  # enough for both splits
 
 
 @cases
@@ -308,7 +392,9 @@ def test_any_jsonl_becomes_a_corpus_or_a_message(folder, content, template):
         records = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
         parse = TOKENIZERS[template].parse
         found = [[(m["role"], m["content"]) for m in parse(ids)] for ids, _ in pairs]
-        written = [[(m["role"], as_utf8(m["content"])) for m in record["messages"]] for record in records]
+        written = [
+            [(m["role"], as_utf8(m["content"])) for m in record["messages"]] for record in records
+        ]
         assert sorted(found) == sorted(written)
         assert all(any(mask) for _, mask in pairs)
 
@@ -331,26 +417,43 @@ def as_csv(records):
 
 
 @cases
-@given(data=st.data(), kind=st.sampled_from(["jsonl", "jsonl", "jsonl", "json", "csv"]), packed=st.booleans())
+@given(
+    data=st.data(),
+    kind=st.sampled_from(["jsonl", "jsonl", "jsonl", "json", "csv"]),
+    packed=st.booleans(),
+)
 def test_any_file_of_replies_becomes_shards_or_a_message(folder, data, kind, packed):
     if kind == "jsonl":
-        content = b"".join(json.dumps(record).encode() + b"\n" for record in PAIRS) + data.draw(lines_of(RECORDS))
+        content = b"".join(json.dumps(record).encode() + b"\n" for record in PAIRS) + data.draw(
+            lines_of(RECORDS)
+        )
     elif kind == "json":
         more = data.draw(st.lists(as_json(st.sampled_from(RECORDS).flatmap(spoilt)), max_size=2))
-        content = b"[" + b", ".join([*(json.dumps(record).encode() for record in PAIRS), *more]) + b"]"
+        content = (
+            b"[" + b", ".join([*(json.dumps(record).encode() for record in PAIRS), *more]) + b"]"
+        )
         content = data.draw(st.just(content) | edited(content))
     else:
-        row = st.fixed_dictionaries({"text": any_text}, optional={"label": scalars, "labels": scalars, "": any_text})
+        row = st.fixed_dictionaries(
+            {"text": any_text}, optional={"label": scalars, "labels": scalars, "": any_text}
+        )
         content = as_csv(PAIRS + data.draw(st.lists(row, max_size=2)))
         content = data.draw(st.just(content) | edited(content))
     path = folder / (f"replies.{kind}" + ".gz" * packed)
     path.write_bytes(data.draw(edited(gzip.compress(content, mtime=0))) if packed else content)
     # of what is right by itself, but not enough, the shard that lacks it is named
-    names = (path, "train.bin would have", "val.bin would have", "there is no reply of which it is known")
+    names = (
+        path,
+        "train.bin would have",
+        "val.bin would have",
+        "there is no reply of which it is known",
+    )
     pairs = returned(lambda: written_by(retry, path, folder / "retry"), *names)
     if pairs is not None:
         assert {any(mask) for _, mask in pairs} == {True, False}
-        assert all(ids and list(mask) == sorted(mask) for ids, mask in pairs)  # what is supervised is at the end
+        assert all(
+            ids and list(mask) == sorted(mask) for ids, mask in pairs
+        )  # what is supervised is at the end
 
 
 # shards
@@ -359,13 +462,16 @@ def test_any_file_of_replies_becomes_shards_or_a_message(folder, data, kind, pac
 def contents(shard):
     """Return the conversations of a shard, [(ids, mask)]."""
     return [
-        (shard.tokens[a:b].tolist(), shard.mask(a, b).tolist()) for a, b in itertools.pairwise(shard.offsets.tolist())
+        (shard.tokens[a:b].tolist(), shard.mask(a, b).tolist())
+        for a, b in itertools.pairwise(shard.offsets.tolist())
     ]
 
 
 @pytest.fixture(scope="module")
 def whole_shard(tmp_path_factory):
-    return (write_shards(tmp_path_factory.mktemp("whole"), small_talk(4), small_talk(1)) / "train.bin").read_bytes()
+    return (
+        write_shards(tmp_path_factory.mktemp("whole"), small_talk(4), small_talk(1)) / "train.bin"
+    ).read_bytes()
 
 
 @st.composite
@@ -375,14 +481,22 @@ def shard_files(draw, whole):
         return draw(edited(whole))
     template = draw(st.sampled_from([*TEMPLATES]))
     tok = TOKENIZERS[template]
-    pieces = st.sampled_from([*tok._first.values(), *tok._later.values(), [tok.eos_id], [tok.eos_id]])
-    pieces |= st.integers(0, 65535).map(lambda token: [token]) | st.integers(0, 60).map(lambda n: [11] * n)
+    pieces = st.sampled_from(
+        [*tok._first.values(), *tok._later.values(), [tok.eos_id], [tok.eos_id]]
+    )
+    pieces |= st.integers(0, 65535).map(lambda token: [token]) | st.integers(0, 60).map(
+        lambda n: [11] * n
+    )
     tokens = [token for piece in draw(st.lists(pieces, max_size=12)) for token in piece]
     body = struct.pack(f"<{len(tokens)}H", *tokens)
     if draw(st.integers(0, 3)) == 0:
         return draw(edited(body))
     n_bytes = -(-len(tokens) // 8)
-    body += bytes(-len(body) % 8) + draw(st.binary(min_size=n_bytes, max_size=n_bytes)) + bytes(-n_bytes % 8)
+    body += (
+        bytes(-len(body) % 8)
+        + draw(st.binary(min_size=n_bytes, max_size=n_bytes))
+        + bytes(-n_bytes % 8)
+    )
     borders = sorted(draw(st.lists(st.integers(0, len(tokens)), max_size=5)))
     if draw(st.integers(0, 3)) == 0:
         borders = draw(st.lists(st.integers(0, 2**64 - 1), max_size=5))
@@ -392,13 +506,17 @@ def shard_files(draw, whole):
     if draw(st.integers(0, 3)) == 0:
         counts = draw(st.tuples(*[st.sampled_from([0, 1, *counts, 2**32, 2**63, 2**64 - 1])] * 2))
     vocab_size = draw(st.sampled_from([tok.n_vocab, tok.n_vocab, 0, 1, 2**32 - 1]))
-    head = HEADER.pack(b"nanoChat", draw(st.sampled_from([1, 1, 1, 0])), vocab_size, *counts, draw(names))
+    head = HEADER.pack(
+        b"nanoChat", draw(st.sampled_from([1, 1, 1, 0])), vocab_size, *counts, draw(names)
+    )
     return head + body + struct.pack(f"<{len(offsets)}Q", *offsets)
 
 
 def every_batch(path, tokenizer, block_size, share):
     loader = Loader([(path, share)], 2, block_size, 0, tokenizer)
-    return loader.counts(tokenizer.n_vocab), [loader.batch(number) for number in range(loader.n_rows)]
+    return loader.counts(tokenizer.n_vocab), [
+        loader.batch(number) for number in range(loader.n_rows)
+    ]
 
 
 def every_reply(path, tokenizer, block_size, pairs):
@@ -413,7 +531,9 @@ def every_reply(path, tokenizer, block_size, pairs):
     size=st.integers(1, 70),
     share=st.sampled_from([0.3, 1.0, 2.5]),
 )
-def test_of_any_shard_all_can_be_read_or_it_is_refused(folder, whole_shard, data, template, size, share):
+def test_of_any_shard_all_can_be_read_or_it_is_refused(
+    folder, whole_shard, data, template, size, share
+):
     path, tokenizer = folder / "train.bin", TOKENIZERS[template]
     path.write_bytes(data.draw(shard_files(whole_shard)))
     if not (shard := returned(lambda: open_shard(path), path)):
@@ -429,15 +549,21 @@ def test_of_any_shard_all_can_be_read_or_it_is_refused(folder, whole_shard, data
         assert counts.shape == (n_vocab,) and counts.sum() > 0
         for x, y, documents in batches:
             assert x.shape == y.shape == (2, size)
-            assert x.min() >= 0 and x.max() < n_vocab and y.max() < n_vocab and y[y < 0].eq(-100).all()
+            assert (
+                x.min() >= 0 and x.max() < n_vocab and y.max() < n_vocab and y[y < 0].eq(-100).all()
+            )
             assert documents[0] == 0 and documents[-1] == 2 * size and (documents.diff() >= 0).all()
 
     prompts, _ = returned(lambda: openings([shard], tokenizer, 9, size, 0), path) or ([], [])
     assert all(0 < len(ids) <= size and max(ids) < n_vocab for ids in prompts)
 
     for pairs in (False, True):
-        for idx, lengths, labels in returned(lambda: every_reply(path, tokenizer, size, pairs), path) or []:  # noqa: B023
-            assert lengths.min() > 0 and lengths.max() <= idx.size(1) <= size and idx.max() < n_vocab
+        for idx, lengths, labels in (
+            returned(lambda: every_reply(path, tokenizer, size, pairs), path) or []
+        ):  # noqa: B023
+            assert (
+                lengths.min() > 0 and lengths.max() <= idx.size(1) <= size and idx.max() < n_vocab
+            )
             assert labels.shape == lengths.shape
 
 
@@ -445,7 +571,17 @@ def test_of_any_shard_all_can_be_read_or_it_is_refused(folder, whole_shard, data
 
 
 SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F4": 4}
+BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F6_E2M3": 6,
+    "F4": 4,
+}
 BITS |= {"C64": 64, "I64": 64, "U8": 8, "BOOL": 8}
 
 
@@ -469,10 +605,16 @@ def safetensors_files(draw, whole):
     if how == "bytes":
         return draw(edited(whole[:end])) + draw(edited(whole[end:]))
     if how == "header":
-        values = json_values | st.sampled_from([*BITS]) | st.lists(odd_numbers | st.integers(0, 32), max_size=3)
+        values = (
+            json_values
+            | st.sampled_from([*BITS])
+            | st.lists(odd_numbers | st.integers(0, 32), max_size=3)
+        )
         text = draw(as_json(spoilt(header, values)))
         return len(text).to_bytes(8, "little") + text + whole[end:]
-    tensors = {name: (t["dtype"], t["shape"]) for name, t in header.items() if name != "__metadata__"}
+    tensors = {
+        name: (t["dtype"], t["shape"]) for name, t in header.items() if name != "__metadata__"
+    }
     for _ in range(draw(st.integers(1, 2))):
         name = draw(st.sampled_from(sorted(tensors)))
         dtype, shape = tensors[name]
@@ -481,7 +623,15 @@ def safetensors_files(draw, whole):
                 st.sampled_from([*BITS]).map(lambda dtype: {name: (dtype, shape)}),  # noqa: B023
                 st.lists(st.integers(0, 32), max_size=3).map(lambda shape: {name: (dtype, shape)}),  # noqa: B023
                 st.just({name: (dtype, shape[::-1])}),
-                st.sampled_from(["score.weight", "lm_head.weight", "a\nb\nc", "", name.removeprefix("transformer.")])
+                st.sampled_from(
+                    [
+                        "score.weight",
+                        "lm_head.weight",
+                        "a\nb\nc",
+                        "",
+                        name.removeprefix("transformer."),
+                    ]
+                )
                 .filter(lambda other: other not in tensors)  # noqa: B023
                 .map(lambda other: {other: (dtype, shape)}),  # noqa: B023
             )
@@ -503,7 +653,11 @@ def test_any_checkpoint_is_a_model_or_a_message(checkpoint, data, inference):
     directory, files = checkpoint
     config = json.loads(files["config.json"])
     sizes = st.dictionaries(st.sampled_from(SIZES), odd_numbers | st.integers(1, 64), max_size=2)
-    configs = st.just(files["config.json"]) | as_json(sizes.map(lambda sizes: config | sizes)) | as_json(spoilt(config))
+    configs = (
+        st.just(files["config.json"])
+        | as_json(sizes.map(lambda sizes: config | sizes))
+        | as_json(spoilt(config))
+    )
     spoilt_files = {
         "model.safetensors": data.draw(safetensors_files(files["model.safetensors"])),
         "config.json": data.draw(configs | configs | edited(files["config.json"])),
@@ -530,7 +684,9 @@ def test_a_file_that_is_for_other_programs_may_hold_anything(checkpoint, data):
     (directory, files), name = checkpoint, "generation_config.json"
     for other, content in files.items():
         (directory / other).write_bytes(content)
-    (directory / name).write_bytes(data.draw(as_json(spoilt(json.loads(files[name]))) | edited(files[name])))
+    (directory / name).write_bytes(
+        data.draw(as_json(spoilt(json.loads(files[name]))) | edited(files[name]))
+    )
     model, _ = returned(lambda: load_model(str(directory)))
     assert model.config == GPTConfig(16, 50, 2, 2, 8)
 
@@ -542,7 +698,9 @@ def vocab():
 
 
 NAMES = ("tokenizer.json", "added_tokens.json", "vocab.json")
-LOCUTUSQUE = [{"id": i, "content": token} for token, i in TOKENIZERS["user_assistant"].special_ids.items()]
+LOCUTUSQUE = [
+    {"id": i, "content": token} for token, i in TOKENIZERS["user_assistant"].special_ids.items()
+]
 
 
 @cases
@@ -559,7 +717,9 @@ def test_any_tokenizers_files_are_a_template_or_a_message(folder, vocab, data, f
         added = {token["content"]: token["id"] for token in LOCUTUSQUE}
         (directory / file).write_bytes(data.draw(as_json(spoilt(added))))
     elif file == "tokenizer_config.json":
-        (directory / file).write_bytes(data.draw(as_json(spoilt({"chat_template": "?", "eos_token": "<|End|>"}))))
+        (directory / file).write_bytes(
+            data.draw(as_json(spoilt({"chat_template": "?", "eos_token": "<|End|>"})))
+        )
     else:
         fast = {"added_tokens": LOCUTUSQUE, "model": {"vocab": "the vocabulary"}}
         content = data.draw(as_json(spoilt(fast)))
@@ -567,4 +727,7 @@ def test_any_tokenizers_files_are_a_template_or_a_message(folder, vocab, data, f
     tokenizer = returned(lambda: Tokenizer.from_directory(directory), directory)
     if tokenizer:  # one of another template has all its tokens
         added = set(tokenizer.special_ids) - {"<|endoftext|>"}
-        assert all(token.encode() in (directory / file).read_bytes().replace(b"\\u003c", b"<") for token in added)
+        assert all(
+            token.encode() in (directory / file).read_bytes().replace(b"\\u003c", b"<")
+            for token in added
+        )

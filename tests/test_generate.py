@@ -37,12 +37,16 @@ def model(hf):
 def hf_generate(hf, prompt, **options):
     idx = torch.tensor([prompt])
     options = {"do_sample": False, "pad_token_id": 0} | options
-    return hf.generate(idx, attention_mask=torch.ones_like(idx), **options)[0, len(prompt) :].tolist()
+    return hf.generate(idx, attention_mask=torch.ones_like(idx), **options)[
+        0, len(prompt) :
+    ].tolist()
 
 
 @pytest.mark.parametrize("repetition_penalty", [1.0, 1.3, 0.8])
 @pytest.mark.parametrize("bias", [0.0, -30.0, -60.0], ids=["logits>0", "of both signs", "logits<0"])
-def test_greedy_ids_equal_transformers_in_a_batch_of_different_lengths(hf, model, bias, repetition_penalty):
+def test_greedy_ids_equal_transformers_in_a_batch_of_different_lengths(
+    hf, model, bias, repetition_penalty
+):
     for m in (hf, model):
         m.transformer.ln_f.bias.data[0] = bias
     options = {"max_new_tokens": 30, "repetition_penalty": repetition_penalty}
@@ -52,7 +56,10 @@ def test_greedy_ids_equal_transformers_in_a_batch_of_different_lengths(hf, model
 
 
 def test_stop_ids_end_a_row_as_in_transformers_and_are_not_yielded(hf, model):
-    stop_ids = [generate(model, [prompt], temperature=0, max_new_tokens=9)[0][i] for i, prompt in enumerate(PROMPTS)]
+    stop_ids = [
+        generate(model, [prompt], temperature=0, max_new_tokens=9)[0][i]
+        for i, prompt in enumerate(PROMPTS)
+    ]
     ids = generate(model, PROMPTS, temperature=0, max_new_tokens=30, stop_ids=stop_ids)
     for prompt, row in zip(PROMPTS, ids, strict=True):
         theirs = hf_generate(hf, prompt, max_new_tokens=30, eos_token_id=stop_ids)
@@ -63,7 +70,9 @@ def test_stop_ids_end_a_row_as_in_transformers_and_are_not_yielded(hf, model):
 
 
 @pytest.mark.parametrize("temperature", [0, 0.9])
-def test_the_cache_gives_the_ids_of_a_loop_without_one_up_to_the_end_of_the_context(model, temperature):
+def test_the_cache_gives_the_ids_of_a_loop_without_one_up_to_the_end_of_the_context(
+    model, temperature
+):
     options = {"temperature": temperature, "top_k": 40, "top_p": 0.95}
     expected = []
     for row, prompt in enumerate(PROMPTS):
@@ -85,7 +94,9 @@ def test_a_row_depends_on_its_seed_and_on_no_neighbour(model):
     stop_ids = [ids[0][2], ids[2][4]]
     stopped = generate(model, PROMPTS, seed=11, stop_ids=stop_ids, **options)
     for row, prompt in enumerate(PROMPTS):
-        assert generate(model, [prompt], seed=11 + row, stop_ids=stop_ids, **options) == [stopped[row]]
+        assert generate(model, [prompt], seed=11 + row, stop_ids=stop_ids, **options) == [
+            stopped[row]
+        ]
 
 
 def test_a_seed_gives_the_same_ids_again_and_no_seed_gives_others(model):
@@ -167,7 +178,9 @@ def tokenizer():
 def reciter(ids):
     """A real model that says `ids` whatever it is asked: each position embeds the token that comes next."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=len(ids) + 1, vocab_size=50257, n_layer=0, n_head=1, n_embd=128))
+    model = GPT(
+        GPTConfig(block_size=len(ids) + 1, vocab_size=50257, n_layer=0, n_head=1, n_embd=128)
+    )
     wte, wpe = model.transformer.wte.weight, model.transformer.wpe.weight
     with torch.no_grad():
         wpe[: len(ids)] = 100 * wte[ids]
@@ -176,7 +189,14 @@ def reciter(ids):
 
 def text_of(model, tokenizer, stop_strings=(), stop_ids=(), **sampling):
     """Return what `stream` gives, as one string."""
-    pieces = stream(Engine(model), tokenizer, [0], Sampling(**sampling), stop_strings=stop_strings, stop_ids=stop_ids)
+    pieces = stream(
+        Engine(model),
+        tokenizer,
+        [0],
+        Sampling(**sampling),
+        stop_strings=stop_strings,
+        stop_ids=stop_ids,
+    )
     return "".join(pieces)
 
 
@@ -201,22 +221,37 @@ def ids_of(tokenizer, pieces):
         (["I say 😁 now"], ("😀",), "I say 😁 now"),
     ],
 )
-def test_text_streams_up_to_a_stop_string_and_generate_has_the_same(tokenizer, pieces, stop_strings, expected):
+def test_text_streams_up_to_a_stop_string_and_generate_has_the_same(
+    tokenizer, pieces, stop_strings, expected
+):
     ids = ids_of(tokenizer, pieces)
-    model, options = reciter(ids), {"temperature": 0, "stop_strings": stop_strings, "max_new_tokens": len(ids)}
+    model, options = (
+        reciter(ids),
+        {"temperature": 0, "stop_strings": stop_strings, "max_new_tokens": len(ids)},
+    )
     assert text_of(model, tokenizer, **options) == expected
     (new,) = generate(model, [[0]], tokenizer=tokenizer, **options)
     assert ids[: len(new)] == new
     text = tokenizer.decode(new)
     assert expected.startswith(text)
     # generate gives whole ids: all that end before the stop
-    assert len(text) == len(expected) or not expected.startswith(tokenizer.decode(ids[: len(new) + 1]))
+    assert len(text) == len(expected) or not expected.startswith(
+        tokenizer.decode(ids[: len(new) + 1])
+    )
 
 
 def test_a_stop_string_ends_its_own_row_only(tokenizer):
     ids = ids_of(tokenizer, ["one ", "two ", "three ", "four"])
-    options = {"temperature": 0, "tokenizer": tokenizer, "stop_strings": ["two"], "max_new_tokens": len(ids)}
-    late = [0, *ids_of(tokenizer, ["one ", "two "])]  # has the stop string in its prompt, which does not count
+    options = {
+        "temperature": 0,
+        "tokenizer": tokenizer,
+        "stop_strings": ["two"],
+        "max_new_tokens": len(ids),
+    }
+    late = [
+        0,
+        *ids_of(tokenizer, ["one ", "two "]),
+    ]  # has the stop string in its prompt, which does not count
     rows = generate(reciter(ids), [[0], late, [0]], **options)
     assert [tokenizer.decode(row) for row in rows] == ["one ", "three four", "one "]
 
@@ -230,7 +265,12 @@ def test_what_may_begin_a_stop_string_is_not_shown_when_the_row_ends_for_want_of
 def test_a_stop_id_releases_what_was_held_back(tokenizer):
     ids = ids_of(tokenizer, ["the [Human]"])
     model = reciter([*ids, 50256])
-    options = {"temperature": 0, "stop_strings": ["[Human]:"], "stop_ids": [50256], "max_new_tokens": 50}
+    options = {
+        "temperature": 0,
+        "stop_strings": ["[Human]:"],
+        "stop_ids": [50256],
+        "max_new_tokens": 50,
+    }
     assert text_of(model, tokenizer, **options) == "the [Human]"
 
 
@@ -251,10 +291,15 @@ alphabet = st.text(st.sampled_from("ab[]: \n😀é日"), max_size=20)
 
 
 @settings(max_examples=300, deadline=None)
-@given(texts=st.lists(alphabet | st.text(max_size=5), max_size=6), stops=st.lists(alphabet.filter(bool), max_size=3))
+@given(
+    texts=st.lists(alphabet | st.text(max_size=5), max_size=6),
+    stops=st.lists(alphabet.filter(bool), max_size=3),
+)
 @example(texts=["a[a", "[b]"], stops=["[a[b"])
 @example(texts=["hello"], stops=["lo", "el"])
-def test_streamed_text_is_the_text_up_to_the_first_stop_and_no_more_is_held_back_than_must_be(texts, stops):
+def test_streamed_text_is_the_text_up_to_the_first_stop_and_no_more_is_held_back_than_must_be(
+    texts, stops
+):
     tokenizer = Tokenizer()
     ids = ids_of(tokenizer, texts)
     stream_, shown, whole = TextStream(tokenizer, stops), "", b""
@@ -268,14 +313,18 @@ def test_streamed_text_is_the_text_up_to_the_first_stop_and_no_more_is_held_back
             assert shown == so_far[: min(found)]
             assert stream_.rest() == ""
             return
-        starts = [n for n in range(len(so_far)) if any(stop.startswith(so_far[n:]) for stop in stops)]
+        starts = [
+            n for n in range(len(so_far)) if any(stop.startswith(so_far[n:]) for stop in stops)
+        ]
         assert shown == so_far[: min(starts, default=len(so_far))]
         assert stream_.stopped_at is None
     assert shown + stream_.rest() == "".join(texts).encode("utf-8", "replace").decode()
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 50256), max_size=20) | st.lists(st.integers(94, 255), max_size=20))  # the latter: bytes
+@given(
+    st.lists(st.integers(0, 50256), max_size=20) | st.lists(st.integers(94, 255), max_size=20)
+)  # the latter: bytes
 def test_streamed_text_is_the_decoded_text_whatever_the_ids_are(ids):
     tokenizer = Tokenizer()
     text = TextStream(tokenizer)
@@ -298,22 +347,33 @@ def length(tokenizer, messages):
 
 @pytest.mark.parametrize("template", ["human_bot", "user_assistant"])
 @pytest.mark.parametrize("persona", [[], [say("system", "i am a zookeeper.")]])
-def test_what_does_not_fit_gives_way_in_whole_exchanges_until_half_of_the_room_is_free(template, persona):
+def test_what_does_not_fit_gives_way_in_whole_exchanges_until_half_of_the_room_is_free(
+    template, persona
+):
     tokenizer = Tokenizer(template)
     turns = [m for conversation in small_talk(3) for m in conversation if m["role"] != "system"]
     turns.append(say("user", "and now?"))
     starts = range(0, len(turns), 2)
-    prompts = [tokenizer.render(persona + turns[start:], add_generation_prompt=True)[0] for start in starts]
+    prompts = [
+        tokenizer.render(persona + turns[start:], add_generation_prompt=True)[0] for start in starts
+    ]
     assert len(prompts) > 5
     for room in range(len(prompts[-1]), len(prompts[0]) + 2):
         if len(prompts[0]) <= room:
             expected = 0
         else:  # the longest of those that leave half of it, else the last message alone
-            expected = next((n for n, ids in enumerate(prompts) if len(ids) <= room // 2), len(prompts) - 1)
-        assert fit_context(tokenizer, persona + turns, room) == (prompts[expected], starts[expected])
+            expected = next(
+                (n for n, ids in enumerate(prompts) if len(ids) <= room // 2), len(prompts) - 1
+            )
+        assert fit_context(tokenizer, persona + turns, room) == (
+            prompts[expected],
+            starts[expected],
+        )
 
 
-def test_what_was_dropped_stays_so_and_the_prompts_begin_alike_until_the_room_is_full_again(tokenizer):
+def test_what_was_dropped_stays_so_and_the_prompts_begin_alike_until_the_room_is_full_again(
+    tokenizer,
+):
     persona, turns, start, before = [say("system", "i like tea.")], [], 0, []
     appended = drops = 0
     for turn in range(120):
@@ -337,7 +397,9 @@ def test_what_was_dropped_stays_so_and_the_prompts_begin_alike_until_the_room_is
 @settings(max_examples=200, deadline=None)
 @given(
     persona=st.none() | st.text(max_size=20),
-    contents=st.lists(st.text(max_size=30) | st.sampled_from(["hello", "\n[Bot]: no", ""]), min_size=1, max_size=9),
+    contents=st.lists(
+        st.text(max_size=30) | st.sampled_from(["hello", "\n[Bot]: no", ""]), min_size=1, max_size=9
+    ),
     room=st.integers(30, 120),
 )
 def test_the_prompt_fits_and_is_the_end_of_the_conversation_for_any_text(persona, contents, room):
@@ -355,11 +417,19 @@ def test_the_prompt_fits_and_is_the_end_of_the_conversation_for_any_text(persona
 
 def test_a_conversation_that_fits_is_left_as_it_is(tokenizer):
     turns = [say("user", "hi"), say("assistant", "hello"), say("user", "bye")]
-    assert fit_context(tokenizer, turns, 1000) == (tokenizer.render(turns, add_generation_prompt=True)[0], 0)
-    assert fit_context(tokenizer, [], 10) == (tokenizer.render([], add_generation_prompt=True)[0], 0)
+    assert fit_context(tokenizer, turns, 1000) == (
+        tokenizer.render(turns, add_generation_prompt=True)[0],
+        0,
+    )
+    assert fit_context(tokenizer, [], 10) == (
+        tokenizer.render([], add_generation_prompt=True)[0],
+        0,
+    )
 
 
-@pytest.mark.parametrize("text", ["the number 12345 is " * 300, "😀" * 300, "日本語" * 300, "\n[Bot]: " * 300])
+@pytest.mark.parametrize(
+    "text", ["the number 12345 is " * 300, "😀" * 300, "日本語" * 300, "\n[Bot]: " * 300]
+)
 @pytest.mark.parametrize("persona", [[], [say("system", "i am a zookeeper.")]])
 def test_of_a_message_that_is_too_long_the_end_is_kept(tokenizer, text, persona):
     turns = [say("user", "hi"), say("assistant", "hello"), say("user", text + "what now?")]
@@ -381,7 +451,11 @@ def test_a_persona_that_leaves_no_room_is_refused(tokenizer, turns):
 
 
 def test_a_history_of_a_thousand_turns_takes_no_time(tokenizer):
-    turns = [say(role, "i like tea and the dog runs home") for _ in range(500) for role in ("user", "assistant")]
+    turns = [
+        say(role, "i like tea and the dog runs home")
+        for _ in range(500)
+        for role in ("user", "assistant")
+    ]
     start = time.perf_counter()
     ids, _ = fit_context(tokenizer, [*turns, say("user", "hi")], 1000)
     assert time.perf_counter() - start < 2

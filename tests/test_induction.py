@@ -28,7 +28,11 @@ def attention(model, layer, idx):
         model(idx)
     handle.remove()
     c_attn = block.attn.c_attn
-    q, k, _ = (seen["x"][0] @ c_attn.weight + c_attn.bias).view(idx.size(1), 3, model.config.n_head, -1).unbind(1)
+    q, k, _ = (
+        (seen["x"][0] @ c_attn.weight + c_attn.bias)
+        .view(idx.size(1), 3, model.config.n_head, -1)
+        .unbind(1)
+    )
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.size(-1) ** 0.5
     return scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -torch.inf).softmax(-1)
 
@@ -47,7 +51,9 @@ def test_the_heads_above_look_at_what_followed_the_same_token(shape):
     half = torch.randperm(50257)[:60]
     weights = attention(model, 1, half.repeat(2)[None])
     n = 2 * (model.config.n_head // 3)
-    followed = weights[:n, 60:, 1:60].diagonal(0, 1, 2)  # of the token at 60 + i, what stands at i + 1
+    followed = weights[:n, 60:, 1:60].diagonal(
+        0, 1, 2
+    )  # of the token at 60 + i, what stands at i + 1
     elsewhere = weights[:n, 60:].sum(-1).mean() / 90
     assert followed.mean() > 5 * elsewhere
 
@@ -60,14 +66,24 @@ def test_an_untrained_model_expects_what_it_has_seen_to_come_again(shape):
     for induction in (False, True):
         with torch.no_grad():
             logits = new_model(shape, induction)(idx)[0]
-        losses[induction] = F.cross_entropy(logits[:, 60:-1].flatten(0, 1), idx[:, 61:].flatten()).item()
+        losses[induction] = F.cross_entropy(
+            logits[:, 60:-1].flatten(0, 1), idx[:, 61:].flatten()
+        ).item()
     assert losses[True] < losses[False] - 0.8
 
 
 def test_what_is_left_of_the_model_is_gpt2s_initialisation():
     plain, ours = new_model((4, 6, 192), induction=False), new_model((4, 6, 192))
-    changed = {name for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True) if not a.equal(b)}
-    attn = {f"transformer.h.{layer}.attn.{part}.weight" for layer in (0, 1) for part in ("c_attn", "c_proj")}
+    changed = {
+        name
+        for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True)
+        if not a.equal(b)
+    }
+    attn = {
+        f"transformer.h.{layer}.attn.{part}.weight"
+        for layer in (0, 1)
+        for part in ("c_attn", "c_proj")
+    }
     assert changed == {"transformer.wte.weight", "transformer.wpe.weight", *attn}
 
 
@@ -78,10 +94,18 @@ def test_a_shape_without_room_is_refused(shape):
 
 
 def test_training_from_scratch_can_begin_with_them(script, data_dir):
-    tiny = ["--init_from=scratch", "--dataset=talk", "--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=128"]
+    tiny = [
+        "--init_from=scratch",
+        "--dataset=talk",
+        "--n_layer=2",
+        "--n_head=4",
+        "--n_embd=32",
+        "--block_size=128",
+    ]
     tiny += ["--max_iters=2", "--batch_size=2", "--gradient_accumulation_steps=1", "--eval_iters=1"]
     done = script("train.py", *tiny, "--induction_heads=true", "--out_dir=with")
     assert done.returncode == 0, done.stderr
     assert_refused(
-        script("train.py", *tiny, "--induction_heads=true", "--n_layer=1", "--out_dir=no"), "induction_heads"
+        script("train.py", *tiny, "--induction_heads=true", "--n_layer=1", "--out_dir=no"),
+        "induction_heads",
     )

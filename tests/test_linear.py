@@ -38,14 +38,21 @@ def bound(Linear, x, weight, bias, y):
     noise = (n_in + 2) * 2**-24 * (total + added)  # of a sum in float32
     if Linear is Float16Linear:  # 11 bits: half a unit of each weight, which below 2**-14 is 2**-25
         return 2**-11 * total + 2**-25 * x.double().abs().sum(-1, keepdim=True) + noise
-    if Linear is BFloat16Linear:  # 8 bits, of weights and inputs; of the bias; of the sum, before and after the bias
+    if (
+        Linear is BFloat16Linear
+    ):  # 8 bits, of weights and inputs; of the bias; of the sum, before and after the bias
         inputs = (2**-7 + 2**-16) * total + 2**-8 * added
         return inputs + 2**-8 * (2 * y.abs() + added + 2 * inputs) + noise
     # half a step of each input and of each weight
-    low, high = x.double().amin(-1, keepdim=True).clamp(max=0), x.double().amax(-1, keepdim=True).clamp(min=0)
+    low, high = (
+        x.double().amin(-1, keepdim=True).clamp(max=0),
+        x.double().amax(-1, keepdim=True).clamp(min=0),
+    )
     of_x = (high - low) / Int8Linear.LEVELS / 2  # (..., 1)
     of_weight = weight.double().abs().amax(1) / 127 / 2  # (n_out,)
-    rounding = of_x * weight.double().abs().sum(1) + of_weight * x.double().abs().sum(-1, keepdim=True)
+    rounding = of_x * weight.double().abs().sum(1) + of_weight * x.double().abs().sum(
+        -1, keepdim=True
+    )
     return rounding + n_in * of_x * of_weight + noise
 
 
@@ -53,7 +60,9 @@ def bound(Linear, x, weight, bias, y):
 @pytest.mark.parametrize(("n_out", "n_in"), SHAPES)
 @pytest.mark.parametrize("batch", [(1,), (5,), (1, 1), (2, 3), (2, 1, 3)], ids=str)
 @pytest.mark.parametrize("biased", [True, False])
-def test_outputs_are_those_of_float32_up_to_the_rounding_of_each_factor(Linear, n_out, n_in, batch, biased):
+def test_outputs_are_those_of_float32_up_to_the_rounding_of_each_factor(
+    Linear, n_out, n_in, batch, biased
+):
     weight, x = numbers(n_out, n_in, seed=1) * 0.1, numbers(*batch, n_in, seed=2)
     bias = numbers(n_out, seed=3) if biased else None
     y = Linear(weight, bias)(x)
@@ -109,7 +118,9 @@ def integer_linear(x, weight, bias):
 
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("shift", [0.0, 5.0, -5.0], ids=["of both signs", "mostly above 0", "mostly below 0"])
+@pytest.mark.parametrize(
+    "shift", [0.0, 5.0, -5.0], ids=["of both signs", "mostly above 0", "mostly below 0"]
+)
 @pytest.mark.parametrize(("n_out", "n_in"), SHAPES)
 def test_int8_is_a_sum_of_integers(rows, biased, shift, n_out, n_in):
     weight, x = numbers(n_out, n_in, seed=1) * 0.1, numbers(rows, n_in, seed=2) + shift
@@ -139,14 +150,21 @@ def test_a_row_gives_the_same_alone_and_among_others_whatever_their_size(Linear,
 @pytest.mark.parametrize("Linear", LINEARS)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_rows_of_zeros_and_weights_of_zeros_give_the_bias(Linear, rows):
-    weight, bias = numbers(9, 33, seed=1), numbers(9, seed=2).bfloat16().float()  # which every dtype here can hold
+    weight, bias = (
+        numbers(9, 33, seed=1),
+        numbers(9, seed=2).bfloat16().float(),
+    )  # which every dtype here can hold
     zeros = torch.zeros(rows, 33)
     assert torch.equal(Linear(weight, bias)(zeros), bias.expand(rows, -1))
     assert torch.equal(Linear(weight)(zeros), torch.zeros(rows, 9))
     x = numbers(rows, 33, seed=3)
-    torch.testing.assert_close(Linear(torch.zeros(9, 33), bias)(x), bias.expand(rows, -1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        Linear(torch.zeros(9, 33), bias)(x), bias.expand(rows, -1), rtol=1e-6, atol=1e-6
+    )
     weight[4] = 0  # of a single output
-    torch.testing.assert_close(Linear(weight, bias)(x)[:, 4], bias[4].expand(rows), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        Linear(weight, bias)(x)[:, 4], bias[4].expand(rows), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("Linear", LINEARS)
@@ -205,10 +223,18 @@ def test_a_packed_model_has_the_same_shape_and_nothing_to_train(small, directory
     model, tokenizer = load_model(directory, dtype=dtype, inference=True)
     assert not [name for name, p in model.named_parameters() if p.requires_grad]
     assert model.config == small.config
-    assert model.num_parameters() == small.num_parameters() == sum(p.numel() for p in small.parameters())
+    assert (
+        model.num_parameters()
+        == small.num_parameters()
+        == sum(p.numel() for p in small.parameters())
+    )
     assert tokenizer.encode("hello") == Tokenizer().encode("hello")
-    packed = {torch.float16: Float16Linear, torch.bfloat16: BFloat16Linear, torch.int8: Int8Linear}[dtype]
-    assert sum(isinstance(module, packed) for module in model.modules()) == 2 * 4 + 1  # of each layer, and the head
+    packed = {torch.float16: Float16Linear, torch.bfloat16: BFloat16Linear, torch.int8: Int8Linear}[
+        dtype
+    ]
+    assert (
+        sum(isinstance(module, packed) for module in model.modules()) == 2 * 4 + 1
+    )  # of each layer, and the head
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
@@ -235,12 +261,16 @@ def test_without_inference_or_in_float32_the_model_is_plain_and_can_be_trained_a
         assert torch.equal(model.state_dict()[name], tensor.to(dtype)), name
     save_model(model, tokenizer, tmp_path / "again")
     again, _ = load_model(str(tmp_path / "again"), dtype=dtype)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_int8_is_for_inference_on_a_cpu_alone():
     assert pick_dtype("int8", "cpu", inference=True) == torch.int8
-    with pytest.raises(ValueError, match=r"dtype=int8 is not one of auto, float32, bfloat16, float16$"):
+    with pytest.raises(
+        ValueError, match=r"dtype=int8 is not one of auto, float32, bfloat16, float16$"
+    ):
         pick_dtype("int8", "cpu")
     for device in ("cuda", "cuda:1", "mps"):
         with pytest.raises(ValueError, match="dtype=int8 needs an x86 CPU"):
@@ -281,7 +311,9 @@ for dtype in (torch.float32, torch.int8):  # in this order: after packing, glibc
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc"
+)
 def test_loading_never_holds_a_second_copy_of_the_weights(tmp_path):
     save_model(GPT(GPTConfig(64, 512, 1, 2, 64)), Tokenizer(), tmp_path / "tiny")
     # 54M parameters, of which no tensor holds more than a ninth

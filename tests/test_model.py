@@ -24,7 +24,9 @@ def hf_model(hf_gpt2):
 
     def make(**shape):
         model = hf_gpt2(**shape)
-        model.set_attn_implementation("eager")  # their own matrix products, not the kernel that we call
+        model.set_attn_implementation(
+            "eager"
+        )  # their own matrix products, not the kernel that we call
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p), alpha=0.05)
@@ -123,7 +125,9 @@ def test_the_loss_is_the_mean_cross_entropy_over_supervised_positions(hf_model):
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("documents", [None, torch.tensor([0, 7, 20, 40])], ids=["whole rows", "packed"])
+@pytest.mark.parametrize(
+    "documents", [None, torch.tensor([0, 7, 20, 40])], ids=["whole rows", "packed"]
+)
 def test_a_batch_without_supervised_positions_has_loss_zero_and_zero_gradients(hf_model, documents):
     model = ours(hf_model(**SMALL))
     loss = model(batch(300), torch.full((2, 20), -100), documents=documents)[1]
@@ -136,13 +140,17 @@ def test_a_batch_without_supervised_positions_has_loss_zero_and_zero_gradients(h
 
 # two rows without padding; a single token between two longer conversations; padding behind the last
 ROWS = [[13, 27], [40], [9, 1, 12], [17, 5]]
-DOCUMENTS = torch.tensor([0, 13, 40, 40, 80, 80, 89, 90, 102, 120, 137, 142, 160, 160, 160], dtype=torch.int32)
+DOCUMENTS = torch.tensor(
+    [0, 13, 40, 40, 80, 80, 89, 90, 102, 120, 137, 142, 160, 160, 160], dtype=torch.int32
+)
 
 
 @pytest.fixture(params=["block-wise", "under a mask"])
 def either_way(request, monkeypatch):
     """Attention within documents is computed in one of its two ways."""
-    monkeypatch.setattr(GPT, "attends_blockwise", lambda self, device: request.param == "block-wise")
+    monkeypatch.setattr(
+        GPT, "attends_blockwise", lambda self, device: request.param == "block-wise"
+    )
 
 
 def packed():
@@ -159,14 +167,21 @@ def packed():
 
 def assert_gradients_close(model, others, **tolerance):
     for (name, p), other in zip(model.named_parameters(), others, strict=True):
-        torch.testing.assert_close(p.grad, other, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            p.grad, other, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
-def test_loss_and_every_gradient_of_packed_rows_are_those_of_the_conversations_one_by_one(hf_model, either_way):
+def test_loss_and_every_gradient_of_packed_rows_are_those_of_the_conversations_one_by_one(
+    hf_model, either_way
+):
     hf = hf_model(**SMALL)
     model = ours(hf)
     idx, targets, each = packed()
-    losses = [F.cross_entropy(hf(x[None]).logits[0], y, ignore_index=-100, reduction="sum") for x, y in each]
+    losses = [
+        F.cross_entropy(hf(x[None]).logits[0], y, ignore_index=-100, reduction="sum")
+        for x, y in each
+    ]
     theirs = sum(losses) / (targets != -100).sum()
     theirs.backward()
     logits, loss = model(idx, targets, documents=DOCUMENTS)
@@ -182,7 +197,11 @@ def test_the_logits_of_packed_rows_are_those_of_the_conversations_one_by_one(hf_
     with torch.no_grad():
         logits = ours(hf)(idx, documents=DOCUMENTS)[0]
         expected = [hf(x[None]).logits[0] for x, _ in each]
-    found = [part for row, lengths in zip(logits, ROWS, strict=True) for part in row[: sum(lengths)].split(lengths)]
+    found = [
+        part
+        for row, lengths in zip(logits, ROWS, strict=True)
+        for part in row[: sum(lengths)].split(lengths)
+    ]
     for ours_, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours_, theirs, atol=1e-4, rtol=0)
 
@@ -196,7 +215,9 @@ def test_one_document_a_row_is_what_rows_are_without_documents(hf_model, either_
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole rows", "packed"])
-def test_gradient_checkpointing_leaves_every_bit_of_the_gradients(hf_model, either_way, documents, dropout):
+def test_gradient_checkpointing_leaves_every_bit_of_the_gradients(
+    hf_model, either_way, documents, dropout
+):
     model = ours(hf_model(**SMALL), dropout).train()
     idx, targets, _ = packed()
     gradients, flops = [], []
@@ -230,17 +251,23 @@ def head(N, V=300, C=32):
 
 @pytest.mark.parametrize("N", [0, 1, 64, 150])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-6), (True, 1e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("autocast", "tolerance"), [(False, 1e-6), (True, 1e-2)], ids=["float32", "bfloat16"]
+)
 def test_the_heads_loss_and_gradients_are_those_of_linear_and_cross_entropy(
     in_parts, N, smoothing, autocast, tolerance
 ):
     x, weight, targets = head(N)
-    exact = F.cross_entropy(F.linear(x, weight), targets, reduction="sum", label_smoothing=smoothing)
+    exact = F.cross_entropy(
+        F.linear(x, weight), targets, reduction="sum", label_smoothing=smoothing
+    )
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = HeadLoss.apply(x, weight, targets, smoothing)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=tolerance)
-    for ours_, theirs in zip(*(torch.autograd.grad(t / 7, (x, weight)) for t in (loss, exact)), strict=True):
+    for ours_, theirs in zip(
+        *(torch.autograd.grad(t / 7, (x, weight)) for t in (loss, exact)), strict=True
+    ):
         assert (ours_.dtype, ours_.shape) == (theirs.dtype, theirs.shape)
         assert (ours_ - theirs).norm() <= tolerance * theirs.norm()
 
@@ -277,12 +304,16 @@ def test_gradients_of_the_heads_loss_are_added_to_those_there_are(in_parts):
     x, weight, targets = head(150)
     for _ in range(2):
         HeadLoss.apply(x, weight, targets).backward()
-    once = torch.autograd.grad(F.cross_entropy(F.linear(x, weight), targets, reduction="sum"), (x, weight))
+    once = torch.autograd.grad(
+        F.cross_entropy(F.linear(x, weight), targets, reduction="sum"), (x, weight)
+    )
     for p, gradient in zip((x, weight), once, strict=True):
         torch.testing.assert_close(p.grad, 2 * gradient, atol=1e-5, rtol=1e-5)
 
 
-def test_the_heads_gradients_cost_two_more_products_and_none_where_none_are_asked_for(hf_model, in_parts):
+def test_the_heads_gradients_cost_two_more_products_and_none_where_none_are_asked_for(
+    hf_model, in_parts
+):
     model = ours(hf_model(**SMALL))
     targets = batch(300, seed=2)
     product = 2 * targets.numel() * 300 * 80
@@ -362,7 +393,10 @@ def test_training_gpt2_takes_855_megaflop_a_token():
     weights = 12 * (12 * 768**2 + 13 * 768) + 2 * 768 + 50257 * 768
     assert model.flops_per_token(1024) == 6 * weights + 12 * 12 * 768 * 1024
     assert round(model.flops_per_token(1024) / 1e6) == 855
-    assert model.flops_per_token(1024) - model.flops_per_token(1024, supervised=0.25) == 6 * 0.75 * 50257 * 768
+    assert (
+        model.flops_per_token(1024) - model.flops_per_token(1024, supervised=0.25)
+        == 6 * 0.75 * 50257 * 768
+    )
 
 
 def test_the_cache_gives_what_the_full_forward_gives_with_rows_at_different_positions(hf_model):
@@ -376,7 +410,9 @@ def test_the_cache_gives_what_the_full_forward_gives_with_rows_at_different_posi
             # the rows go on at positions 1, 5 and 9, so that two of them have later tokens in the cache already
             positions = start[:, None] + torch.arange(lengths[0])
             logits = model(idx.gather(1, positions), cache=cache, positions=positions)[0]
-            torch.testing.assert_close(logits, full[torch.arange(3)[:, None], positions], atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                logits, full[torch.arange(3)[:, None], positions], atol=1e-4, rtol=0
+            )
             start = start + torch.tensor([1, 5, 9]).clamp(max=lengths[0])
 
 
@@ -420,6 +456,8 @@ def test_bfloat16_autocast_stays_close_to_float32(hf_gpt2):
         loss = model(idx, targets)[1]
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=0.01)
-    for gradients in zip(*(torch.autograd.grad(x, list(model.parameters())) for x in (exact, loss)), strict=True):
+    for gradients in zip(
+        *(torch.autograd.grad(x, list(model.parameters())) for x in (exact, loss)), strict=True
+    ):
         assert gradients[1].dtype == torch.float32
         assert F.cosine_similarity(*(g.flatten() for g in gradients), dim=0) > 0.99

@@ -25,16 +25,21 @@ def watch(name, values, first=1, trouble=None):
 @pytest.mark.parametrize("name", LIMITS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_no_number_is_trouble_from_the_first_step_on(name, value):
-    with pytest.raises(ValueError, match=f"^the {name} is {value} at iter 1: the run diverges. Lower learning_rate"):
+    with pytest.raises(
+        ValueError, match=f"^the {name} is {value} at iter 1: the run diverges. Lower learning_rate"
+    ):
         watch(name, [value])
 
 
 @pytest.mark.parametrize(
-    ("name", "usual", "just_too_high"), [("loss", 3.0, 7.0), ("validation loss", 3.0, 7.0), ("gradient norm", 1.5, 250)]
+    ("name", "usual", "just_too_high"),
+    [("loss", 3.0, 7.0), ("validation loss", 3.0, 7.0), ("gradient norm", 1.5, 250)],
 )
 def test_trouble_is_a_value_of_so_many_times_the_usual_and_so_much_more(name, usual, just_too_high):
     trouble = watch(name, [usual] * 10 + [0.999 * just_too_high])
-    with pytest.raises(ValueError, match=f"^the {name} is {just_too_high:.4g} at iter 12, {usual:g} before: "):
+    with pytest.raises(
+        ValueError, match=f"^the {name} is {just_too_high:.4g} at iter 12, {usual:g} before: "
+    ):
         trouble.check(name, just_too_high, 12)
 
 
@@ -114,7 +119,9 @@ def test_a_devices_peak_is_found_by_its_name(name, teraflops, monkeypatch):
     assert peak_flops(CUDA) == peak_flops("cuda:1") == teraflops * 1e12
 
 
-@pytest.mark.parametrize("name", ["NVIDIA L40", "NVIDIA T400 4GB", "Quadro P4000", "NVIDIA GeForce GTX 1080", ""])
+@pytest.mark.parametrize(
+    "name", ["NVIDIA L40", "NVIDIA T400 4GB", "Quadro P4000", "NVIDIA GeForce GTX 1080", ""]
+)
 def test_a_device_that_is_not_in_the_table_has_no_peak(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(CUDA) is None

@@ -33,7 +33,9 @@ def test_transformers_loads_it_and_says_the_same(nano):
     chat = [{"role": "user", "content": "Hello! How are you?"}]
     ids = hf_tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert ids == Tokenizer().render(chat, add_generation_prompt=True)[0]
-    expected = hf.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=30)[0, len(ids) :].tolist()
+    expected = hf.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=30)[
+        0, len(ids) :
+    ].tolist()
     model, tokenizer = load_model("nano")
     got = generate(model, [ids], temperature=0, max_new_tokens=30, stop_ids=tokenizer.stop_ids)[0]
     assert got == expected[: len(got)] and expected[len(got) :][:1] == [tokenizer.eos_id]
@@ -50,7 +52,9 @@ def test_it_remembers_ends_and_keeps_to_its_turn(nano):
     assert figures["speaks_for_human"] == 0
 
 
-def test_a_newcomer_is_answered_by_it_until_there_is_a_model_of_their_own(script, tmp_path, monkeypatch):
+def test_a_newcomer_is_answered_by_it_until_there_is_a_model_of_their_own(
+    script, tmp_path, monkeypatch
+):
     done = script("chat.py", input="Hello! My name is Nora.\nWhat is my name?\n")
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
@@ -65,8 +69,16 @@ def test_a_newcomer_is_answered_by_it_until_there_is_a_model_of_their_own(script
 
 
 def test_training_starts_from_it(script, data_dir):
-    quick = ["--dataset=talk", "--max_iters=2", "--eval_iters=1", "--block_size=64", "--out_dir=out/mine"]
+    quick = [
+        "--dataset=talk",
+        "--max_iters=2",
+        "--eval_iters=1",
+        "--block_size=64",
+        "--out_dir=out/mine",
+    ]
     done = script("train.py", ROOT / "config" / "demo.py", *quick)
     assert done.returncode == 0, done.stderr
-    first = json.loads((data_dir.parent / "out" / "mine" / "metrics.jsonl").read_text().splitlines()[0])
+    first = json.loads(
+        (data_dir.parent / "out" / "mine" / "metrics.jsonl").read_text().splitlines()[0]
+    )
     assert first["val_loss"] < 10.3  # random weights begin at 10.8

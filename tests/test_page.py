@@ -18,7 +18,9 @@ from prepare import jsonl
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 
 PAGE = Path(__file__).resolve().parents[1] / "serving" / "page.html"
@@ -79,7 +81,13 @@ class StubHandler(BaseHTTPRequestHandler):
         if self.path == "/":
             self.answer(200, PAGE.read_bytes(), "text/html; charset=utf-8")
         elif not self.is_refused():
-            model = {"id": "nano", "object": "model", "created": 0, "owned_by": "nanochatgpt", "context_length": 1024}
+            model = {
+                "id": "nano",
+                "object": "model",
+                "created": 0,
+                "owned_by": "nanochatgpt",
+                "context_length": 1024,
+            }
             model |= {"best_of": self.server.has_reward_model, "sampling": self.server.sampling}
             self.answer(200, {"object": "list", "data": [model]})
 
@@ -94,7 +102,9 @@ class StubHandler(BaseHTTPRequestHandler):
 
     def reply(self, pieces):
         if pieces[0] in (400, 429, 500):
-            return self.refuse(pieces[0], "not now", **({"Retry_After": "2"} if pieces[0] == 429 else {}))
+            return self.refuse(
+                pieces[0], "not now", **({"Retry_After": "2"} if pieces[0] == 429 else {})
+            )
         self.answer(200, kind="text/event-stream")
         self.chunk({"role": "assistant", "content": ""})
         for piece in pieces:
@@ -107,15 +117,28 @@ class StubHandler(BaseHTTPRequestHandler):
             else:
                 self.chunk({"content": piece})
         self.chunk({}, "stop")
-        self.event({"choices": [], "usage": {"prompt_tokens": 200, "completion_tokens": 56, "total_tokens": 256}})
+        self.event(
+            {
+                "choices": [],
+                "usage": {"prompt_tokens": 200, "completion_tokens": 56, "total_tokens": 256},
+            }
+        )
         return self.event("[DONE]")
 
     def chunk(self, delta, finish_reason=None):
-        self.event({"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]})
+        self.event(
+            {
+                "choices": [
+                    {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+                ]
+            }
+        )
 
     def event(self, data):
         with contextlib.suppress(OSError):  # it was stopped
-            self.wfile.write(f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n".encode())
+            self.wfile.write(
+                f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n".encode()
+            )
 
 
 @pytest.fixture
@@ -146,19 +169,30 @@ def visit(browser):
         contexts.append(context)
         context.on("request", lambda request: requested.append((url, request.url)))
         context.on("weberror", lambda error: wrong.append(str(error.error)))
-        context.on("console", lambda m: wrong.append(m.text) if "Content Security Policy" in m.text else None)
+        context.on(
+            "console",
+            lambda m: wrong.append(m.text) if "Content Security Policy" in m.text else None,
+        )
         page = context.new_page()
         page.goto(url)
-        expect(page.get_by_text("in mind, of both sides together").or_(page.get_by_label("API key"))).to_be_visible()
+        expect(
+            page.get_by_text("in mind, of both sides together").or_(page.get_by_label("API key"))
+        ).to_be_visible()
         return page
 
     yield open_page
     for context in contexts:
         for page in context.pages:
-            assert page.evaluate("typeof attacked") == "undefined", "a script of somebody else's ran"
+            assert page.evaluate("typeof attacked") == "undefined", (
+                "a script of somebody else's ran"
+            )
         context.close()
     assert wrong == []
-    assert [to for url, to in requested if urlsplit(to).netloc != urlsplit(url).netloc and to[:5] != "data:"] == []
+    assert [
+        to
+        for url, to in requested
+        if urlsplit(to).netloc != urlsplit(url).netloc and to[:5] != "data:"
+    ] == []
 
 
 @pytest.fixture
@@ -249,7 +283,10 @@ def test_an_export_is_what_prepare_reads(chat_server, visit, tmp_path):
     say(page, "How are you?")
     second, first = saved(page, "Export all", tmp_path)
     assert [m["role"] for m in first] == ["system", "user", "assistant"]
-    assert [m["content"] for m in first[:2]] == ["i am a zookeeper.\ni like tea.", 'Hello "you" \\ ü 😀']
+    assert [m["content"] for m in first[:2]] == [
+        "i am a zookeeper.\ni like tea.",
+        'Hello "you" \\ ü 😀',
+    ]
     assert [m["role"] for m in second] == ["user", "assistant"]
     assert saved(page, "Export this conversation", tmp_path) == [second]
 
@@ -257,7 +294,12 @@ def test_an_export_is_what_prepare_reads(chat_server, visit, tmp_path):
 def test_the_sampling_that_is_set_is_what_the_server_takes(chat_server, visit):
     page = visit(chat_server.url)
     press(page, "Sampling")
-    for name, value in {"Temperature": "0.9", "Top k": "0", "Repetition penalty": "1.1", "Max tokens": "5"}.items():
+    for name, value in {
+        "Temperature": "0.9",
+        "Top k": "0",
+        "Repetition penalty": "1.1",
+        "Max tokens": "5",
+    }.items():
         page.get_by_role("spinbutton", name=name).fill(value)
     page.keyboard.press("Escape")
     say(page, "Tell me about yourself.")
@@ -301,7 +343,9 @@ def test_what_came_before_a_stop_stays(stub, page, by):
     assert contents(stub.asked[1]) == ["Count.", "One two", "Go on."]
 
 
-def test_tries_are_kept_and_the_conversation_goes_on_from_the_one_that_is_shown(stub, page, tmp_path):
+def test_tries_are_kept_and_the_conversation_goes_on_from_the_one_that_is_shown(
+    stub, page, tmp_path
+):
     stub.says(" first", " second", " third")
     say(page, "Say something.")
     for _ in range(2):
@@ -318,7 +362,10 @@ def test_tries_are_kept_and_the_conversation_goes_on_from_the_one_that_is_shown(
     assert contents(stub.asked[-1]) == ["Say something.", "second", "Go on."]
     saved(page, "Export all", tmp_path)
     record = json.loads((tmp_path / "saved.jsonl").read_text())
-    assert record["retried"] == [{"before": 1, "content": "first"}, {"before": 1, "content": "third"}]
+    assert record["retried"] == [
+        {"before": 1, "content": "first"},
+        {"before": 1, "content": "third"},
+    ]
     press(page, "Delete this conversation")
     import_file(page, tmp_path / "saved.jsonl")
     expect(said(page)).to_have_text(["second", "I see."])
@@ -346,9 +393,14 @@ def test_an_earlier_message_is_edited_and_the_conversation_goes_on_from_there(st
 
 def test_the_view_follows_only_from_the_end(stub, page):
     gate = threading.Event()
-    stub.says("\n".join(map(str, range(100))), ["\n".join(map(str, range(50))), gate, "\n".join(map(str, range(50)))])
+    stub.says(
+        "\n".join(map(str, range(100))),
+        ["\n".join(map(str, range(50))), gate, "\n".join(map(str, range(50)))],
+    )
     from_end = "document.getElementById('scroll')"
-    from_end = f"Math.round({from_end}.scrollHeight - {from_end}.scrollTop - {from_end}.clientHeight)"
+    from_end = (
+        f"Math.round({from_end}.scrollHeight - {from_end}.scrollTop - {from_end}.clientHeight)"
+    )
     say(page, "Much, please.")
     expect(page.get_by_role("button", name="To the end")).to_be_hidden()
     assert page.evaluate(from_end) <= 1
@@ -376,7 +428,12 @@ def test_a_reload_finds_everything_as_it_was(stub, page):
     expect(said(page)).to_have_text("I see.")
     expect(titles(page)).to_have_text(["Hello! How are you?"])
     say(page, "And now?")
-    assert contents(stub.asked[1]) == ["i am a zookeeper.", "Hello!\nHow are you?", "I see.", "And now?"]
+    assert contents(stub.asked[1]) == [
+        "i am a zookeeper.",
+        "Hello!\nHow are you?",
+        "I see.",
+        "And now?",
+    ]
 
 
 def test_a_reload_keeps_what_came_of_a_reply(stub, page):
@@ -473,7 +530,9 @@ def test_what_cannot_be_read_from_storage_does_no_harm(stub, page):
 
 
 def test_full_storage_is_said_and_the_conversation_goes_on(stub, page):
-    page.evaluate("for (let n = 2 ** 22; n; n >>= 1) try { localStorage[n] = 'a'.repeat(n) } catch {}")
+    page.evaluate(
+        "for (let n = 2 ** 22; n; n >>= 1) try { localStorage[n] = 'a'.repeat(n) } catch {}"
+    )
     say(page, "is there room?")
     expect(page.get_by_text("storage is full")).to_be_visible()
     say(page, "never mind")
@@ -481,9 +540,20 @@ def test_full_storage_is_said_and_the_conversation_goes_on(stub, page):
 
 
 def test_a_file_is_imported_and_lines_that_are_no_conversation_are_named(stub, page, tmp_path):
-    good = {"messages": [{"role": "system", "content": "i like tea."}, {"role": "user", "content": "hi"}]}
+    good = {
+        "messages": [
+            {"role": "system", "content": "i like tea."},
+            {"role": "user", "content": "hi"},
+        ]
+    }
     good["messages"].append({"role": "assistant", "content": "hello"})
-    lines = [json.dumps(good), "", "{", '{"messages": [{"role": "pirate", "content": "arr"}]}', '{"messages": []}']
+    lines = [
+        json.dumps(good),
+        "",
+        "{",
+        '{"messages": [{"role": "pirate", "content": "arr"}]}',
+        '{"messages": []}',
+    ]
     (tmp_path / "some.jsonl").write_text("\n".join(lines))
     import_file(page, tmp_path / "some.jsonl")
     expect(page.get_by_text("1 conversation imported. Line 3 is no conversation")).to_be_visible()
@@ -534,12 +604,22 @@ def test_nothing_that_is_said_is_taken_as_html(stub, page, tmp_path):
 
 def test_only_settings_that_differ_from_the_servers_are_sent(stub, page):
     def sampling(body):
-        return {name: value for name, value in body.items() if name in DEFAULTS or name in ("seed", "best_of")}
+        return {
+            name: value
+            for name, value in body.items()
+            if name in DEFAULTS or name in ("seed", "best_of")
+        }
 
     press(page, "Sampling")
     expect(page.get_by_role("spinbutton", name="Temperature")).to_have_value("0.6")
     expect(page.get_by_role("spinbutton", name="Best of")).to_have_count(0)
-    values = {"Temperature": "0.9", "Top p": "0.8", "Top k": "10", "Seed": "7", "Min p": "5"}  # 0.8 is the default
+    values = {
+        "Temperature": "0.9",
+        "Top p": "0.8",
+        "Top k": "10",
+        "Seed": "7",
+        "Min p": "5",
+    }  # 0.8 is the default
     for name, value in values.items():  # and 5 is out of range
         page.get_by_role("spinbutton", name=name).fill(value)
     page.keyboard.press("Escape")
@@ -667,7 +747,9 @@ def test_nothing_is_wider_than_a_phone(stub, visit):
     say(page, "c" * 200)
     press(page, "Another try")
     finished(page)
-    overflow = "['html', '#scroll'].some((name) => document.querySelector(name).scrollWidth > innerWidth)"
+    overflow = (
+        "['html', '#scroll'].some((name) => document.querySelector(name).scrollWidth > innerWidth)"
+    )
     assert not page.evaluate(overflow)
     box = page.get_by_role("button", name="Send (Enter)").bounding_box()
     assert box["x"] + box["width"] <= 360 and box["y"] + box["height"] <= 640
@@ -703,12 +785,19 @@ def test_words_stand_out_from_their_ground(stub, visit, scheme):
             name,
         )
         parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        linear = [
+            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+        ]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     grounds = ("paper", "margin", "raised", "wash")
     pairs = {(ink, ground): 4.5 for ink in ("ink", "soft", "accent") for ground in grounds}
-    pairs |= {("on-accent", "accent"): 4.5, ("edge", "paper"): 3, ("edge", "raised"): 3, ("wrong", "raised"): 3}
+    pairs |= {
+        ("on-accent", "accent"): 4.5,
+        ("edge", "paper"): 3,
+        ("edge", "raised"): 3,
+        ("wrong", "raised"): 3,
+    }
     for (ink, ground), least in pairs.items():
         dark, bright = sorted([luminance(ink), luminance(ground)])
         assert (bright + 0.05) / (dark + 0.05) >= least, (scheme, ink, ground)

@@ -37,7 +37,9 @@ def write_run(directory, loss=lambda it: 4 + 6 * 0.97**it, iters=100, cut=""):
         if it % 50 == 0:
             records.append({"iter": it, "train_loss": loss(it), "val_loss": loss(it) + 0.125})
     directory.mkdir(parents=True)
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + cut)
+    (directory / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records) + cut
+    )
 
 
 def png_size(path):
@@ -77,20 +79,30 @@ def test_several_runs_go_into_one_png_and_each_is_summed_up_in_a_line(here, tmp_
 
 
 @pytest.mark.parametrize("low, scale", [(5, "linear"), (0.01, "log")])
-def test_labels_say_what_is_drawn_and_the_scale_is_logarithmic_over_decades(here, tmp_path, monkeypatch, low, scale):
+def test_labels_say_what_is_drawn_and_the_scale_is_logarithmic_over_decades(
+    here, tmp_path, monkeypatch, low, scale
+):
     from matplotlib.figure import Figure
 
     drawn = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))
+    )
     write_run(tmp_path / "a", loss=lambda it: low + 5 * 0.9**it)
     write_run(tmp_path / "b", loss=lambda it: low + 5 * 0.8**it)
     here("a", "b")
     (axes,) = drawn[0].axes
-    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("iter", "loss (nats)", scale)
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == (
+        "iter",
+        "loss (nats)",
+        scale,
+    )
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
     mean, loss, val_loss = axes.lines[:3]
-    assert list(mean.get_ydata()) == pytest.approx(list(loss.get_ydata()))  # of one each where there are few
+    assert list(mean.get_ydata()) == pytest.approx(
+        list(loss.get_ydata())
+    )  # of one each where there are few
     assert (len(loss.get_xdata()), loss.get_marker()) == (10, "None")
     assert (list(val_loss.get_xdata()), val_loss.get_marker()) == ([0, 50, 100], "o")
     assert loss.get_color() == val_loss.get_color() == mean.get_color() != axes.lines[3].get_color()
@@ -138,7 +150,11 @@ def test_without_matplotlib_falling_losses_fall_in_the_terminal(here, tmp_path, 
 
 def test_in_the_terminal_each_run_has_its_own_glyphs(here, tmp_path, no_matplotlib):
     for i in range(3):
-        write_run(tmp_path / f"run{i}", loss=lambda it, i=i: 2 + i + math.exp(-it / 50), iters=50 * (i + 1))
+        write_run(
+            tmp_path / f"run{i}",
+            loss=lambda it, i=i: 2 + i + math.exp(-it / 50),
+            iters=50 * (i + 1),
+        )
     text = here("run0", "run1", "run2").stdout
     assert "· loss, ● val_loss: run0\n+ loss, ■ val_loss: run1\n× loss, ◆ val_loss: run2\n" in text
     ends = [max(rows_of(text, glyph)) for glyph in "●■◆"]
@@ -163,7 +179,9 @@ def test_without_a_terminal_it_draws_too_and_does_not_wait_for_torch(script, tmp
     blocker.parent.mkdir()
     blocker.write_text("raise ModuleNotFoundError")
     (blocker.parent / "torch.py").write_text("raise AssertionError")
-    done = script("plot.py", "run", env={"PYTHONPATH": str(blocker.parent), "PYTHONIOENCODING": "utf-8"})
+    done = script(
+        "plot.py", "run", env={"PYTHONPATH": str(blocker.parent), "PYTHONIOENCODING": "utf-8"}
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "●" in done.stdout
 
@@ -186,9 +204,18 @@ def test_mistakes_are_named(here, tmp_path):
     assert_refused_in_a_line(here("young"), "young/metrics.jsonl has no losses")
     assert_refused_in_a_line(here("run", "--pgn=a.png"), "png")
     (tmp_path / "other").mkdir()
-    for line in ("[1]", "5", "null", '{"loss": 1}', '{"iter": "1", "loss": 1}', '{"iter": 1, "loss": "low"}'):
+    for line in (
+        "[1]",
+        "5",
+        "null",
+        '{"loss": 1}',
+        '{"iter": "1", "loss": 1}',
+        '{"iter": 1, "loss": "low"}',
+    ):
         (tmp_path / "other" / "metrics.jsonl").write_text(line + "\n")
-        assert_refused_in_a_line(here("other"), "other/metrics.jsonl is not the log of a run", line[-10:])
+        assert_refused_in_a_line(
+            here("other"), "other/metrics.jsonl is not the log of a run", line[-10:]
+        )
     assert not list(tmp_path.glob("*.png*"))
 
 

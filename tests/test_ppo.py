@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, StopsAfter, assert_refused, assert_same_weights, records, small_talk, write_shards
+from conftest import (
+    ROOT,
+    StopsAfter,
+    assert_refused,
+    assert_same_weights,
+    records,
+    small_talk,
+    write_shards,
+)
 from safetensors.torch import load_file
 
 import train
@@ -36,9 +44,28 @@ from train_ppo import (
 
 TOKENIZER = Tokenizer()
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 32}
-TINY = {"init_from": "start", "reward": "length:4", "out_dir": "out", "dataset": "talk", "device": "cpu"}
-TINY |= {"dtype": "float32", "rollouts": 8, "batch_size": 4, "max_new_tokens": 8, "max_prompt": 64, "epochs": 2}
-TINY |= {"max_iters": 4, "eval_interval": 2, "eval_replies": 8, "normalize_on": 8, "learning_rate": 1e-3}
+TINY = {
+    "init_from": "start",
+    "reward": "length:4",
+    "out_dir": "out",
+    "dataset": "talk",
+    "device": "cpu",
+}
+TINY |= {
+    "dtype": "float32",
+    "rollouts": 8,
+    "batch_size": 4,
+    "max_new_tokens": 8,
+    "max_prompt": 64,
+    "epochs": 2,
+}
+TINY |= {
+    "max_iters": 4,
+    "eval_interval": 2,
+    "eval_replies": 8,
+    "normalize_on": 8,
+    "learning_rate": 1e-3,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +112,9 @@ def test_advantages_by_hand():
     first = (1 + 0.5 * 1 - 0.5) + 0.5 * 0.25 * second
     advantages, returns = advantages_and_returns(rewards, values, mask, 0.5, 0.25)
     torch.testing.assert_close(advantages, torch.tensor([[first, second, third], [2.0, 0.0, 0.0]]))
-    torch.testing.assert_close(returns, torch.tensor([[first + 0.5, second + 1, 2.0], [3.0, 0.0, 0.0]]))
+    torch.testing.assert_close(
+        returns, torch.tensor([[first + 0.5, second + 1, 2.0], [3.0, 0.0, 0.0]])
+    )
 
 
 def test_with_gamma_and_lambda_1_returns_are_the_sums_of_what_comes():
@@ -131,7 +160,9 @@ def test_losses_by_hand():
 def test_the_kl_coefficient_rises_above_the_target_and_falls_below():
     config = train_ppo.Config(kl_target=6.0, rollouts=100, kl_horizon=1000)
     assert adapted_kl_coef(0.1, 6.6, config) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
-    assert adapted_kl_coef(0.1, 60.0, config) == pytest.approx(0.1 * (1 + 0.2 * 0.1))  # no further than 0.2
+    assert adapted_kl_coef(0.1, 60.0, config) == pytest.approx(
+        0.1 * (1 + 0.2 * 0.1)
+    )  # no further than 0.2
     assert adapted_kl_coef(0.1, 0.0, config) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
 
 
@@ -158,7 +189,9 @@ def test_log_probabilities_are_of_the_distribution_that_was_drawn_from(temperatu
 
 def test_log_probabilities_entropies_and_values_are_those_of_each_token():
     policy = model()
-    critic = ActorCritic(policy, 50000, 0.7)  # as if the tokenizer knew fewer tokens than there are embeddings
+    critic = ActorCritic(
+        policy, 50000, 0.7
+    )  # as if the tokenizer knew fewer tokens than there are embeddings
     with torch.no_grad():
         critic.value.weight.normal_()
     rollout = Rollout([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]], None)
@@ -167,7 +200,9 @@ def test_log_probabilities_entropies_and_values_are_those_of_each_token():
     for b in (1, 0):
         for n, token in enumerate(rollout.replies[b]):
             before = torch.tensor([rollout.prompts[b] + rollout.replies[b][:n]])
-            distribution = torch.distributions.Categorical(logits=policy(before)[0][0, -1, :50000] / 0.7)
+            distribution = torch.distributions.Categorical(
+                logits=policy(before)[0][0, -1, :50000] / 0.7
+            )
             value = policy.hidden(before)[0, -1] @ critic.value.weight[0]
             expected += [distribution.log_prob(torch.tensor(token)), distribution.entropy(), value]
     found = torch.stack([logprobs, entropy, values], 1).flatten()
@@ -196,13 +231,21 @@ def test_on_the_first_minibatch_ratios_are_1_and_the_kl_is_0_exactly(dtype, monk
 
 
 def test_a_reply_that_does_not_end_or_goes_on_with_another_turn_has_not_ended(monkeypatch):
-    ids = [TOKENIZER.encode(" fine"), TOKENIZER.encode(" ok\n[Human]: hi"), TOKENIZER.encode(" a b c d e f g h")[:8]]
+    ids = [
+        TOKENIZER.encode(" fine"),
+        TOKENIZER.encode(" ok\n[Human]: hi"),
+        TOKENIZER.encode(" a b c d e f g h")[:8],
+    ]
     monkeypatch.setattr(train_ppo, "generate", lambda *_, **__: ids)
     rollout = roll_out(None, TOKENIZER, [[1]] * 3, train_ppo.Config(max_new_tokens=8), 0)
     assert rollout.ended.tolist() == [True, False, False]
     assert [reply[-1] == TOKENIZER.eos_id for reply in rollout.replies] == [True, True, False]
     theirs = Tokenizer("user_assistant")
-    ids = [theirs.encode("fine"), [*theirs.encode("fine"), theirs.special_ids["<|USER|>"]], [theirs.pad_id]]
+    ids = [
+        theirs.encode("fine"),
+        [*theirs.encode("fine"), theirs.special_ids["<|USER|>"]],
+        [theirs.pad_id],
+    ]
     rollout = roll_out(None, theirs, [[1]] * 3, train_ppo.Config(max_new_tokens=8), 0)
     assert rollout.ended.tolist() == [True, False, False]
 
@@ -217,7 +260,9 @@ def test_toy_rewards_by_hand():
     share = make_reward("share:tea", TOKENIZER, "cpu", torch.no_grad())(rollout)
     assert share.tolist() == pytest.approx([2 / 3, 1, 0])
     length = make_reward("length:2", TOKENIZER, "cpu", torch.no_grad())(rollout)
-    assert length.tolist() == pytest.approx([1 - 1 / 2, 1 - (1 - len(TOKENIZER.encode("tea")) / 2), 0])
+    assert length.tolist() == pytest.approx(
+        [1 - 1 / 2, 1 - (1 - len(TOKENIZER.encode("tea")) / 2), 0]
+    )
 
 
 def test_a_learned_reward_is_the_models_score_of_the_whole_without_its_end():
@@ -253,7 +298,9 @@ def test_two_processes_are_one_process():
     whole = fit(**knobs | {"out_dir": "one"})
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     knobs = [f"--{name}={value}" for name, value in (TINY | knobs).items()]
-    done = subprocess.run([*run, ROOT / "train_ppo.py", *knobs], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*run, ROOT / "train_ppo.py", *knobs], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     ones, twos = without_times(whole), without_times(Path("two"))
     for one, two in zip(ones, twos, strict=True):
@@ -264,12 +311,24 @@ def test_the_log_has_what_is_to_be_watched(capsys):
     out = fit()
     steps = [r for r in records(out) if "reward" in r]
     evaluations = [r for r in records(out) if "val_reward" in r]
-    names = {"reward", "score", "kl", "kl_coef", "entropy", "clip_fraction", "explained_variance", "length", "ended"}
+    names = {
+        "reward",
+        "score",
+        "kl",
+        "kl_coef",
+        "entropy",
+        "clip_fraction",
+        "explained_variance",
+        "length",
+        "ended",
+    }
     assert all(names <= step.keys() for step in steps) and len(steps) == 4
     assert [r["iter"] for r in evaluations] == [0, 2, 4]
     assert (evaluations[0]["val_kl"], steps[0]["kl"]) == (0, 0)
     shown = capsys.readouterr().out
-    assert sum(line.startswith("  ") and " -> " in line for line in shown.splitlines()) == 4  # a sample a step
+    assert (
+        sum(line.startswith("  ") and " -> " in line for line in shown.splitlines()) == 4
+    )  # a sample a step
     best = max(r["val_score"] for r in evaluations)
     assert f"the best held-out score is {best:+.2f}" in shown
 
@@ -284,17 +343,25 @@ def test_what_it_wrote_talks(script):
 def test_the_weights_of_the_highest_held_out_score_are_kept(monkeypatch):
     saved, save = [], train_ppo.save_model
     for module in (train_ppo, training):
-        monkeypatch.setattr(module, "save_model", lambda *args: (saved.append(str(args[2])), save(*args)))
+        monkeypatch.setattr(
+            module, "save_model", lambda *args: (saved.append(str(args[2])), save(*args))
+        )
     gains = iter([0.5, 0.7, 0.6, 0.9, 0.6, 0.8])
-    monkeypatch.setattr(train_ppo, "make_reward", lambda *_: lambda r: torch.full((len(r.replies),), next(gains)))
-    fit(max_iters=2, eval_interval=1, epochs=1)  # rewards: at the start, held out, of a step, held out, ...
+    monkeypatch.setattr(
+        train_ppo, "make_reward", lambda *_: lambda r: torch.full((len(r.replies),), next(gains))
+    )
+    fit(
+        max_iters=2, eval_interval=1, epochs=1
+    )  # rewards: at the start, held out, of a step, held out, ...
     assert saved == ["out/reference", "out", "out/last", "out", "out/last", "out/last"]
 
 
 @pytest.mark.parametrize("eval_interval", [1, 5])
 def test_a_kl_that_runs_away_ends_the_run_before_anything_is_saved_over(eval_interval):
     start = load_file("start/model.safetensors")
-    with pytest.raises(ValueError, match=r"runs away\. Lower learning_rate.*the checkpoints are from before"):
+    with pytest.raises(
+        ValueError, match=r"runs away\. Lower learning_rate.*the checkpoints are from before"
+    ):
         fit(learning_rate=0.3, kl_target=0.01, max_iters=20, eval_interval=eval_interval)
     for folder in ("out", "out/last"):
         saved = load_file(f"{folder}/model.safetensors")
@@ -306,14 +373,23 @@ def test_a_kl_coefficient_that_is_given_anew_counts_when_a_run_is_resumed():
     fit(max_iters=2, init_from="resume")
     fit(max_iters=3, init_from="resume", kl_coef=0.5)
     found = [r["kl_coef"] for r in records(Path("out")) if "kl_coef" in r]
-    assert found[0] == 0.15 and found[1] == pytest.approx(0.15, rel=0.01) and found[1] != 0.15 and found[2] == 0.5
+    assert (
+        found[0] == 0.15
+        and found[1] == pytest.approx(0.15, rel=0.01)
+        and found[1] != 0.15
+        and found[2] == 0.5
+    )
 
 
-@pytest.mark.parametrize("knob", [{"reward": "length:3"}, {"temperature": 0.5}, {"max_new_tokens": 7}])
+@pytest.mark.parametrize(
+    "knob", [{"reward": "length:3"}, {"temperature": 0.5}, {"max_new_tokens": 7}]
+)
 def test_a_run_is_resumed_for_what_it_was_begun(knob):
     fit(max_iters=1)
     (name, value), *_ = knob.items()
-    with pytest.raises(ValueError, match=f"{name}={value}, but the run in out is for {TINY.get(name, 0.7)}"):
+    with pytest.raises(
+        ValueError, match=f"{name}={value}, but the run in out is for {TINY.get(name, 0.7)}"
+    ):
         fit(init_from="resume", **knob)
 
 
@@ -321,15 +397,26 @@ def test_a_run_of_another_script_is_not_resumed():
     fit(max_iters=1)
     for script in (train_reward, train):
         with pytest.raises(ValueError, match=r"out/last is a run of train_ppo\.py"):
-            script.main(script.Config(out_dir="out", init_from="resume", device="cpu", dataset="talk"))
+            script.main(
+                script.Config(out_dir="out", init_from="resume", device="cpu", dataset="talk")
+            )
 
 
 # ---- rewards whose best is known: the full runs are in the README
 
 
 def test_it_learns_to_stop_where_it_is_paid_for_and_stays_within_the_kl():
-    knobs = {"rollouts": 32, "batch_size": 16, "epochs": 4, "max_iters": 25, "learning_rate": 3e-3, "eval_replies": 64}
-    out = fit(**knobs, reward="length:4", eval_interval=25, normalize_on=64, kl_target=20.0, kl_coef=0.02)
+    knobs = {
+        "rollouts": 32,
+        "batch_size": 16,
+        "epochs": 4,
+        "max_iters": 25,
+        "learning_rate": 3e-3,
+        "eval_replies": 64,
+    }
+    out = fit(
+        **knobs, reward="length:4", eval_interval=25, normalize_on=64, kl_target=20.0, kl_coef=0.02
+    )
     before, after = (r for r in records(out) if "val_reward" in r)
     assert before["val_reward"] < 0.2 and after["val_reward"] > 0.5
     assert 0 < after["val_kl"] < 20
@@ -339,8 +426,17 @@ def test_it_learns_to_stop_where_it_is_paid_for_and_stays_within_the_kl():
 def test_a_config_for_the_model_in_the_box_runs(monkeypatch):
     write_shards("data/personachat", small_talk(20), small_talk(10))
     save_model(RewardModel(GPTConfig(256, **SHAPE)), TOKENIZER, "out/reward")
-    given = ["--rollouts=4", "--batch_size=2", "--max_iters=1", "--normalize_on=4", "--eval_replies=4", "--epochs=1"]
-    train_ppo.main(parse(train_ppo.Config, [str(ROOT / "config" / "ppo_nano.py"), *given, "--device=cpu"]))
+    given = [
+        "--rollouts=4",
+        "--batch_size=2",
+        "--max_iters=1",
+        "--normalize_on=4",
+        "--eval_replies=4",
+        "--epochs=1",
+    ]
+    train_ppo.main(
+        parse(train_ppo.Config, [str(ROOT / "config" / "ppo_nano.py"), *given, "--device=cpu"])
+    )
     assert [r["iter"] for r in records(Path("out/ppo"))] == [0, 1, 1]
 
 
@@ -354,7 +450,10 @@ def test_a_config_for_the_model_in_the_box_runs(monkeypatch):
         ({"reward": "share:"}, ["reward=share: is neither"]),
         ({"reward": "length:no"}, ["reward=length:no is neither"]),
         ({"reward": "length:0"}, ["reward=length:0 is neither"]),
-        ({"reward": "nowhere"}, ["reward=nowhere: ", "there is no such directory", "train_reward.py"]),
+        (
+            {"reward": "nowhere"},
+            ["reward=nowhere: ", "there is no such directory", "train_reward.py"],
+        ),
         ({"reward": "other"}, ["another vocabulary"]),
         ({"init_from": "resume"}, ["out/last/state.pt to resume from"]),
         ({"init_from": "reward"}, ["is a reward model"]),

@@ -52,7 +52,9 @@ def read_back(folder):
     for split in ("train", "val"):
         shard = open_shard(Path(folder) / f"{split}.bin")
         parse = Tokenizer(shard.template).parse
-        splits[split] = [parse(shard.tokens[a:b].tolist()) for a, b in itertools.pairwise(shard.offsets)]
+        splits[split] = [
+            parse(shard.tokens[a:b].tolist()) for a, b in itertools.pairwise(shard.offsets)
+        ]
     return splits
 
 
@@ -120,7 +122,9 @@ def test_what_was_held_out_stays_so_when_conversations_are_added():
 
 def test_the_split_does_not_depend_on_the_process(prepare, script, talk):
     assert prepare(jsonl, source=talk, out_dir="here").returncode == 0
-    done = script("prepare/jsonl.py", f"--source={talk}", "--out_dir=there", env={"PYTHONHASHSEED": "7"})
+    done = script(
+        "prepare/jsonl.py", f"--source={talk}", "--out_dir=there", env={"PYTHONHASHSEED": "7"}
+    )
     assert done.returncode == 0
     assert files_in("here") == files_in("there")
 
@@ -143,15 +147,27 @@ def n_tokens(text):
 
 
 def test_the_report_counts_what_was_written(prepare, tmp_path):
-    conversations = [*small_talk(5), exchange("the longest", "comes first " * 200), *small_talk(1500, seed=3)]
-    report = prepare(jsonl, source=write_jsonl(tmp_path / "talk.jsonl", conversations)).stdout.splitlines()
+    conversations = [
+        *small_talk(5),
+        exchange("the longest", "comes first " * 200),
+        *small_talk(1500, seed=3),
+    ]
+    report = prepare(
+        jsonl, source=write_jsonl(tmp_path / "talk.jsonl", conversations)
+    ).stdout.splitlines()
     splits = read_back("data/jsonl")
-    assert sorted(map(spelled, splits["train"] + splits["val"])) == sorted(map(spelled, conversations))
+    assert sorted(map(spelled, splits["train"] + splits["val"])) == sorted(
+        map(spelled, conversations)
+    )
     for line, split in zip(report, ("train", "val"), strict=False):
         conversations = splits[split]
         lengths = [n_tokens(spelled(messages)) for messages in conversations]
         messages = [message for messages in conversations for message in messages]
-        replies = [f" {message['content']}<|endoftext|>" for message in messages if message["role"] == "assistant"]
+        replies = [
+            f" {message['content']}<|endoftext|>"
+            for message in messages
+            if message["role"] == "assistant"
+        ]
         share = sum(map(n_tokens, replies)) / sum(lengths)
         assert line == (
             f"data/jsonl/{split}.bin: {len(conversations):,} conversations, {len(without_persona(messages)):,} turns, "
@@ -160,22 +176,34 @@ def test_the_report_counts_what_was_written(prepare, tmp_path):
 
 
 def test_the_conversation_shown_is_marked_exactly_around_what_is_learnt(prepare, tmp_path):
-    messages = [{"role": "system", "content": "i am a pirate ."}, *exchange("hi", "ahoy"), *exchange("ho !", "aye .")]
+    messages = [
+        {"role": "system", "content": "i am a pirate ."},
+        *exchange("hi", "ahoy"),
+        *exchange("ho !", "aye ."),
+    ]
     source = write_jsonl(tmp_path / "talk.jsonl", [exchange("first", "held out"), messages])
     heading, shown = prepare(jsonl, source=source).stdout.split("between these»:\n")
     assert shown == spelled(messages, "«", "»") + "\n"
-    assert heading.endswith(f"the model sees it, {n_tokens(spelled(messages))} tokens, learning «what is ")
+    assert heading.endswith(
+        f"the model sees it, {n_tokens(spelled(messages))} tokens, learning «what is "
+    )
 
 
 def test_a_long_conversation_is_shown_in_part(prepare, tmp_path):
-    source = write_jsonl(tmp_path / "talk.jsonl", [exchange("first", "held out"), exchange("why ?", "word " * 5000)])
+    source = write_jsonl(
+        tmp_path / "talk.jsonl", [exchange("first", "held out"), exchange("why ?", "word " * 5000)]
+    )
     shown = prepare(jsonl, source=source).stdout.partition("between these»:\n")[2]
     assert 1400 < len(shown) < 1600
     assert shown.rstrip().endswith("...")
 
 
-def test_a_terminal_that_lacks_a_character_shows_another_and_all_is_written(prepare, tmp_path, monkeypatch):
-    source = write_jsonl(tmp_path / "talk.jsonl", [exchange("first", "held out"), exchange("how ?", "😀")])
+def test_a_terminal_that_lacks_a_character_shows_another_and_all_is_written(
+    prepare, tmp_path, monkeypatch
+):
+    source = write_jsonl(
+        tmp_path / "talk.jsonl", [exchange("first", "held out"), exchange("how ?", "😀")]
+    )
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
     assert prepare(jsonl, source=source).returncode == 0
     assert read_back("data/jsonl")["train"] == [exchange("how ?", "😀")]
@@ -187,7 +215,9 @@ def test_a_terminal_that_lacks_a_character_shows_another_and_all_is_written(prep
 @pytest.fixture
 def broken(tmp_path):
     """A .jsonl file of which more than one batch is good before line 1,501 is not JSON."""
-    path = write_jsonl(tmp_path / "broken.jsonl", [exchange(f"what is {i} ?", "a number .") for i in range(1500)])
+    path = write_jsonl(
+        tmp_path / "broken.jsonl", [exchange(f"what is {i} ?", "a number .") for i in range(1500)]
+    )
     path.write_text(path.read_text() + "{\n")
     return path
 
@@ -233,7 +263,10 @@ def test_one_conversation_is_refused_and_nothing_is_written(prepare, tmp_path):
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     def peak(n):
-        conversations = (("val" if i % 20 == 0 else "train", exchange(f"what is {i} ?", "it is .")) for i in range(n))
+        conversations = (
+            ("val" if i % 20 == 0 else "train", exchange(f"what is {i} ?", "it is ."))
+            for i in range(n)
+        )
         tracemalloc.start()
         corpus.prepare(corpus.Config(out_dir=str(tmp_path)), "numbers", conversations)
         highest = tracemalloc.get_traced_memory()[1]
@@ -261,17 +294,24 @@ def spc_file(path, conversations):
 
 def spc_talks(n, name):
     return [
-        (["i am one.", f"i am {i}."], ["i am two."], [(1, f"hi {name} {i}"), (2, 'hello, "you"')]) for i in range(n)
+        (["i am one.", f"i am {i}."], ["i am two."], [(1, f"hi {name} {i}"), (2, 'hello, "you"')])
+        for i in range(n)
     ]
 
 
 def test_both_users_are_the_bot_once_with_their_own_persona(tmp_path):
-    talk = (["I bake.", "I knit."], ["I sail."], [(1, "Hi!"), (2, "Hello!"), (2, "You?"), (1, "Fine: thanks")])
+    talk = (
+        ["I bake.", "I knit."],
+        ["I sail."],
+        [(1, "Hi!"), (2, "Hello!"), (2, "You?"), (1, "Fine: thanks")],
+    )
     read = [messages for _, messages in spc.read(spc_file(tmp_path / "talks.csv", [talk] * 20))]
     first = [("user", "Hi!"), ("assistant", "Hello! You?"), ("user", "Fine: thanks")]
     turned = [({"user": "assistant", "assistant": "user"}[role], text) for role, text in first]
     expected = [turned, first] * 20
-    assert [[(m["role"], m["content"]) for m in without_persona(messages)] for messages in read] == expected
+    assert [
+        [(m["role"], m["content"]) for m in without_persona(messages)] for messages in read
+    ] == expected
     personas = [[m["content"] for m in messages if m["role"] == "system"] for messages in read]
     assert {str(p) for p in personas[::2]} == {"[]", "['I bake. I knit.']"}
     assert {str(p) for p in personas[1::2]} == {"[]", "['I sail.']"}
@@ -289,7 +329,9 @@ def test_the_published_files_are_split_as_published_and_one_alone_is_divided(pre
     assert len(read["train"]) + len(read["val"]) == 60
     held_out = {re.search(r"hi train \d+", str(messages))[0] for messages in read["val"]}
     assert len(held_out) == len(read["val"]) / 2  # both sides of a conversation together
-    assert not held_out & {re.search(r"hi train \d+", str(messages))[0] for messages in read["train"]}
+    assert not held_out & {
+        re.search(r"hi train \d+", str(messages))[0] for messages in read["train"]
+    }
 
 
 def test_what_is_not_synthetic_persona_chat_is_refused_by_name(prepare, tmp_path):
@@ -318,7 +360,9 @@ def test_synthetic_persona_chat_is_downloaded_from_the_hub_or_a_mirror(prepare, 
 # ---- any corpus
 
 
-@pytest.mark.parametrize("module", [chitchat, personachat, eli5, jsonl, spc], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [chitchat, personachat, eli5, jsonl, spc], ids=lambda module: module.__name__
+)
 def test_a_source_that_is_not_there_is_named(prepare, tmp_path, module):
     assert_refused(prepare(module, source="nowhere/file"), "nowhere/file")
     assert written(tmp_path) == []
@@ -340,7 +384,9 @@ def web(tmp_path, monkeypatch):
     folder = tmp_path / "web"
     folder.mkdir()
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         server.folder, server.url = folder, f"http://127.0.0.1:{server.server_port}"
         yield server
         server.shutdown()
@@ -360,12 +406,23 @@ def test_every_conversation_comes_back_with_its_persona_and_any_text(prepare, tm
     conversations = [
         [{"role": "system", "content": odd}, *exchange(odd, odd)],
         [{"role": "assistant", "content": "i begin"}, *exchange("and", "i end")],
-        [{"role": "user", "content": "one"}, *exchange("two", "three"), {"role": "user", "content": "four"}],
+        [
+            {"role": "user", "content": "one"},
+            *exchange("two", "three"),
+            {"role": "user", "content": "four"},
+        ],
         exchange("", ""),
     ]
-    prepare(jsonl, source=write_jsonl(tmp_path / "talk.jsonl", [exchange("first", "held out"), *conversations]))
+    prepare(
+        jsonl,
+        source=write_jsonl(
+            tmp_path / "talk.jsonl", [exchange("first", "held out"), *conversations]
+        ),
+    )
     splits = read_back("data/jsonl")
-    assert [c for c in splits["train"] + splits["val"] if c != exchange("first", "held out")] == conversations
+    assert [
+        c for c in splits["train"] + splits["val"] if c != exchange("first", "held out")
+    ] == conversations
 
 
 def lines_of(conversations, end="\n"):
@@ -380,9 +437,15 @@ def lines_of(conversations, end="\n"):
         ("blank_lines.jsonl", lambda c: b"\n \n" + lines_of(c, "\n\n\t\n") + b"\n\n"),
         ("byte_order_mark.jsonl", lambda c: b"\xef\xbb\xbf" + lines_of(c)),
         ("packed.jsonl.gz", lambda c: gzip.compress(lines_of(c))),
-        ("packed_in_two_parts.gz", lambda c: gzip.compress(lines_of(c[:9]) + b"\n") + gzip.compress(lines_of(c[9:]))),
+        (
+            "packed_in_two_parts.gz",
+            lambda c: gzip.compress(lines_of(c[:9]) + b"\n") + gzip.compress(lines_of(c[9:])),
+        ),
         ("raw_utf8.json", lambda c: lines_of(c).decode().encode()),
-        ("other_fields.jsonl", lambda c: lines_of(c).replace(b'{"messages"', b'{"id": 7, "messages"')),
+        (
+            "other_fields.jsonl",
+            lambda c: lines_of(c).replace(b'{"messages"', b'{"id": 7, "messages"'),
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -391,14 +454,24 @@ def test_lines_are_read_however_they_are_packed(prepare, tmp_path, name, pack):
     path.write_bytes(pack(small_talk(60)))
     assert prepare(jsonl, source=path).returncode == 0
     splits = read_back("data/jsonl")
-    assert sorted(map(spelled, splits["train"] + splits["val"])) == sorted(map(spelled, small_talk(60)))
+    assert sorted(map(spelled, splits["train"] + splits["val"])) == sorted(
+        map(spelled, small_talk(60))
+    )
 
 
-def test_half_a_surrogate_pair_becomes_the_replacement_character_and_a_pair_its_character(prepare, tmp_path):
-    path = write_jsonl(tmp_path / "talk.jsonl", [exchange("\ud800 a", "b \udfff"), exchange("\ud83d\ude00", "fine")])
+def test_half_a_surrogate_pair_becomes_the_replacement_character_and_a_pair_its_character(
+    prepare, tmp_path
+):
+    path = write_jsonl(
+        tmp_path / "talk.jsonl",
+        [exchange("\ud800 a", "b \udfff"), exchange("\ud83d\ude00", "fine")],
+    )
     assert rb"\ud83d\ude00" in path.read_bytes()
     assert prepare(jsonl, source=path).returncode == 0
-    assert read_back("data/jsonl") == {"val": [exchange("\ufffd a", "b \ufffd")], "train": [exchange("😀", "fine")]}
+    assert read_back("data/jsonl") == {
+        "val": [exchange("\ufffd a", "b \ufffd")],
+        "train": [exchange("😀", "fine")],
+    }
 
 
 def test_the_other_template_is_written_where_it_is_asked_for(prepare, talk):
@@ -406,12 +479,16 @@ def test_the_other_template_is_written_where_it_is_asked_for(prepare, talk):
     shard = open_shard("deep/er/train.bin")
     assert (shard.template, shard.vocab_size) == ("user_assistant", 50_262)
     splits = read_back("deep/er")
-    assert sorted(map(spelled, splits["train"] + splits["val"])) == sorted(map(spelled, small_talk(60)))
+    assert sorted(map(spelled, splits["train"] + splits["val"])) == sorted(
+        map(spelled, small_talk(60))
+    )
     text = Tokenizer("user_assistant").decode(shard.tokens[: shard.offsets[1]].tolist())
     assert text.startswith(("<|USER|> ", "<|SYSTEM|> ")) and text.endswith(" <|End|>")
 
 
-GOOD = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}'
+GOOD = (
+    '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}'
+)
 BAD_LINES = {
     "cut": GOOD[:-20],
     "two values": GOOD + GOOD,
@@ -443,7 +520,9 @@ BAD_LINES = {
 @pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
 def test_a_line_that_is_no_conversation_is_named_and_nothing_is_written(prepare, tmp_path, line):
     path = tmp_path / "mine.jsonl"
-    path.write_text(f"{GOOD}\n\n{GOOD}\n{line}\n{GOOD}\n", encoding="utf-8", errors="surrogateescape")
+    path.write_text(
+        f"{GOOD}\n\n{GOOD}\n{line}\n{GOOD}\n", encoding="utf-8", errors="surrogateescape"
+    )
     done = prepare(jsonl, source=path)
     assert_refused(done, path, "line 4")
     assert len(done.stderr) < 500
@@ -452,7 +531,12 @@ def test_a_line_that_is_no_conversation_is_named_and_nothing_is_written(prepare,
 
 @pytest.mark.parametrize(
     "pack",
-    [lambda packed: packed[: len(packed) // 2], lambda packed: packed[:-4], lambda _: b"not gzip", lambda _: b""],
+    [
+        lambda packed: packed[: len(packed) // 2],
+        lambda packed: packed[:-4],
+        lambda _: b"not gzip",
+        lambda _: b"",
+    ],
     ids=["cut", "cut at the end", "not packed", "empty"],
 )
 def test_a_damaged_gz_is_refused_by_name(prepare, tmp_path, pack):
@@ -473,8 +557,19 @@ def test_one_conversation_is_never_in_both_splits_however_its_lines_are_written(
         lines += [
             json.dumps({"messages": exchange(f"q{i}", "yes")}),
             json.dumps({"messages": exchange(f"q{i}", "yes")}, indent=None, separators=(",", ":")),
-            json.dumps({"messages": [dict(reversed(message.items())) for message in exchange(f"q{i}", "yes")]}),
-            json.dumps({"id": i, "messages": [message | {"date": i} for message in exchange(f"q{i}", "yes")]}),
+            json.dumps(
+                {
+                    "messages": [
+                        dict(reversed(message.items())) for message in exchange(f"q{i}", "yes")
+                    ]
+                }
+            ),
+            json.dumps(
+                {
+                    "id": i,
+                    "messages": [message | {"date": i} for message in exchange(f"q{i}", "yes")],
+                }
+            ),
         ]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(lines))
@@ -491,7 +586,10 @@ def test_one_conversation_is_never_in_both_splits_however_its_lines_are_written(
 def chat_of(*groups):
     """Return a conversation as dataset.json has it, from groups of (sender, text)."""
     date = "2018-05-02T19:38:15Z"
-    messages = [[{"text": text, "timestamp": date, "sender": sender} for sender, text in group] for group in groups]
+    messages = [
+        [{"text": text, "timestamp": date, "sender": sender} for sender, text in group]
+        for group in groups
+    ]
     return {"messages": messages, "ratings": {"witty": "3"}}
 
 
@@ -504,29 +602,46 @@ def dataset(path, conversations):
     ("conversation", "turns"),
     [
         (chat_of([("a", "hi")], [("b", "hello")]), ["hi", "hello"]),
-        (chat_of([("a", "hi"), ("a", "there")], [("b", "yo")], [("a", "so")]), ["hi there", "yo", "so"]),
+        (
+            chat_of([("a", "hi"), ("a", "there")], [("b", "yo")], [("a", "so")]),
+            ["hi there", "yo", "so"],
+        ),
         (chat_of([("a", "hi")], [("a", "again")], [("b", "yo")]), ["hi again", "yo"]),
         (chat_of([("a", "hi"), ("b", "in one group")], [("b", "yo")]), ["hi", "in one group yo"]),
-        (chat_of([("a", "  hi\n")], [("b", " \n\t")], [("a", "there")], [("b", "yo")]), ["hi there", "yo"]),
+        (
+            chat_of([("a", "  hi\n")], [("b", " \n\t")], [("a", "there")], [("b", "yo")]),
+            ["hi there", "yo"],
+        ),
         (chat_of([("a", "two\nlines")], [], [("b", "yo")]), ["two\nlines", "yo"]),
         (chat_of([("a", "hi")], [("a", "nobody ?")]), None),
         (chat_of([("a", "hi")], [("b", "  ")]), None),
         (chat_of(), None),
     ],
 )
-def test_consecutive_messages_of_a_speaker_are_one_turn_and_both_speakers_are_the_bot(tmp_path, conversation, turns):
+def test_consecutive_messages_of_a_speaker_are_one_turn_and_both_speakers_are_the_bot(
+    tmp_path, conversation, turns
+):
     found = list(chitchat.read(dataset(tmp_path / "dataset.json", {"id": conversation})))
     human_first = itertools.cycle(["user", "assistant"])
     bot_first = itertools.cycle(["assistant", "user"])
     assert found == [
-        ("id", [{"role": role, "content": text} for role, text in zip(roles, turns or [], strict=False)])
+        (
+            "id",
+            [
+                {"role": role, "content": text}
+                for role, text in zip(roles, turns or [], strict=False)
+            ],
+        )
         for roles in (human_first, bot_first)
         if turns
     ]
 
 
 def test_both_copies_of_a_chitchat_conversation_are_in_the_same_split(prepare, tmp_path):
-    chats = {f"id{i}": chat_of([("a", f"hi {i}")], [("b", f"yo {i}")], [("a", "bye")]) for i in range(200)}
+    chats = {
+        f"id{i}": chat_of([("a", f"hi {i}")], [("b", f"yo {i}")], [("a", "bye")])
+        for i in range(200)
+    }
     assert prepare(chitchat, source=dataset(tmp_path / "dataset.json", chats)).returncode == 0
     splits = read_back("data/chitchat")
     assert len(splits["train"]) + len(splits["val"]) == 400
@@ -535,7 +650,9 @@ def test_both_copies_of_a_chitchat_conversation_are_in_the_same_split(prepare, t
             assert [m["content"] for m in one] == [m["content"] for m in other]
             assert [m["role"] for m in one] == ["user", "assistant", "user"]
             assert [m["role"] for m in other] == ["assistant", "user", "assistant"]
-    first_turns = {split: {c[0]["content"] for c in conversations} for split, conversations in splits.items()}
+    first_turns = {
+        split: {c[0]["content"] for c in conversations} for split, conversations in splits.items()
+    }
     assert not first_turns["train"] & first_turns["val"]
 
 
@@ -558,7 +675,9 @@ def real_chats():
 
 def test_the_package_holds_4017_conversations_and_none_is_lost(prepare, monkeypatch):
     taken = []
-    monkeypatch.setattr(chitchat, "prepare", lambda config, name, conversations: taken.extend(conversations))
+    monkeypatch.setattr(
+        chitchat, "prepare", lambda config, name, conversations: taken.extend(conversations)
+    )
     assert prepare(chitchat).returncode == 0
     expected = real_chats()
     assert len(expected) == 4017
@@ -585,7 +704,11 @@ def test_the_whole_package_comes_back_from_the_shards(script, tmp_path):
     ]
     assert [sum(pair) for pair in zip(*counts, strict=True)] == [2 * 4017, 2 * turns]
     splits = read_back(tmp_path / "data" / "chitchat")
-    found = [[m["content"] for m in messages] for conversations in splits.values() for messages in conversations]
+    found = [
+        [m["content"] for m in messages]
+        for conversations in splits.values()
+        for messages in conversations
+    ]
     assert sorted(found) == sorted(expected * 2)
 
 
@@ -621,8 +744,13 @@ def test_without_the_package_the_command_that_installs_it_is_said(prepare, monke
 
 def dialogs(n, seed=0):
     """Return n dialogs, (persona's sentences, utterances)."""
-    talks = [[message["content"] for message in without_persona(messages)] for messages in small_talk(n, seed)]
-    return [([f"i am number {i} .", "i like tea ."], utterances) for i, utterances in enumerate(talks)]
+    talks = [
+        [message["content"] for message in without_persona(messages)]
+        for messages in small_talk(n, seed)
+    ]
+    return [
+        ([f"i am number {i} .", "i like tea ."], utterances) for i, utterances in enumerate(talks)
+    ]
 
 
 def parlai(dialogs, candidates=""):
@@ -631,21 +759,36 @@ def parlai(dialogs, candidates=""):
     for persona, utterances in dialogs:
         pairs = zip(utterances[::2], utterances[1::2], strict=True)
         lines = [f"your persona: {line}" for line in persona]
-        lines += [f"{asked}\t{reply}" + (f"\t\t{candidates}|{reply}" if candidates else "") for asked, reply in pairs]
+        lines += [
+            f"{asked}\t{reply}" + (f"\t\t{candidates}|{reply}" if candidates else "")
+            for asked, reply in pairs
+        ]
         text += "".join(f"{number} {line}\n" for number, line in enumerate(lines, 1))
     return text
 
 
 def utterances(conversations):
-    return [[message["content"] for message in without_persona(messages)] for messages in conversations]
+    return [
+        [message["content"] for message in without_persona(messages)] for messages in conversations
+    ]
 
 
 TRAIN, VALID = dialogs(60, seed=1), dialogs(20, seed=2)
 DECOY = "this file must not be read\n"
 PERSONACHAT = {
     f"{split}_{kind}.txt": text if kind == "self_original" else DECOY
-    for split, text in (("train", parlai(TRAIN, "no .|yes .")), ("valid", parlai(VALID, "no .|yes .")), ("test", DECOY))
-    for kind in ("self_original", "self_revised", "other_original", "both_original", "none_original")
+    for split, text in (
+        ("train", parlai(TRAIN, "no .|yes .")),
+        ("valid", parlai(VALID, "no .|yes .")),
+        ("test", DECOY),
+    )
+    for kind in (
+        "self_original",
+        "self_revised",
+        "other_original",
+        "both_original",
+        "none_original",
+    )
 }
 CONVAI2 = PERSONACHAT | {
     "train_self_original_no_cands.txt": parlai(TRAIN),
@@ -683,7 +826,9 @@ def only(name_part, files):
 SOURCES = {
     "PersonaChat's archive": lambda at: archive(at / "personachat.tgz", PERSONACHAT),
     "ConvAI2's archive": lambda at: archive(at / "convai2_fix_723.tgz", CONVAI2, inside=""),
-    "ConvAI2's archive, dotted names": lambda at: archive(at / "convai2_fix_723.tgz", CONVAI2, inside="./"),
+    "ConvAI2's archive, dotted names": lambda at: archive(
+        at / "convai2_fix_723.tgz", CONVAI2, inside="./"
+    ),
     "archive unzipped": lambda at: archive(at / "personachat.tar", PERSONACHAT),
     "archive of another name": lambda at: archive(at / "x.tgz", PERSONACHAT).rename(at / "blob"),
     "folder": lambda at: unpacked(at / "folder", PERSONACHAT),
@@ -693,7 +838,9 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
-def test_every_dialog_of_personachat_is_read_in_its_order_and_split_as_published(prepare, tmp_path, make):
+def test_every_dialog_of_personachat_is_read_in_its_order_and_split_as_published(
+    prepare, tmp_path, make
+):
     assert prepare(personachat, source=make(tmp_path)).returncode == 0
     splits = read_back("data/personachat")
     assert utterances(splits["train"]) == [utterances for _, utterances in TRAIN]
@@ -719,7 +866,8 @@ def test_a_parlai_file_is_read_as_parlai_means_it():
     )
     found = list(personachat.read(io.StringIO(text * 20, newline=None), "file.txt"))
     expected = [
-        exchange("hi , how are you ?", "fine .") + exchange("and 1 of these ?", "your persona: is nice ."),
+        exchange("hi , how are you ?", "fine .")
+        + exchange("and 1 of these ?", "your persona: is nice ."),
         exchange("__SILENCE__", "hello !")[1:] + exchange("hi .", "bye ."),
         exchange("no persona", "none"),
         exchange("a dialog of one line", "yes"),
@@ -735,7 +883,9 @@ def test_half_of_the_conversations_keep_the_persona_and_the_same_ones_each_time(
     assert utterances(found) == [utterances for _, utterances in published]
     kept = [messages[0]["content"] for messages in found if messages[0]["role"] == "system"]
     assert 250 < len(kept) < 350
-    assert len(set(kept)) == len(kept) and set(kept) < {" ".join(persona) for persona, _ in published}
+    assert len(set(kept)) == len(kept) and set(kept) < {
+        " ".join(persona) for persona, _ in published
+    }
     assert found == list(personachat.read(parlai(published).splitlines(), "file.txt"))
 
 
@@ -744,8 +894,13 @@ def test_one_file_alone_is_divided_and_nothing_is_lost(prepare, tmp_path, candid
     path = tmp_path / "valid_self_original.txt"
     path.write_text(parlai(dialogs(300), candidates))
     assert prepare(personachat, source=path).returncode == 0
-    splits = {split: utterances(conversations) for split, conversations in read_back("data/personachat").items()}
-    assert sorted(splits["train"] + splits["val"]) == sorted(utterances for _, utterances in dialogs(300))
+    splits = {
+        split: utterances(conversations)
+        for split, conversations in read_back("data/personachat").items()
+    }
+    assert sorted(splits["train"] + splits["val"]) == sorted(
+        utterances for _, utterances in dialogs(300)
+    )
     assert 4 < len(splits["val"]) < 30
     assert not {map(str, splits["train"])} & {map(str, splits["val"])}
 
@@ -800,7 +955,9 @@ def test_a_source_without_the_files_is_named_with_what_it_lacks(prepare, tmp_pat
 @pytest.mark.parametrize("form", ["archive", "folder"])
 def test_a_source_that_holds_one_split_only_is_divided(prepare, tmp_path, form, split):
     files = only(split, PERSONACHAT)
-    source = archive(tmp_path / "s.tgz", files) if form == "archive" else unpacked(tmp_path / "s", files)
+    source = (
+        archive(tmp_path / "s.tgz", files) if form == "archive" else unpacked(tmp_path / "s", files)
+    )
     assert prepare(personachat, source=source).returncode == 0
     alone = unpacked(tmp_path / "alone", files) / f"{split}_self_original.txt"
     divided = read_back("data/personachat")
@@ -811,7 +968,11 @@ def test_a_source_that_holds_one_split_only_is_divided(prepare, tmp_path, form, 
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.95, 0.999])
 def test_a_cut_archive_is_refused_by_name(prepare, tmp_path, part):
     long = parlai(dialogs(2000))
-    files = {"train_self_original.txt": long, "valid_self_original.txt": long, "test_self_original.txt": long}
+    files = {
+        "train_self_original.txt": long,
+        "valid_self_original.txt": long,
+        "test_self_original.txt": long,
+    }
     path = archive(tmp_path / "personachat.tgz", files)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
     assert_refused(prepare(personachat, source=path), path.name)
@@ -819,7 +980,10 @@ def test_a_cut_archive_is_refused_by_name(prepare, tmp_path, part):
 
 
 def test_a_damaged_archive_is_refused_by_name(prepare, tmp_path):
-    path = archive(tmp_path / "personachat.tgz", {"train_self_original.txt": parlai(dialogs(2000))} | PERSONACHAT)
+    path = archive(
+        tmp_path / "personachat.tgz",
+        {"train_self_original.txt": parlai(dialogs(2000))} | PERSONACHAT,
+    )
     body = bytearray(path.read_bytes())
     middle = len(body) // 2
     body[middle : middle + 2000] = bytes(2000)
@@ -845,7 +1009,9 @@ def test_personachat_is_downloaded_once_and_verified(prepare, web, monkeypatch):
     assert done.returncode == 2 and "sha256" in done.stderr and "Traceback" not in done.stderr
     monkeypatch.setattr(personachat, "SHA256", sha256)
     assert prepare(personachat).returncode == 0
-    assert utterances(read_back("data/personachat")["train"]) == [utterances for _, utterances in TRAIN]
+    assert utterances(read_back("data/personachat")["train"]) == [
+        utterances for _, utterances in TRAIN
+    ]
     published.unlink()
     assert prepare(personachat, out_dir="again").returncode == 0
     assert files_in("again") == files_in("data/personachat")
@@ -854,7 +1020,9 @@ def test_personachat_is_downloaded_once_and_verified(prepare, web, monkeypatch):
 def test_personachat_without_a_network_says_that_a_file_can_be_given(prepare, web, monkeypatch):
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
-        monkeypatch.setattr(personachat, "URL", f"http://127.0.0.1:{nobody.getsockname()[1]}/personachat.tgz")
+        monkeypatch.setattr(
+            personachat, "URL", f"http://127.0.0.1:{nobody.getsockname()[1]}/personachat.tgz"
+        )
         assert_refused(prepare(personachat), "127.0.0.1", "--source")
 
 
@@ -882,7 +1050,10 @@ def question(q_id="q", title="why ?", selftext="", answers=((1, "because"),), ur
 
 
 def questions(n, name=""):
-    return [question(f"{name}{i}", f"why {name} {i} ?", answers=[(2, "no idea"), (7, f"so {i} .")]) for i in range(n)]
+    return [
+        question(f"{name}{i}", f"why {name} {i} ?", answers=[(2, "no idea"), (7, f"so {i} .")])
+        for i in range(n)
+    ]
 
 
 def json_gz(path, value):
@@ -921,7 +1092,9 @@ def test_the_best_scored_answer_that_can_be_learnt_is_taken(tmp_path, answers, b
     assert found == ([exchange("why ?", best)] if best else [])
 
 
-@pytest.mark.parametrize("urls", [{"url": []}, [], {"url": ["http://example.org"]}, ["http://example.org"]])
+@pytest.mark.parametrize(
+    "urls", [{"url": []}, [], {"url": ["http://example.org"]}, ["http://example.org"]]
+)
 @pytest.mark.parametrize(
     ("title", "selftext", "asked"),
     [
@@ -931,7 +1104,9 @@ def test_the_best_scored_answer_that_can_be_learnt_is_taken(tmp_path, answers, b
         ("", "only this", "only this"),
     ],
 )
-def test_the_question_is_the_title_and_what_was_written_below_it(tmp_path, title, selftext, asked, urls):
+def test_the_question_is_the_title_and_what_was_written_below_it(
+    tmp_path, title, selftext, asked, urls
+):
     found = conversations_of(tmp_path, [question(title=title, selftext=selftext, urls=urls)])
     assert found == [exchange(asked, "because")]
 
@@ -951,7 +1126,9 @@ def test_a_folder_with_the_published_files_is_split_as_published_and_counted(pre
 
 
 @pytest.mark.parametrize("missing", ["train", "validation-1"])
-def test_a_folder_without_one_of_the_published_files_is_refused_by_that_name(prepare, tmp_path, missing):
+def test_a_folder_without_one_of_the_published_files_is_refused_by_that_name(
+    prepare, tmp_path, missing
+):
     folder = tmp_path / "eli5"
     for split in {"train", "validation-1", "test"} - {missing}:
         json_gz(folder / f"eli5-category-{split}.json.gz", questions(5))
@@ -999,12 +1176,17 @@ def test_a_list_is_read_object_by_object_wherever_the_reads_cut_it(most, indent)
 
 
 def test_objects_larger_than_what_is_read_at_once_are_whole():
-    values = [{"text": letter * size} for letter, size in (("a", 3 << 20), ("b", 1), ("c", (1 << 20) - 7), ("d", 5))]
+    values = [
+        {"text": letter * size}
+        for letter, size in (("a", 3 << 20), ("b", 1), ("c", (1 << 20) - 7), ("d", 5))
+    ]
     assert list(JsonStream(io.StringIO(json.dumps(values))).items()) == values
 
 
 def test_a_list_larger_than_memory_can_be_read(tmp_path):
-    path = json_gz(tmp_path / "eli5.json.gz", [question(answers=[(1, "x" * 500_000)])] * 40)  # 20 MB
+    path = json_gz(
+        tmp_path / "eli5.json.gz", [question(answers=[(1, "x" * 500_000)])] * 40
+    )  # 20 MB
     tracemalloc.start()
     assert sum(1 for _ in read_eli5(path)) == 40
     highest = tracemalloc.get_traced_memory()[1]
@@ -1062,7 +1244,9 @@ def test_a_file_that_is_cut_or_something_else_is_refused_by_name(prepare, tmp_pa
     ],
     ids=str,
 )
-def test_a_question_with_values_of_another_type_is_refused_with_its_files_name(prepare, tmp_path, fields):
+def test_a_question_with_values_of_another_type_is_refused_with_its_files_name(
+    prepare, tmp_path, fields
+):
     path = json_gz(tmp_path / "eli5.json.gz", [*questions(3), question() | fields])
     assert_refused(prepare(eli5, source=path), path)
     assert written(tmp_path) == []
@@ -1081,11 +1265,17 @@ def test_eli5_is_downloaded_once_from_the_hub_or_a_mirror(prepare, web, monkeypa
         "train": json_gz(hub / "eli5-category-train.json.gz", questions(30, "train")),
         "val": json_gz(hub / "eli5-category-validation-1.json.gz", questions(10, "val")),
     }
-    assert {split: entry[0] for split, entry in eli5.FILES.items()} == {s: p.name for s, p in published.items()}
-    monkeypatch.setattr(eli5, "FILES", {split: (path.name, *facts(path)) for split, path in published.items()})
+    assert {split: entry[0] for split, entry in eli5.FILES.items()} == {
+        s: p.name for s, p in published.items()
+    }
+    monkeypatch.setattr(
+        eli5, "FILES", {split: (path.name, *facts(path)) for split, path in published.items()}
+    )
     monkeypatch.setenv("HF_ENDPOINT", web.url)
     assert prepare(eli5).returncode == 0
-    assert read_back("data/eli5")["val"] == [exchange(f"why val {i} ?", f"so {i} .") for i in range(10)]
+    assert read_back("data/eli5")["val"] == [
+        exchange(f"why val {i} ?", f"so {i} .") for i in range(10)
+    ]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert prepare(eli5, out_dir="again").returncode == 0
     assert files_in("again") == files_in("data/eli5")
@@ -1098,8 +1288,13 @@ def test_the_card_of_gpt2_finetuned_eli5_saw_all_answers_one_behind_the_other(pr
     shards = {split: open_shard(f"data/eli5/{split}.bin") for split in ("train", "val")}
     texts = {split: Tokenizer().decode(shard.tokens.tolist()) for split, shard in shards.items()}
     assert all(shard.mask(0, len(shard.tokens)).all() for shard in shards.values())
-    numbers = {split: [int(n) for n in re.findall(r"no idea so (\d+) \.", text)] for split, text in texts.items()}
-    assert len(numbers["val"]) == 10 and sorted(numbers["train"] + numbers["val"]) == list(range(50))
+    numbers = {
+        split: [int(n) for n in re.findall(r"no idea so (\d+) \.", text)]
+        for split, text in texts.items()
+    }
+    assert len(numbers["val"]) == 10 and sorted(numbers["train"] + numbers["val"]) == list(
+        range(50)
+    )
     assert texts["train"] == "".join(f"no idea so {n} ." for n in numbers["train"])
 
 
@@ -1128,7 +1323,11 @@ def columned(i, system=""):
 
 def columned_file(path, train, validation=None, indent=None):
     """Write formatted_data.json with these records, validation left out if there is none."""
-    path.write_text(json.dumps({"train": train} | ({"validation": validation} if validation else {}), indent=indent))
+    path.write_text(
+        json.dumps(
+            {"train": train} | ({"validation": validation} if validation else {}), indent=indent
+        )
+    )
     return path
 
 
@@ -1136,29 +1335,49 @@ def columned_file(path, train, validation=None, indent=None):
 def test_three_columns_become_turns_of_locutusques_template(prepare, tmp_path, indent):
     train = [columned(0, "be kind"), *map(columned, range(1, 30)), columned(30) | {"System": None}]
     path = columned_file(tmp_path / "formatted_data.json", train, [columned(99)], indent)
-    done = prepare(columned_chat, source=path if indent else tmp_path)  # a file, or the folder with it
+    done = prepare(
+        columned_chat, source=path if indent else tmp_path
+    )  # a file, or the folder with it
     assert done.stdout.splitlines()[-1] == "left out: 0 bad, 0 blank, 0 not English"
     persona = [{"role": "system", "content": "be kind"}]
     assert read_back("data/columned_chat") == {
-        "train": [(persona if i == 0 else []) + exchange(f"question {i} ?", f"answer {i} .") for i in range(31)],
+        "train": [
+            (persona if i == 0 else []) + exchange(f"question {i} ?", f"answer {i} .")
+            for i in range(31)
+        ],
         "val": [exchange("question 99 ?", "answer 99 .")],
     }
     text = "<|USER|> question 1 ? <|ASSISTANT|> answer 1 . <|End|>"
     shard = open_shard("data/columned_chat/train.bin")
-    assert Tokenizer("user_assistant").decode(shard.tokens[slice(*shard.offsets[1:3])].tolist()) == text
+    assert (
+        Tokenizer("user_assistant").decode(shard.tokens[slice(*shard.offsets[1:3])].tolist())
+        == text
+    )
 
 
 def test_max_examples_are_the_first_ones_of_each_list(prepare, tmp_path):
-    path = columned_file(tmp_path / "f.json", [columned(i) for i in range(9)], [columned(i) for i in range(50, 60)])
+    path = columned_file(
+        tmp_path / "f.json", [columned(i) for i in range(9)], [columned(i) for i in range(50, 60)]
+    )
     assert prepare(columned_chat, source=path, max_examples=2).returncode == 0
-    asked = {split: [talk[0]["content"] for talk in talks] for split, talks in read_back("data/columned_chat").items()}
-    assert asked == {"train": ["question 0 ?", "question 1 ?"], "val": ["question 50 ?", "question 51 ?"]}
+    asked = {
+        split: [talk[0]["content"] for talk in talks]
+        for split, talks in read_back("data/columned_chat").items()
+    }
+    assert asked == {
+        "train": ["question 0 ?", "question 1 ?"],
+        "val": ["question 50 ?", "question 51 ?"],
+    }
 
 
 def test_blank_turns_are_left_out_and_counted(prepare, tmp_path):
     train = [columned(0), columned(1) | {"User": " "}, columned(2) | {"Assistant": ""}]
     path = columned_file(tmp_path / "f.json", train, [columned(9)])
-    assert prepare(columned_chat, source=path).stdout.splitlines()[-1].startswith("left out: 0 bad, 2 blank")
+    assert (
+        prepare(columned_chat, source=path)
+        .stdout.splitlines()[-1]
+        .startswith("left out: 0 bad, 2 blank")
+    )
 
 
 def test_what_is_not_english_can_be_left_out(prepare, tmp_path):
@@ -1168,11 +1387,17 @@ def test_what_is_not_english_can_be_left_out(prepare, tmp_path):
         "User": "Was ist das für ein schöner Baum?",
         "Assistant": "Das ist eine alte Eiche, glaube ich.",
     }
-    english = {"System": "", "User": "What kind of tree is that?", "Assistant": "I think that it is an old oak tree."}
+    english = {
+        "System": "",
+        "User": "What kind of tree is that?",
+        "Assistant": "I think that it is an old oak tree.",
+    }
     path = columned_file(tmp_path / "f.json", [german, english], [english])
     done = prepare(columned_chat, source=path, english="true")
     assert done.stdout.splitlines()[-1] == "left out: 0 bad, 0 blank, 1 not English"
-    assert read_back("data/columned_chat")["train"] == [exchange(english["User"], english["Assistant"])]
+    assert read_back("data/columned_chat")["train"] == [
+        exchange(english["User"], english["Assistant"])
+    ]
 
 
 BAD_RECORDS = {
@@ -1187,16 +1412,23 @@ BAD_RECORDS = {
 def test_a_bad_record_is_named_by_its_number_and_can_be_skipped(prepare, tmp_path, name):
     bad, reason = BAD_RECORDS[name]
     path = columned_file(tmp_path / "f.json", [columned(0), bad, columned(2)], [columned(9)])
-    assert_refused(prepare(columned_chat, source=path), path, "record 2 of train", reason, "--skip_bad=true")
+    assert_refused(
+        prepare(columned_chat, source=path), path, "record 2 of train", reason, "--skip_bad=true"
+    )
     assert written(tmp_path) == []
     done = prepare(columned_chat, source=path, skip_bad="true")
     assert done.returncode == 0 and "record 2 of train" in done.stderr
     assert done.stdout.splitlines()[-1].startswith("left out: 1 bad")
-    assert [talk[0]["content"] for talk in read_back("data/columned_chat")["train"]] == ["question 0 ?", "question 2 ?"]
+    assert [talk[0]["content"] for talk in read_back("data/columned_chat")["train"]] == [
+        "question 0 ?",
+        "question 2 ?",
+    ]
 
 
 def test_damage_within_the_file_is_placed_and_can_be_skipped(prepare, tmp_path):
-    train = [columned(i) | {"Assistant": f'so {i}: [{{}}, "a"], {{"b": [{{}}]}}, ]}}'} for i in range(40)]  # as code
+    train = [
+        columned(i) | {"Assistant": f'so {i}: [{{}}, "a"], {{"b": [{{}}]}}, ]}}'} for i in range(40)
+    ]  # as code
     path = columned_file(tmp_path / "f.json", train, [columned(99)])
     text = path.read_text()
     path.write_text(text.replace('"question 3 ?"', "question 3 ?"))
@@ -1214,13 +1446,18 @@ def test_damage_within_the_file_is_placed_and_can_be_skipped(prepare, tmp_path):
 
 @pytest.mark.parametrize("damage", ["a comma", "no brace"])
 def test_damage_at_the_end_of_a_list_costs_nothing_of_the_next(prepare, tmp_path, damage):
-    path = columned_file(tmp_path / "f.json", [columned(i) for i in range(4)], [columned(i) for i in range(50, 53)])
+    path = columned_file(
+        tmp_path / "f.json", [columned(i) for i in range(4)], [columned(i) for i in range(50, 53)]
+    )
     end = '"}], "validation"'
     broken = {"a comma": '"},], "validation"', "no brace": '"], "validation"'}[damage]
     path.write_text(path.read_text().replace(end, broken))
     assert_refused(prepare(columned_chat, source=path), "of train")
     assert prepare(columned_chat, source=path, skip_bad="true").returncode == 0
-    asked = {split: [talk[0]["content"] for talk in talks] for split, talks in read_back("data/columned_chat").items()}
+    asked = {
+        split: [talk[0]["content"] for talk in talks]
+        for split, talks in read_back("data/columned_chat").items()
+    }
     assert asked["val"] == [f"question {i} ?" for i in range(50, 53)]
     assert asked["train"] == [f"question {i} ?" for i in range(4 if damage == "a comma" else 3)]
 
@@ -1228,7 +1465,9 @@ def test_damage_at_the_end_of_a_list_costs_nothing_of_the_next(prepare, tmp_path
 def test_a_file_that_was_cut_is_refused_or_used_as_far_as_it_goes(prepare, tmp_path):
     path = columned_file(tmp_path / "f.json", [columned(i) for i in range(100)], [columned(999)])
     path.write_text(path.read_text()[: path.read_text().index("question 60 ?")])
-    assert_refused(prepare(columned_chat, source=path), path, "record 61 of train", "Unterminated string")
+    assert_refused(
+        prepare(columned_chat, source=path), path, "record 61 of train", "Unterminated string"
+    )
     done = prepare(columned_chat, source=path, skip_bad="true")
     assert done.returncode == 0 and done.stderr.count("\n") == 1
     splits = read_back("data/columned_chat")
@@ -1259,7 +1498,9 @@ def test_another_file_is_refused(prepare, tmp_path, content, what):
 
 
 def test_a_file_larger_than_memory_can_be_streamed(tmp_path):
-    path = columned_file(tmp_path / "f.json", [columned(1) | {"Assistant": "x" * 500_000}] * 40, [columned(2)])  # 20 MB
+    path = columned_file(
+        tmp_path / "f.json", [columned(1) | {"Assistant": "x" * 500_000}] * 40, [columned(2)]
+    )  # 20 MB
     tracemalloc.start()
     assert sum(1 for _ in columned_chat.records(path, None, False)) == 41
     highest = tracemalloc.get_traced_memory()[1]
@@ -1270,7 +1511,10 @@ def test_a_file_larger_than_memory_can_be_streamed(tmp_path):
 
 @pytest.mark.parametrize("size", [10, (1 << 24) - 5, (1 << 24) + 3])
 def test_a_validation_list_is_found_wherever_it_is_and_its_name_in_a_text_is_none(tmp_path, size):
-    for train, validation in (('a "validation": [] b' + "x" * size, [columned(2)]), ('"validation"', None)):
+    for train, validation in (
+        ('a "validation": [] b' + "x" * size, [columned(2)]),
+        ('"validation"', None),
+    ):
         record = columned(1) | {"Assistant": train, "System": "validation"}
         path = columned_file(tmp_path / "f.json", [record], validation)
         assert columned_chat.has_validation(path) == bool(validation)
@@ -1291,11 +1535,16 @@ def test_the_hub_has_it(prepare, web, monkeypatch):
 def test_plain_text_is_divided_by_paragraphs_and_learned_whole(prepare, tmp_path):
     folder = tmp_path / "books"
     folder.mkdir()
-    (folder / "a.txt").write_text("\ufeff" + "".join(f"line {i}\n  goes on\n\n\n" for i in range(100)))
+    (folder / "a.txt").write_text(
+        "\ufeff" + "".join(f"line {i}\n  goes on\n\n\n" for i in range(100))
+    )
     (folder / "b.txt").write_text("a story\n<|endoftext|>\nanother\n")
     assert prepare(plain_text, source=folder).returncode == 0
     shards = {split: open_shard(f"data/text/{split}.bin") for split in ("train", "val")}
-    found = {split: Tokenizer().decode(shard.tokens.tolist()).split("\n\n") for split, shard in shards.items()}
+    found = {
+        split: Tokenizer().decode(shard.tokens.tolist()).split("\n\n")
+        for split, shard in shards.items()
+    }
     assert all(paragraphs.pop(0) == "" for paragraphs in found.values())
     expected = [*(f"line {i} goes on" for i in range(100)), "a story", "another"]
     assert sorted(found["train"] + found["val"]) == sorted(expected)

@@ -46,7 +46,9 @@ BESIDE = f"{EVALUATE} --base=tiny"
 RUNS = {
     "make demo": CI,
     "make test": CI,
-    "make demo DATA=mine.jsonl": Elsewhere(why="make demo with another corpus: prepare/jsonl.py, which is run below"),
+    "make demo DATA=mine.jsonl": Elsewhere(
+        why="make demo with another corpus: prepare/jsonl.py, which is run below"
+    ),
     "source .venv/bin/activate": Elsewhere(why="make does without"),
     "python prepare/personachat.py": "--source=personachat.txt",
     "python prepare/eli5.py": "--source=eli5.json",
@@ -66,7 +68,9 @@ RUNS = {
     "python train_ppo.py config/ppo_chat.py": "--rollouts=4 --batch_size=2 --max_iters=1 --max_new_tokens=4"
     " --max_prompt=48 --normalize_on=4 --eval_replies=2 --device=cpu",
     "pip install -e '.[serve]'": Elsewhere(why="make test installs it"),
-    "python serve.py": Elsewhere("test_serve.py::test_a_reply_is_the_engines_and_its_usage_is_counted"),
+    "python serve.py": Elsewhere(
+        "test_serve.py::test_a_reply_is_the_engines_and_its_usage_is_counted"
+    ),
     "python train.py --help": "",
     f"{FINETUNE} --batch_size=2 --compile=true --out_dir=out/small": f"{TRAIN} --compile=false",
     "python train.py config/finetune_chat.py --init_from=resume": f"{TINY} --max_iters=2",
@@ -117,7 +121,9 @@ RUNS = {
         "test_checkpoint.py::test_a_saved_config_has_what_llama_cpps_converter_asks_for"
     ),
     "llama-server -m chat.gguf --jinja": Elsewhere(why="another program: tried by hand"),
-    "git apply exercises/NAME.patch": Elsewhere("test_exercises.py::test_a_template_of_ones_own_is_learned_and_spoken"),
+    "git apply exercises/NAME.patch": Elsewhere(
+        "test_exercises.py::test_a_template_of_ones_own_is_learned_and_spoken"
+    ),
 }
 
 
@@ -131,8 +137,16 @@ def commands(text):
             found += " ".join(span.split()).split(" && ")
         for line in block.replace("\\\n", " ").splitlines():
             found += [" ".join(c.split()) for c in re.sub(r"\s+#\s.*$", "", line).split(" && ")]
-    passed_over = ("curl ", "python -X dev train.py ...", "git apply -R")  # the first has a test of its own
-    return [command for command in dict.fromkeys(found) if command and not command.startswith(passed_over)]
+    passed_over = (
+        "curl ",
+        "python -X dev train.py ...",
+        "git apply -R",
+    )  # the first has a test of its own
+    return [
+        command
+        for command in dict.fromkeys(found)
+        if command and not command.startswith(passed_over)
+    ]
 
 
 def test_every_command_of_the_readme_is_run():
@@ -151,10 +165,15 @@ def test_what_is_said_to_be_run_elsewhere_is():
 def folder(tmp_path_factory):
     """A folder with a tiny model, and small files for downloads."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("assets", "config"):  # what commands name by a relative path and do not write; scripts run from ROOT
+    for name in (
+        "assets",
+        "config",
+    ):  # what commands name by a relative path and do not write; scripts run from ROOT
         (folder / name).symlink_to(ROOT / name)
     torch.manual_seed(0)
-    save_model(GPT(GPTConfig(block_size=512, n_layer=1, n_head=2, n_embd=32)), Tokenizer(), folder / "tiny")
+    save_model(
+        GPT(GPTConfig(block_size=512, n_layer=1, n_head=2, n_embd=32)), Tokenizer(), folder / "tiny"
+    )
     write_jsonl(folder / "mine.jsonl", small_talk(60))
     saved = [
         {"messages": talk, "retried": [{"before": 1, "content": "what?"}]}
@@ -163,19 +182,27 @@ def folder(tmp_path_factory):
     ]
     (folder / "saved.jsonl").write_text("".join(map("{}\n".format, map(json.dumps, saved))))
     (folder / "eli5.json").write_text(json.dumps(questions(40, "q")))
-    examples = {"train": [columned(i, "be kind") for i in range(40)], "validation": [columned(i) for i in range(5)]}
+    examples = {
+        "train": [columned(i, "be kind") for i in range(40)],
+        "validation": [columned(i) for i in range(5)],
+    }
     (folder / "formatted_data.json").write_text(json.dumps(examples))
     lines = [
-        f"1 your persona: i like tea {i} .\n2 hi\thello {i} , how are you ?\n3 fine\ti am {i} .\n" for i in range(40)
+        f"1 your persona: i like tea {i} .\n2 hi\thello {i} , how are you ?\n3 fine\ti am {i} .\n"
+        for i in range(40)
     ]
     (folder / "personachat.txt").write_text("".join(lines))
     return folder
 
 
-@pytest.mark.parametrize(("command", "small"), [(c, how) for c, how in RUNS.items() if isinstance(how, str)])
+@pytest.mark.parametrize(
+    ("command", "small"), [(c, how) for c, how in RUNS.items() if isinstance(how, str)]
+)
 def test_a_command_of_the_readme(command, small, folder, monkeypatch, as_main):
     monkeypatch.chdir(folder)
-    script, *arguments = shlex.split(command.removeprefix('echo "hi there" | ').removeprefix("python "))
+    script, *arguments = shlex.split(
+        command.removeprefix('echo "hi there" | ').removeprefix("python ")
+    )
     done = as_main(script, *arguments, *small.split(), input="hi there\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout
@@ -196,7 +223,11 @@ def test_the_readmes_python_runs(number, folder, monkeypatch, capsys, chat_serve
     assert len(blocks) == 3
     if not (folder / "out" / "chat").exists():
         torch.manual_seed(0)
-        save_model(GPT(GPTConfig(block_size=512, n_layer=1, n_head=2, n_embd=32)), Tokenizer(), folder / "out" / "chat")
+        save_model(
+            GPT(GPTConfig(block_size=512, n_layer=1, n_head=2, n_embd=32)),
+            Tokenizer(),
+            folder / "out" / "chat",
+        )
     monkeypatch.chdir(folder)
     exec(blocks[number].replace("http://127.0.0.1:8000", chat_server.url), {})
     assert capsys.readouterr().out
@@ -216,7 +247,9 @@ def place(path, label):
         first = next(i for i, line in enumerate(lines) if line.lstrip().startswith(f"# {label}"))
         return first + 1, min(first + LINES, len(lines))
     owner, _, name = label.rpartition(".")
-    begin = next((i for i, line in enumerate(lines) if owner and line.startswith(f"class {owner}")), 0)
+    begin = next(
+        (i for i, line in enumerate(lines) if owner and line.startswith(f"class {owner}")), 0
+    )
     pattern = re.compile(rf"\s*(?:async )?(?:def|class) {name}\b|{name} = ")
     first = next(i for i, line in enumerate(lines) if i >= begin and pattern.match(line))
     behind = first + 1
@@ -236,7 +269,9 @@ def relink(text):
 
     def link(match):
         label, path, lines = match.groups()
-        return f"[{label}]({path}#L{'-L'.join(map(str, place(path, label)))})" if lines else match[0]
+        return (
+            f"[{label}]({path}#L{'-L'.join(map(str, place(path, label)))})" if lines else match[0]
+        )
 
     return LINK.sub(link, text)
 
@@ -248,7 +283,8 @@ def test_links_lead_to_what_they_name():
     for _, path, _ in links:
         assert (ROOT / path).exists(), path
     headings = [
-        re.sub(r"[^\w\s-]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)", text, re.M)
+        re.sub(r"[^\w\s-]", "", h).strip().lower().replace(" ", "-")
+        for h in re.findall(r"^#+ (.*)", text, re.M)
     ]
     for anchor in re.findall(r"\]\(#([^)]*)\)", text):
         assert anchor in headings, anchor

@@ -26,13 +26,19 @@ KINDS_OF_VALUES = sorted({kind["values"] for kind in KINDS})
 
 
 def test_the_same_seed_makes_the_same_conversations_and_another_others():
-    made = [[conversation(speaker) for _ in range(20)] for speaker in (Speaker("train", s) for s in (1, 1, 2))]
+    made = [
+        [conversation(speaker) for _ in range(20)]
+        for speaker in (Speaker("train", s) for s in (1, 1, 2))
+    ]
     assert made[0] == made[1] != made[2]
 
 
 def alternatives(sentence):
     """Return all that a sentence can become, said by the one and by the other."""
-    parts = [part[1:-1].split("|") if part.startswith("[") else [part] for part in re.split(r"(\[.*?\])", sentence)]
+    parts = [
+        part[1:-1].split("|") if part.startswith("[") else [part]
+        for part in re.split(r"(\[.*?\])", sentence)
+    ]
     said = {" ".join("".join(chosen).split()) for chosen in itertools.product(*parts)}
     return said | {swap(sentence) for sentence in said}
 
@@ -42,10 +48,15 @@ def test_no_sentence_is_in_both_splits():
     frames = {"{q}?", "{a}.", "{t}.", "{c}."}  # of a sentence that is nothing but itself
     told = {split: set() for split in ("train", "val")}
     for split in told:
-        lists = [*SENTENCES.values(), *(part for kind in KINDS for name, part in kind.items() if name != "values")]
+        lists = [
+            *SENTENCES.values(),
+            *(part for kind in KINDS for name, part in kind.items() if name != "values"),
+        ]
         sentences = [sentence for part in lists for sentence in part[split]]
         sentences += [sentence for _, *both in SMALL_TALK[split] for sentence in both]
-        told[split] = {said for sentence in sentences for said in alternatives(sentence)} - frames - {""}
+        told[split] = (
+            {said for sentence in sentences for said in alternatives(sentence)} - frames - {""}
+        )
     assert len(told["val"]) > 100
     assert not told["train"] & told["val"]
 
@@ -60,7 +71,12 @@ def test_no_value_is_in_both_splits(kind):
 
 def test_words_that_are_held_out_do_not_come_in_as_part_of_another_kind_of_value():
     train = Speaker("train", 0)
-    told = {word for kind in KINDS_OF_VALUES for _ in range(2000) for word in train.value(kind).lower().split()}
+    told = {
+        word
+        for kind in KINDS_OF_VALUES
+        for _ in range(2000)
+        for word in train.value(kind).lower().split()
+    }
     held_out = {word.lower() for words in VALUES.values() for word in words["val"]}
     assert not told & held_out
 
@@ -75,8 +91,14 @@ def test_a_name_that_is_held_out_is_not_part_of_a_place():
 
 
 def test_no_sentence_of_train_has_a_word_that_is_held_out():
-    held_out = {word.lower() for words in VALUES.values() for word in words["val"]} - {"turkey", "orange"}
-    lists = [*SENTENCES.values(), *(part for kind in KINDS for name, part in kind.items() if name != "values")]
+    held_out = {word.lower() for words in VALUES.values() for word in words["val"]} - {
+        "turkey",
+        "orange",
+    }
+    lists = [
+        *SENTENCES.values(),
+        *(part for kind in KINDS for name, part in kind.items() if name != "values"),
+    ]
     said = " ".join(sentence for part in lists for sentence in part["train"]).lower()
     assert not held_out & set(re.findall(r"[a-z]+", said))
 
@@ -91,13 +113,29 @@ def test_swap_exchanges_the_speakers():
 
 def test_slips_leave_the_slots_and_what_matters():
     speaker = Speaker("train", 9)
-    sentence = ["i", "told", "you", "that", "my", "dog", "is", "called", "{x}", "and", "that", "is", "it"]
+    sentence = [
+        "i",
+        "told",
+        "you",
+        "that",
+        "my",
+        "dog",
+        "is",
+        "called",
+        "{x}",
+        "and",
+        "that",
+        "is",
+        "it",
+    ]
     slipped = [speaker.slip(sentence) for _ in range(500)]
     kept = [word for word in sentence if word not in LITTLE]
     for words in slipped:
         rest = iter(words)
         assert all(word in rest for word in kept)  # in their order
-    assert any(set(words) - set(sentence) for words in slipped) and any(set(sentence) - set(words) for words in slipped)
+    assert any(set(words) - set(sentence) for words in slipped) and any(
+        set(sentence) - set(words) for words in slipped
+    )
     # beside the slot stands what stood there, or nothing came between
     assert all(words[words.index("{x}") - 1] in sentence for words in slipped)
     assert all(words[words.index("{x}") + 1] in sentence for words in slipped)
@@ -146,9 +184,9 @@ def test_the_bot_speaks_of_its_own_facts_as_its_own():
         for which in [key for key in talk.facts if key[0] == who] * 20:
             talk.ask(which)
             said = {word for word in talk.about.split() if word in SWAP}
-            assert said <= ({"i", "my", "am", "me", "mine"} if who == "bot" else {"you", "your", "are", "yours"}), (
-                talk.about
-            )
+            assert said <= (
+                {"i", "my", "am", "me", "mine"} if who == "bot" else {"you", "your", "are", "yours"}
+            ), talk.about
 
 
 @pytest.mark.parametrize("k", [1, 3, 6])
@@ -166,13 +204,17 @@ def test_the_personas_probe_asks_for_what_only_the_persona_says():
     for _ in range(100):
         messages, value = probe(speaker, 0)
         assert [message["role"] for message in messages] == ["system", "user"]
-        assert remembers(messages[0]["content"], value) and not remembers(messages[1]["content"], value)
+        assert remembers(messages[0]["content"], value) and not remembers(
+            messages[1]["content"], value
+        )
 
 
 def test_the_script_writes_shards_of_which_a_twentieth_is_held_out(script, tmp_path):
     done = script("prepare/recall.py", "--conversations=200")
     assert done.returncode == 0, done.stderr
-    train, val = (open_shard(tmp_path / "data" / "recall" / f"{split}.bin") for split in ("train", "val"))
+    train, val = (
+        open_shard(tmp_path / "data" / "recall" / f"{split}.bin") for split in ("train", "val")
+    )
     assert (len(train.offsets) - 1, len(val.offsets) - 1) == (190, 10)
     first = Tokenizer().parse(train.tokens[: train.offsets[1]].tolist())
     assert first == conversation(Speaker("train", 1337))

@@ -16,7 +16,11 @@ from nanochatgpt.configurator import run
 from nanochatgpt.tokenizer import Tokenizer
 
 EVIL = '<script>alert("x")</script>'
-RUN = {"loss": {10: 4.0, 20: 3.0, 30: float("nan")}, "val_loss": {0: 5.0, 30: 2.5}, "tokens_per_s": {}}
+RUN = {
+    "loss": {10: 4.0, 20: 3.0, 30: float("nan")},
+    "val_loss": {0: 5.0, 30: 2.5},
+    "tokens_per_s": {},
+}
 
 
 class Parsed(HTMLParser):
@@ -63,7 +67,9 @@ def test_text_stays_text_and_nothing_is_fetched():
 def test_points_of_a_run_are_drawn_where_they_belong():
     parsed = Parsed(example())
     (line,) = parsed.named("polyline")
-    (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in line["points"].split())  # NaN is left out
+    (x1, y1), (x2, y2) = (
+        map(float, point.split(",")) for point in line["points"].split()
+    )  # NaN is left out
     dots = [(float(dot["cx"]), float(dot["cy"])) for dot in parsed.named("circle")]
     assert x1 < x2 and y1 < y2  # falls, and y grows downward
     assert dots[0][0] < x1 and dots[1][0] > x2 and dots[0][1] < y1 and dots[1][1] > y2
@@ -73,17 +79,28 @@ def test_bars_are_as_high_as_the_shares():
     # of the four replies of a two are in the first bin of three tokens and one in the second; the other has one reply
     heights = [float(bar["height"]) for bar in Parsed(example()).named("rect")]
     a, other = heights[:20], heights[20:]
-    assert [round(h / max(other), 2) for h in a if h] == [0.5, 0.25, 0.25] and sum(h > 0 for h in other) == 1
+    assert [round(h / max(other), 2) for h in a if h] == [0.5, 0.25, 0.25] and sum(
+        h > 0 for h in other
+    ) == 1
 
 
 def test_evaluate_writes_it(in_process, tmp_path, data_dir):
     torch.manual_seed(0)
     for name in ("a", "b"):
-        save_model(GPT(GPTConfig(block_size=128, n_layer=1, n_head=2, n_embd=32)), Tokenizer(), tmp_path / name)
+        save_model(
+            GPT(GPTConfig(block_size=128, n_layer=1, n_head=2, n_embd=32)),
+            Tokenizer(),
+            tmp_path / name,
+        )
     (tmp_path / "a" / "metrics.jsonl").write_text(json.dumps({"iter": 1, "loss": 3.0}) + "\n")
 
     def call(**knobs):
-        knobs = {"init_from": tmp_path / "a", "base": tmp_path / "b", "data_dir": data_dir, "dataset": "talk"} | knobs
+        knobs = {
+            "init_from": tmp_path / "a",
+            "base": tmp_path / "b",
+            "data_dir": data_dir,
+            "dataset": "talk",
+        } | knobs
         knobs |= {"probes": 0, "max_new_tokens": 16}
         arguments = [f"--{name}={value}" for name, value in knobs.items()]
         return in_process(lambda: run(evaluate.main, evaluate.Config), "evaluate.py", *arguments)

@@ -5,7 +5,12 @@ import json
 import pytest
 import torch
 from conftest import assert_refused
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 from model import GPT, GPTConfig, RewardModel
 from nanochatgpt.checkpoint import load_model, save_model
@@ -53,13 +58,19 @@ def test_texts_that_are_too_long_lose_their_beginning_as_theirs_do(ours, tmp_pat
     """Chai's model takes texts that are cut on the left to 256 tokens and padded on the right."""
     save_model(ours, Tokenizer(), tmp_path)
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path, truncation_side="left", padding_side="right")
-    texts = [f"[Human]: what is {n} times two?\n[Bot]: " + "it is a number. " * n for n in (1, 9, 0, 4)]
+    tokenizer = AutoTokenizer.from_pretrained(
+        tmp_path, truncation_side="left", padding_side="right"
+    )
+    texts = [
+        f"[Human]: what is {n} times two?\n[Bot]: " + "it is a number. " * n for n in (1, 9, 0, 4)
+    ]
     batch = tokenizer(texts, max_length=16, truncation=True, padding=True, return_tensors="pt")
     rows = [scored(Tokenizer().encode(text), Tokenizer(), 16) for text in texts]
     assert sorted(map(len, rows))[-2:] == [16, 16] and min(map(len, rows)) < 16
     with torch.no_grad():
-        torch.testing.assert_close(scores(ours, rows), theirs(**batch).logits[:, 0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            scores(ours, rows), theirs(**batch).logits[:, 0], atol=1e-4, rtol=0
+        )
 
 
 def test_ours_loads_as_theirs_and_comes_back(ours, tmp_path):
@@ -73,7 +84,9 @@ def test_ours_loads_as_theirs_and_comes_back(ours, tmp_path):
 def test_a_score_does_not_depend_on_what_a_row_is_padded_with(ours):
     idx, lengths = padded_batch()
     with torch.no_grad():
-        assert torch.equal(ours(idx.masked_fill(idx == END_OF_TEXT, 7), lengths), ours(idx, lengths))
+        assert torch.equal(
+            ours(idx.masked_fill(idx == END_OF_TEXT, 7), lengths), ours(idx, lengths)
+        )
 
 
 def test_its_parameters_are_counted(ours):
@@ -85,7 +98,9 @@ def test_a_packed_reward_model_has_the_scores_of_float32_up_to_rounding(ours, tm
     packed, _ = load_model(str(tmp_path), dtype=torch.float16, inference=True, Model=RewardModel)
     idx, lengths = padded_batch()
     with torch.no_grad():
-        torch.testing.assert_close(packed.eval()(idx, lengths), ours(idx, lengths), atol=2e-3, rtol=0)
+        torch.testing.assert_close(
+            packed.eval()(idx, lengths), ours(idx, lengths), atol=2e-3, rtol=0
+        )
 
 
 def test_a_model_of_the_other_kind_is_refused(ours, tmp_path, script):
@@ -93,7 +108,9 @@ def test_a_model_of_the_other_kind_is_refused(ours, tmp_path, script):
     save_model(GPT(GPTConfig(64, **SHAPE)), Tokenizer(), tmp_path / "chat")
     with pytest.raises(ValueError, match="is no reward model"):
         load_model(str(tmp_path / "chat"), Model=RewardModel)
-    assert_refused(script("chat.py", "--init_from=reward", input="hi"), "reward", "is a reward model")
+    assert_refused(
+        script("chat.py", "--init_from=reward", input="hi"), "reward", "is a reward model"
+    )
     assert json.loads((tmp_path / "reward" / "config.json").read_text())["architectures"] == [
         "GPT2ForSequenceClassification"
     ]

@@ -84,7 +84,9 @@ def within(bias, logits):
 def test_the_repetition_penalty_is_transformers(text, penalty):
     expected = by_transformers([RepetitionPenaltyLogitsProcessor(penalty)], *text)
     logits, prompt, new = text
-    assert torch.equal(penalized(logits, Sampling(repetition_penalty=penalty), prompt, new), expected)
+    assert torch.equal(
+        penalized(logits, Sampling(repetition_penalty=penalty), prompt, new), expected
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -104,18 +106,24 @@ def test_the_logit_bias_is_transformers_sequence_bias_of_single_tokens(text, bia
     logits, prompt, new = text
     bias = within(bias, logits)
     assume(bias)
-    expected = by_transformers([SequenceBiasLogitsProcessor({(t,): b for t, b in bias.items()})], *text)
+    expected = by_transformers(
+        [SequenceBiasLogitsProcessor({(t,): b for t, b in bias.items()})], *text
+    )
     assert torch.equal(penalized(logits, Sampling(), prompt, new, bias), expected)
 
 
 @settings(max_examples=150, deadline=None)
 @given(text=texts(), presence=additive, frequency=additive)
 @example(text=(torch.zeros(3), [0, 0], [1, 1, 1, 2]), presence=0.5, frequency=0.25)
-def test_presence_and_frequency_penalty_are_openais_over_the_new_ids_alone(text, presence, frequency):
+def test_presence_and_frequency_penalty_are_openais_over_the_new_ids_alone(
+    text, presence, frequency
+):
     logits, prompt, new = text
     options = Sampling(presence_penalty=presence, frequency_penalty=frequency)
     expected = by_openai(logits, new, presence, frequency)
-    torch.testing.assert_close(penalized(logits, options, prompt, new).double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        penalized(logits, options, prompt, new).double(), expected, rtol=1e-5, atol=1e-4
+    )
 
 
 def test_a_token_of_the_prompt_alone_has_no_presence_or_frequency_penalty():
@@ -125,7 +133,14 @@ def test_a_token_of_the_prompt_alone_has_no_presence_or_frequency_penalty():
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=texts(), bias=biases, penalty=penalties, presence=additive, frequency=additive, n=st.integers(1, 4))
+@given(
+    text=texts(),
+    bias=biases,
+    penalty=penalties,
+    presence=additive,
+    frequency=additive,
+    n=st.integers(1, 4),
+)
 def test_all_together_they_come_in_transformers_order_and_openais_before_the_bans(
     text, bias, penalty, presence, frequency, n
 ):
@@ -149,7 +164,10 @@ def test_all_together_they_come_in_transformers_order_and_openais_before_the_ban
 
 
 @settings(max_examples=50, deadline=None)
-@given(text=texts(), options=st.sampled_from([Sampling(), Sampling(temperature=0.5, top_k=2, top_p=0.5, min_p=0.5)]))
+@given(
+    text=texts(),
+    options=st.sampled_from([Sampling(), Sampling(temperature=0.5, top_k=2, top_p=0.5, min_p=0.5)]),
+)
 def test_without_penalties_the_logits_are_the_same_whatever_the_warpers(text, options):
     logits, prompt, new = text
     assert torch.equal(penalized(logits, options, prompt, new), logits)
@@ -164,9 +182,14 @@ def test_without_penalties_the_logits_are_the_same_whatever_the_warpers(text, op
     n=st.integers(0, 4),
 )
 def test_of_many_rows_each_is_penalised_as_if_alone(rows, penalty, presence, frequency, n):
-    V = min(len(logits) for (logits, _, _), _ in rows)  # ids of the texts may lie beyond, as a prompt's may
+    V = min(
+        len(logits) for (logits, _, _), _ in rows
+    )  # ids of the texts may lie beyond, as a prompt's may
     options = Sampling(
-        repetition_penalty=penalty, presence_penalty=presence, frequency_penalty=frequency, no_repeat_ngram_size=n
+        repetition_penalty=penalty,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        no_repeat_ngram_size=n,
     )
     rows = [
         (logits[:V], prompt, [token for token in new if token < V], within(bias, logits[:V]))
@@ -181,19 +204,31 @@ def test_of_many_rows_each_is_penalised_as_if_alone(rows, penalty, presence, fre
 def test_greedy_ids_with_bias_and_penalties_are_those_of_transformers_generate(hf, model):
     plain = generate(model, PROMPTS, temperature=0, max_new_tokens=30)
     bias = {plain[0][0]: -3.0, 11: 2.5}
-    theirs = {"sequence_bias": {(t,): b for t, b in bias.items()}, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2}
+    theirs = {
+        "sequence_bias": {(t,): b for t, b in bias.items()},
+        "repetition_penalty": 1.2,
+        "no_repeat_ngram_size": 2,
+    }
     expected = []
     for prompt in PROMPTS:
         idx = torch.tensor([prompt])
         done = hf.generate(
-            idx, attention_mask=torch.ones_like(idx), do_sample=False, pad_token_id=0, max_new_tokens=30, **theirs
+            idx,
+            attention_mask=torch.ones_like(idx),
+            do_sample=False,
+            pad_token_id=0,
+            max_new_tokens=30,
+            **theirs,
         )
         expected.append(done[0, len(prompt) :].tolist())
     ours = {"logit_bias": bias, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2}
     options = {"temperature": 0, "max_new_tokens": 30}
     assert generate(model, PROMPTS, **options, **ours) == expected
     for name in ours:  # each has its part in it
-        assert generate(model, PROMPTS, **options, **{k: v for k, v in ours.items() if k != name}) != expected
+        assert (
+            generate(model, PROMPTS, **options, **{k: v for k, v in ours.items() if k != name})
+            != expected
+        )
 
 
 # the draw
@@ -234,30 +269,42 @@ def test_samples_have_the_distribution_of_transformers(logits, temperature, top_
     expected = warped(logits, temperature, min(top_k, len(logits)), top_p, min_p)
     n = 1024  # uniforms at equal distances: the samples invert the cumulative distribution, so each count is exact to 1
     uniform = (torch.arange(n) + 0.5) / n
-    counts = sample(logits.expand(n, -1), uniform, temperature, top_k, top_p, min_p).bincount(minlength=len(logits))
+    counts = sample(logits.expand(n, -1), uniform, temperature, top_k, top_p, min_p).bincount(
+        minlength=len(logits)
+    )
     assert (counts - n * expected).abs().max() <= 1.01
     assert not counts[expected == 0].any()
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    logits=st.lists(st.integers(-10_000, 10_000) | st.just(float("-inf")), min_size=1, max_size=30, unique=True),
+    logits=st.lists(
+        st.integers(-10_000, 10_000) | st.just(float("-inf")), min_size=1, max_size=30, unique=True
+    ),
     temperature=temperatures | st.floats(1e-6, 1e6),
     top_k=st.integers(0, 31),
     top_p=st.floats(1e-6, 1),
     min_p=min_ps,
-    uniform=st.sampled_from([0.0, 2**-24, 0.5, LARGEST]) | st.integers(0, 2**24 - 1).map(lambda n: n / 2**24),
+    uniform=st.sampled_from([0.0, 2**-24, 0.5, LARGEST])
+    | st.integers(0, 2**24 - 1).map(lambda n: n / 2**24),
 )
 def test_no_uniform_draws_a_filtered_token(logits, temperature, top_k, top_p, min_p, uniform):
     assume(max(logits) > float("-inf"))
     logits = torch.tensor(logits).float()
     expected = warped(logits, temperature, min(top_k, len(logits)), top_p, min_p)
-    assert expected[sample(logits[None], torch.tensor([uniform]), temperature, top_k, top_p, min_p)].item() > 0
+    assert (
+        expected[
+            sample(logits[None], torch.tensor([uniform]), temperature, top_k, top_p, min_p)
+        ].item()
+        > 0
+    )
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (50, 1.0), (0, 0.9), (50, 0.9)])
-def test_edge_uniforms_draw_the_likeliest_and_the_unlikeliest_token_of_the_whole_vocabulary(scale, top_k, top_p):
+def test_edge_uniforms_draw_the_likeliest_and_the_unlikeliest_token_of_the_whole_vocabulary(
+    scale, top_k, top_p
+):
     logits = torch.randn(50257, generator=torch.Generator().manual_seed(1)) * scale
     first, last = sample(logits.expand(2, -1), torch.tensor([0.0, LARGEST]), 1.0, top_k, top_p)
     assert first == logits.argmax()
@@ -287,7 +334,9 @@ def test_rows_are_drawn_by_their_own_uniform():
 
 def test_the_first_tokens_of_many_rows_have_the_models_distribution(hf, model):
     n = 3000
-    ids = torch.tensor(generate(model, PROMPTS[:1] * n, max_new_tokens=2, seed=0, top_k=5, temperature=2.0))
+    ids = torch.tensor(
+        generate(model, PROMPTS[:1] * n, max_new_tokens=2, seed=0, top_k=5, temperature=2.0)
+    )
     with torch.no_grad():
         expected = warped(hf(torch.tensor(PROMPTS[:1])).logits[0, -1], 2.0, 5, 1.0, 0.0)
     observed = ids[:, 0].bincount(minlength=200) / n
@@ -301,7 +350,11 @@ def test_min_p_keeps_the_tokens_with_that_share_of_the_likeliest_ones_probabilit
     p = torch.tensor([0.5, 0.26, 0.24]).log()  # shares 1, 0.52, 0.48
     n = 760  # of what min_p=0.5 keeps, 0.76
     uniform = (torch.arange(n) + 0.5) / n
-    assert sample(p.expand(n, -1), uniform, min_p=0.5).bincount(minlength=3).tolist() == [500, 260, 0]
+    assert sample(p.expand(n, -1), uniform, min_p=0.5).bincount(minlength=3).tolist() == [
+        500,
+        260,
+        0,
+    ]
 
 
 def draw(logits, uniform, temperature, top_p, min_p):
@@ -336,29 +389,42 @@ uniforms = st.floats(0, LARGEST, width=32) | st.sampled_from([0.0, 0.5, 0.9, 0.9
     min_p=min_ps,
     uniform=uniforms,
 )
-@example(logits=list(range(30)), candidates=3, temperature=50.0, top_p=1.0, min_p=0.0, uniform=0.95)  # far beyond
-@example(logits=list(range(30)), candidates=3, temperature=50.0, top_p=0.9, min_p=0.0, uniform=0.03)  # mass unknown
+@example(
+    logits=list(range(30)), candidates=3, temperature=50.0, top_p=1.0, min_p=0.0, uniform=0.95
+)  # far beyond
+@example(
+    logits=list(range(30)), candidates=3, temperature=50.0, top_p=0.9, min_p=0.0, uniform=0.03
+)  # mass unknown
 @example(logits=list(range(30)), candidates=3, temperature=50.0, top_p=1.0, min_p=0.7, uniform=0.03)
-@example(logits=list(range(30)), candidates=3, temperature=0.5, top_p=0.9, min_p=0.0, uniform=0.99)  # all within
+@example(
+    logits=list(range(30)), candidates=3, temperature=0.5, top_p=0.9, min_p=0.0, uniform=0.99
+)  # all within
 def test_the_candidates_change_no_draw(logits, candidates, temperature, top_p, min_p, uniform):
     logits = torch.tensor(logits) / 10
     expected = draw(logits, uniform, temperature, top_p, min_p)
     for n in (min(candidates, len(logits) - 1), len(logits)):
-        ids = sample(logits[None], torch.tensor([uniform]), temperature, 0, top_p, min_p, candidates=n)
+        ids = sample(
+            logits[None], torch.tensor([uniform]), temperature, 0, top_p, min_p, candidates=n
+        )
         assert ids.tolist() == [expected]
 
 
 @pytest.mark.parametrize(
     ("top_p", "min_p"), [(1.0, 0.0), (0.9, 0.0), (1.0, 0.01), (0.95, 0.05), (0.2, 0.0), (1.0, 0.5)]
 )
-def test_rows_that_need_the_whole_vocabulary_and_rows_that_do_not_are_drawn_as_if_alone(top_p, min_p):
+def test_rows_that_need_the_whole_vocabulary_and_rows_that_do_not_are_drawn_as_if_alone(
+    top_p, min_p
+):
     random = torch.Generator().manual_seed(0)
     # from one token that has it all to nearly equal ones: the candidates hold all of the mass, some, next to none
     scale = torch.tensor([50.0, 5.0, 2.0, 1.0, 0.1]).repeat(3)[:, None]
     logits = torch.randn(15, 20_000, generator=random) * scale
     uniform = torch.rand(15, generator=random)
     ids = sample(logits, uniform, 0.8, 0, top_p, min_p)
-    alone = [sample(logits[n : n + 1], uniform[n : n + 1], 0.8, 0, top_p, min_p).item() for n in range(15)]
+    alone = [
+        sample(logits[n : n + 1], uniform[n : n + 1], 0.8, 0, top_p, min_p).item()
+        for n in range(15)
+    ]
     assert ids.tolist() == alone
     for row, u, token in zip(logits, uniform, alone, strict=True):
         falling, order = (row.double() / 0.8).softmax(-1).sort(descending=True)
@@ -386,7 +452,9 @@ def test_rows_that_need_the_whole_vocabulary_and_rows_that_do_not_are_drawn_as_i
         ("no_repeat_ngram_size", [-1], "0 or more"),
     ],
 )
-def test_a_value_out_of_range_is_refused_with_the_knob_the_value_and_the_range(knob, values, expected):
+def test_a_value_out_of_range_is_refused_with_the_knob_the_value_and_the_range(
+    knob, values, expected
+):
     for value in values:
         with pytest.raises(ValueError) as refused:
             Sampling(**{knob: value})
@@ -476,26 +544,45 @@ def test_each_row_gives_as_many_logprobs_as_it_asks_for_and_they_change_no_token
         {"top_k": 5},
         {"top_p": 0.5},
         {"min_p": 0.5},
-        {"temperature": 0, "repetition_penalty": 0.5, "no_repeat_ngram_size": 1, "presence_penalty": -1.0},
+        {
+            "temperature": 0,
+            "repetition_penalty": 0.5,
+            "no_repeat_ngram_size": 1,
+            "presence_penalty": -1.0,
+        },
     ],
     ids=str,
 )
-def test_no_id_is_chosen_that_the_tokenizer_has_not_though_the_model_likes_them_best(model, options):
-    with torch.no_grad():  # a direction that all hidden states have, and the embeddings from 150 on more than others
+def test_no_id_is_chosen_that_the_tokenizer_has_not_though_the_model_likes_them_best(
+    model, options
+):
+    with (
+        torch.no_grad()
+    ):  # a direction that all hidden states have, and the embeddings from 150 on more than others
         model.transformer.ln_f.weight[0], model.transformer.ln_f.bias[0] = 0.0, 1.0
         model.transformer.wte.weight[:, 0] = 0.0
         model.transformer.wte.weight[150:, 0] = 100.0
         assert model.eval()(torch.tensor([PROMPTS[0]]))[0][0, -1].topk(50).indices.min() >= 150
-    tokens = run(Engine(model, n_vocab=150), PROMPTS[3], Sampling(max_new_tokens=40, **options), seed=0, logprobs=2)
+    tokens = run(
+        Engine(model, n_vocab=150),
+        PROMPTS[3],
+        Sampling(max_new_tokens=40, **options),
+        seed=0,
+        logprobs=2,
+    )
     assert len(tokens) == 40
     for token in tokens:
         assert 0 <= token.id < 150
         assert all(i < 150 for i, _ in token.top)
 
 
-@pytest.mark.parametrize("options", [{"repetition_penalty": 1.2}, {"no_repeat_ngram_size": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"repetition_penalty": 1.2}, {"no_repeat_ngram_size": 1}], ids=str
+)
 def test_a_prompt_may_hold_ids_that_are_never_chosen_with_penalties_too(model, options):
-    tokens = run(Engine(model, n_vocab=150), [199, 5, 199], Sampling(max_new_tokens=5, **options), seed=0)
+    tokens = run(
+        Engine(model, n_vocab=150), [199, 5, 199], Sampling(max_new_tokens=5, **options), seed=0
+    )
     assert len(tokens) == 5
     assert all(token.id < 150 for token in tokens)
 
@@ -504,18 +591,25 @@ def test_a_prompt_may_hold_ids_that_are_never_chosen_with_penalties_too(model, o
 def test_a_logit_bias_of_minus_100_bans_a_token_and_of_100_forces_it(model, temperature):
     options, engine = Sampling(max_new_tokens=20, temperature=temperature), Engine(model)
     plain = [token.id for token in run(engine, PROMPTS[0], options, seed=2)]
-    without = [token.id for token in run(engine, PROMPTS[0], options, seed=2, logit_bias=dict.fromkeys(plain, -100))]
+    without = [
+        token.id
+        for token in run(engine, PROMPTS[0], options, seed=2, logit_bias=dict.fromkeys(plain, -100))
+    ]
     assert len(without) == 20
     assert not set(without) & set(plain)
     absent = next(i for i in range(200) if i not in plain)
-    forced = [token.id for token in run(engine, PROMPTS[0], options, seed=2, logit_bias={absent: 100})]
+    forced = [
+        token.id for token in run(engine, PROMPTS[0], options, seed=2, logit_bias={absent: 100})
+    ]
     assert forced == [absent] * 20
 
 
 @pytest.mark.parametrize(("token", "n_vocab"), [(-1, None), (200, None), (150, 150), (10**9, 150)])
 def test_a_logit_bias_of_an_id_that_cannot_be_chosen_is_refused(model, token, n_vocab):
     engine = Engine(model, n_vocab=n_vocab)
-    with pytest.raises(ValueError, match=rf"logit_bias has the token {token}\b.*0 to {(n_vocab or 200) - 1}\b"):
+    with pytest.raises(
+        ValueError, match=rf"logit_bias has the token {token}\b.*0 to {(n_vocab or 200) - 1}\b"
+    ):
         engine.add([1, 2], Sampling(), logit_bias={3: 1.0, token: 1.0})
     assert engine.running == []  # and no row was started
     engine.add([1, 2], Sampling(), logit_bias={0: 1.0, (n_vocab or 200) - 1: 1.0})
@@ -532,6 +626,11 @@ def test_a_chat_in_locutusques_template_samples_as_its_card_unless_told_otherwis
     from nanochatgpt.sampling import ChatSampling, for_template
 
     plain = for_template(parse(ChatSampling, []), "user_assistant")
-    assert (plain.top_k, plain.top_p, plain.temperature, plain.frequency_penalty) == (35, 0.80, 1.0, 0.0)
+    assert (plain.top_k, plain.top_p, plain.temperature, plain.frequency_penalty) == (
+        35,
+        0.80,
+        1.0,
+        0.0,
+    )
     assert for_template(parse(ChatSampling, ["--top_k=50"]), "user_assistant").top_k == 50
     assert for_template(parse(ChatSampling, []), "human_bot") == ChatSampling()

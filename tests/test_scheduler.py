@@ -14,7 +14,10 @@ from nanochatgpt.tokenizer import Tokenizer
 from serving.scheduler import Full, Job, Scheduler
 
 TOKENIZER = Tokenizer()
-PROMPTS = [TOKENIZER.encode(text) for text in ("hello there", "how are you today?", "i like tea", "what? " * 20)]
+PROMPTS = [
+    TOKENIZER.encode(text)
+    for text in ("hello there", "how are you today?", "i like tea", "what? " * 20)
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,9 @@ def result(heard, job, timeout=30):
 
 
 def alone(model, prompt, n=10, seed=0, **options):
-    return generate(model, [prompt], max_new_tokens=n, top_k=50, seed=seed, tokenizer=TOKENIZER, **options)[0]
+    return generate(
+        model, [prompt], max_new_tokens=n, top_k=50, seed=seed, tokenizer=TOKENIZER, **options
+    )[0]
 
 
 def test_of_many_jobs_each_gets_what_it_would_get_alone(model, start):
@@ -80,7 +85,9 @@ def test_of_many_jobs_each_gets_what_it_would_get_alone(model, start):
         text, tokens, ended, _ = result(heard, each)
         expected = alone(model, PROMPTS[i % 4], n=3 + i, seed=i)
         assert [token.id for token in tokens] == expected and ended == "length"
-        assert text == TOKENIZER.decode(expected).rstrip("\ufffd") or text == TOKENIZER.decode(expected)
+        assert text == TOKENIZER.decode(expected).rstrip("\ufffd") or text == TOKENIZER.decode(
+            expected
+        )
         assert each.n_tokens == 3 + i
 
 
@@ -91,7 +98,9 @@ def test_a_stop_string_ends_a_job_before_it_and_takes_its_tokens(model, start):
     scheduler.add(each := job(PROMPTS[0], n=40, seed=3, stop_strings=(stop,)))
     text, tokens, ended, _ = result(heard, each)
     assert ended == "stop" and text == TOKENIZER.decode(ids).partition(stop)[0]
-    assert [token.id for token in tokens] == alone(model, PROMPTS[0], n=40, seed=3, stop_strings=(stop,))
+    assert [token.id for token in tokens] == alone(
+        model, PROMPTS[0], n=40, seed=3, stop_strings=(stop,)
+    )
 
 
 def test_a_stop_id_ends_a_job_with_what_was_held_back(model, start):
@@ -193,6 +202,9 @@ def test_a_call_that_nobody_waits_for_any_more_and_a_prompt_that_is_too_long_sto
 def test_where_a_reply_is_cut_only_what_may_be_a_marker_is_held_back(start):
     scheduler, heard = start()
     stops = (TOKENIZER.stop_strings[0], "iXX")
-    jobs = [job(PROMPTS[0], n=1, logit_bias={TOKENIZER.encode(t)[0]: 100}, stop_strings=stops) for t in ("[", "i")]
+    jobs = [
+        job(PROMPTS[0], n=1, logit_bias={TOKENIZER.encode(t)[0]: 100}, stop_strings=stops)
+        for t in ("[", "i")
+    ]
     scheduler.add(*jobs)
     assert [result(heard, each)[0] for each in jobs] == ["", "i"]

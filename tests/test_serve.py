@@ -39,8 +39,14 @@ def ask(chat_server):
     api = client(chat_server)
 
     def create(messages=HI, **options):
-        extra = {name: options.pop(name) for name in ("top_k", "min_p", "best_of", "truncation") if name in options}
-        return api.chat.completions.create(model="nano", messages=messages, extra_body=extra, **options)
+        extra = {
+            name: options.pop(name)
+            for name in ("top_k", "min_p", "best_of", "truncation")
+            if name in options
+        }
+        return api.chat.completions.create(
+            model="nano", messages=messages, extra_body=extra, **options
+        )
 
     return create
 
@@ -93,7 +99,9 @@ def test_a_reply_is_the_engines_and_its_usage_is_counted(ask, nano):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0}, {"top_p": 0.5, "top_k": 5, "presence_penalty": 1.5}], ids=str
+    "options",
+    [{}, {"temperature": 0}, {"top_p": 0.5, "top_k": 5, "presence_penalty": 1.5}],
+    ids=str,
 )
 def test_options_mean_what_they_mean_to_the_engine(ask, nano, options):
     assert ask(seed=3, **options).choices[0].message.content == expected(nano, HI, 3, **options)
@@ -106,7 +114,10 @@ def test_streamed_it_is_the_same_in_pieces(ask):
     assert "".join(pieces) == whole.choices[0].message.content and len([p for p in pieces if p]) > 1
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
-    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert (
+        chunks[-1].choices == []
+        and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    )
     assert len({chunk.id for chunk in chunks}) == 1
     assert all(chunk.usage is None for chunk in ask(seed=7, stream=True))
 
@@ -134,7 +145,10 @@ def test_it_stops_before_a_stop_string(ask, nano, stop):
     for streamed in (False, True):
         found = ask(seed=7, stop=stop, stream=streamed)
         parts = list(found) if streamed else []
-        reply = "".join(p.choices[0].delta.content or "" for p in parts) or found.choices[0].message.content
+        reply = (
+            "".join(p.choices[0].delta.content or "" for p in parts)
+            or found.choices[0].message.content
+        )
         assert reply == text[: min(ends)].rstrip()
         assert (parts[-1] if streamed else found).choices[0].finish_reason == "stop"
 
@@ -149,26 +163,41 @@ def test_logprobs_are_the_models_own(ask, nano):
     model, tokenizer = nano
     found = ask(seed=7, logprobs=True, top_logprobs=3)
     content = found.choices[0].logprobs.content
-    assert b"".join(bytes(token.bytes) for token in content).decode().strip() == found.choices[0].message.content
+    assert (
+        b"".join(bytes(token.bytes) for token in content).decode().strip()
+        == found.choices[0].message.content
+    )
     assert len(content) == found.usage.completion_tokens
     prompt, _ = tokenizer.render(HI, add_generation_prompt=True)
     ids = tokenizer.encode("".join(token.token for token in content))
-    logprobs = model(torch.tensor([prompt + ids]))[0][0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    logprobs = (
+        model(torch.tensor([prompt + ids]))[0][0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    )
     for token, i, row in zip(content, ids, logprobs, strict=True):
         assert token.logprob == pytest.approx(row[i].item(), abs=1e-2)
-        assert [top.logprob for top in token.top_logprobs] == pytest.approx(row.topk(3).values.tolist(), abs=1e-2)
-        assert [tokenizer.encode(top.token)[0] for top in token.top_logprobs] == row.topk(3).indices.tolist()
+        assert [top.logprob for top in token.top_logprobs] == pytest.approx(
+            row.topk(3).values.tolist(), abs=1e-2
+        )
+        assert [tokenizer.encode(top.token)[0] for top in token.top_logprobs] == row.topk(
+            3
+        ).indices.tolist()
     chunks = ask(seed=7, logprobs=True, top_logprobs=3, stream=True)
-    streamed = [token for c in chunks if c.choices[0].logprobs for token in c.choices[0].logprobs.content]
+    streamed = [
+        token for c in chunks if c.choices[0].logprobs for token in c.choices[0].logprobs.content
+    ]
     assert [token.token for token in streamed] == [token.token for token in content]
 
 
 def test_a_logit_bias_forces_and_bans(ask, nano):
     token = nano[1].encode(" tea")[0]
-    assert ask(logit_bias={str(token): 100}, max_tokens=3).choices[0].message.content == "tea tea tea"
+    assert (
+        ask(logit_bias={str(token): 100}, max_tokens=3).choices[0].message.content == "tea tea tea"
+    )
     said = nano[1].encode(f" {ask(seed=7).choices[0].message.content}")
     banned = {str(token): -100 for token in said}
-    assert not set(said) & set(nano[1].encode(f" {ask(seed=7, logit_bias=banned).choices[0].message.content}"))
+    assert not set(said) & set(
+        nano[1].encode(f" {ask(seed=7, logit_bias=banned).choices[0].message.content}")
+    )
 
 
 def test_completions_go_on_with_texts_and_with_ids(chat_server, nano):
@@ -177,12 +206,19 @@ def test_completions_go_on_with_texts_and_with_ids(chat_server, nano):
     options = {"max_tokens": 8, "temperature": 0, "frequency_penalty": 0}
     prompts = ["The little girl", "Once upon a time"]
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    plain = {"max_new_tokens": 8, "temperature": 0, "tokenizer": tokenizer, "stop_ids": tokenizer.stop_ids}
+    plain = {
+        "max_new_tokens": 8,
+        "temperature": 0,
+        "tokenizer": tokenizer,
+        "stop_ids": tokenizer.stop_ids,
+    }
     texts = [tokenizer.decode(new) for new in generate(model, ids, **plain)]
     for prompt in (prompts, ids):
         found = api.completions.create(model="nano", prompt=prompt, **options)
         assert [choice.text for choice in found.choices] == texts
-        assert found.usage.prompt_tokens == sum(map(len, ids)) and found.usage.completion_tokens == 16
+        assert (
+            found.usage.prompt_tokens == sum(map(len, ids)) and found.usage.completion_tokens == 16
+        )
     streamed = ["", ""]
     for chunk in api.completions.create(model="nano", prompt=prompts, stream=True, **options):
         streamed[chunk.choices[0].index] += chunk.choices[0].text
@@ -190,32 +226,49 @@ def test_completions_go_on_with_texts_and_with_ids(chat_server, nano):
     (choice,) = api.completions.create(model="nano", prompt=ids[0], logprobs=2, **options).choices
     assert "".join(choice.logprobs.tokens) == texts[0] and len(choice.logprobs.top_logprobs[0]) == 2
     assert choice.logprobs.text_offset == [
-        texts[0].index(t, at) for t, at in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True)
+        texts[0].index(t, at)
+        for t, at in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True)
     ]
 
 
 def test_messages_may_be_parts_and_developers_are_the_system(ask, nano):
     persona = {"role": "system", "content": "i am a zookeeper."}
     parts = [
-        {"role": "user", "content": [{"type": "text", "text": "Hello! "}, {"type": "text", "text": "My name is Nora."}]}
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "Hello! "},
+                {"type": "text", "text": "My name is Nora."},
+            ],
+        }
     ]
     text = expected(nano, [persona, *HI], 5)
     assert ask([persona, *HI], seed=5).choices[0].message.content == text
-    assert ask([{**persona, "role": "developer"}, *parts], seed=5).choices[0].message.content == text
+    assert (
+        ask([{**persona, "role": "developer"}, *parts], seed=5).choices[0].message.content == text
+    )
 
 
-def test_what_asks_for_nothing_is_no_matter_and_a_reply_can_be_sent_back_as_it_came(ask, chat_server):
+def test_what_asks_for_nothing_is_no_matter_and_a_reply_can_be_sent_back_as_it_came(
+    ask, chat_server
+):
     reply = ask(seed=7).choices[0].message
     again = ask(
-        [*HI, reply, {"role": "user", "content": "What is my name?"}], tools=[], response_format={"type": "text"}
+        [*HI, reply, {"role": "user", "content": "What is my name?"}],
+        tools=[],
+        response_format={"type": "text"},
     )
     assert again.choices[0].message.content
-    nulls = dict.fromkeys(("temperature", "stop", "seed", "tools", "user", "logit_bias", "stream_options", "n"))
+    nulls = dict.fromkeys(
+        ("temperature", "stop", "seed", "tools", "user", "logit_bias", "stream_options", "n")
+    )
     assert post(chat_server, json={"model": "nano", "messages": HI} | nulls).status_code == 200
 
 
 def test_the_next_turn_computes_only_what_is_new(ask):
-    messages = [{"role": "user", "content": f"I would like to tell you about my {'dog ' * 40}today."}]
+    messages = [
+        {"role": "user", "content": f"I would like to tell you about my {'dog ' * 40}today."}
+    ]
     first = ask(messages, seed=1)
     turn = [*messages, {"role": "assistant", "content": first.choices[0].message.content}, *HI]
     found = ask(turn, seed=1).usage
@@ -231,10 +284,15 @@ def test_models_are_listed_and_described(chat_server):
 
 
 def test_many_at_once_get_what_each_gets_alone(ask):
-    talks = [[{"role": "user", "content": f"I have {n} dogs. {'How are you? ' * (n % 5)}"}] for n in range(30)]
+    talks = [
+        [{"role": "user", "content": f"I have {n} dogs. {'How are you? ' * (n % 5)}"}]
+        for n in range(30)
+    ]
     alone = [ask(talk, temperature=0).choices[0].message.content for talk in talks]
     with ThreadPoolExecutor(30) as threads:
-        together = list(threads.map(lambda talk: ask(talk, temperature=0).choices[0].message.content, talks))
+        together = list(
+            threads.map(lambda talk: ask(talk, temperature=0).choices[0].message.content, talks)
+        )
     assert together == alone and len(set(alone)) > 5
 
 
@@ -269,7 +327,14 @@ def test_many_at_once_get_what_each_gets_alone(ask):
         ({"messages": [{"role": "tool", "content": "4"}]}, "role"),
         ({"messages": [{"role": "system", "content": "alone"}]}, "messages"),
         ({"messages": [*HI, {"role": "system", "content": "late"}, *HI]}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "content"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+                ]
+            },
+            "content",
+        ),
     ],
     ids=str,
 )
@@ -289,13 +354,21 @@ def test_another_model_is_not_found(chat_server):
     assert refused.value.code == "model_not_found"
 
 
-def test_what_is_too_long_for_the_context_is_refused_with_its_length_or_loses_its_beginning(ask, nano, monkeypatch):
+def test_what_is_too_long_for_the_context_is_refused_with_its_length_or_loses_its_beginning(
+    ask, nano, monkeypatch
+):
     prompts = []
-    monkeypatch.setattr("chat.stream", lambda _, __, prompt, *___, **____: (prompts.append(prompt), iter(["ok."]))[1])
+    monkeypatch.setattr(
+        "chat.stream",
+        lambda _, __, prompt, *___, **____: (prompts.append(prompt), iter(["ok."]))[1],
+    )
     chat = Chat(Config(device="cpu", persona="i am a zookeeper."))
     for n in range(60):
         list(chat.reply(f"I have {n} dogs, and they like me."))
-    talk, n = chat.messages[:-1], len(nano[1].render(chat.messages[:-1], add_generation_prompt=True)[0])
+    talk, n = (
+        chat.messages[:-1],
+        len(nano[1].render(chat.messages[:-1], add_generation_prompt=True)[0]),
+    )
     with pytest.raises(openai.BadRequestError, match=f"512 .* {n}") as refused:
         ask(talk)
     assert refused.value.code == "context_length_exceeded"
@@ -305,7 +378,9 @@ def test_what_is_too_long_for_the_context_is_refused_with_its_length_or_loses_it
     assert found.usage.prompt_tokens == len(prompts[-1]) < n
     model, tokenizer = nano
     stops = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
-    ids = generate(model, prompts[-1:], tokenizer=tokenizer, seed=9, **stops, **vars(ChatSampling()))[0]
+    ids = generate(
+        model, prompts[-1:], tokenizer=tokenizer, seed=9, **stops, **vars(ChatSampling())
+    )[0]
     assert found.choices[0].message.content == tokenizer.decode(ids).strip()
 
 
@@ -332,7 +407,9 @@ def test_what_is_too_long_for_the_context_is_refused_with_its_length_or_loses_it
 def test_a_body_that_is_no_request_is_refused(chat_server, data):
     for path in ("/v1/chat/completions", "/v1/completions", "/feedback"):
         found = post(chat_server, path, data, headers={"Content-Type": "application/json"})
-        assert found.status_code == 400 and found.json()["error"]["type"] == "invalid_request_error", found.text
+        assert (
+            found.status_code == 400 and found.json()["error"]["type"] == "invalid_request_error"
+        ), found.text
 
 
 def test_half_a_character_is_taken_for_an_unknown_one(chat_server):
@@ -356,7 +433,8 @@ def test_a_body_that_is_too_large_is_refused_also_where_its_length_is_not_said(c
 
 
 @pytest.mark.parametrize(
-    "path", ["/nothing", "/../serve.py", "/%2e%2e/serve.py", "/serving/page.html", "//etc/passwd", "/docs"]
+    "path",
+    ["/nothing", "/../serve.py", "/%2e%2e/serve.py", "/serving/page.html", "//etc/passwd", "/docs"],
 )
 def test_there_is_nothing_but_what_is_served(chat_server, path):
     found = requests.get(chat_server.url + path, timeout=30)
@@ -369,22 +447,35 @@ def test_a_wrong_method_is_refused(chat_server):
 
 
 def test_a_page_of_another_name_or_origin_gets_nothing(chat_server):
-    assert requests.get(f"{chat_server.url}/v1/models", headers={"Host": "evil.example"}, timeout=30).status_code == 403
+    assert (
+        requests.get(
+            f"{chat_server.url}/v1/models", headers={"Host": "evil.example"}, timeout=30
+        ).status_code
+        == 403
+    )
     found = post(chat_server, json={"messages": HI}, headers={"Origin": "https://evil.example"})
     assert not any(name.lower().startswith("access-control") for name in found.headers)
 
 
 def test_the_page_may_load_nothing_from_elsewhere(chat_server):
     found = requests.get(f"{chat_server.url}/", timeout=30)
-    assert found.status_code == 200 and "default-src 'none'" in found.headers["Content-Security-Policy"]
-    assert "http://" not in found.text.replace("http://www.w3.org/2000/svg", "") and "https://" not in found.text
+    assert (
+        found.status_code == 200
+        and "default-src 'none'" in found.headers["Content-Security-Policy"]
+    )
+    assert (
+        "http://" not in found.text.replace("http://www.w3.org/2000/svg", "")
+        and "https://" not in found.text
+    )
 
 
 # keys, limits, who leaves and who dawdles
 
 
 def test_with_a_key_nothing_but_the_page_is_open(serving):
-    with serving("--cors=https://example.org", env={"NANOCHATGPT_API_KEY": "open-sesame"}) as server:
+    with serving(
+        "--cors=https://example.org", env={"NANOCHATGPT_API_KEY": "open-sesame"}
+    ) as server:
         for api in (client(server), client(server, api_key="open-sesamE")):
             with pytest.raises(openai.AuthenticationError):
                 api.chat.completions.create(model="nano", messages=HI)
@@ -392,7 +483,11 @@ def test_with_a_key_nothing_but_the_page_is_open(serving):
             assert requests.get(server.url + path, timeout=30).status_code == 401
         for path in ("/", "/health"):
             assert requests.get(server.url + path, timeout=30).status_code == 200
-        assert client(server, api_key="open-sesame").chat.completions.create(model="nano", messages=HI).choices
+        assert (
+            client(server, api_key="open-sesame")
+            .chat.completions.create(model="nano", messages=HI)
+            .choices
+        )
         allowed = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
         found = requests.options(f"{server.url}/v1/chat/completions", headers=allowed, timeout=30)
         assert found.headers["Access-Control-Allow-Origin"] == "https://example.org"
@@ -401,13 +496,20 @@ def test_with_a_key_nothing_but_the_page_is_open(serving):
 @pytest.fixture(scope="module")
 def narrow(serving):
     """A server with room for one reply, and for one that waits; requests have to be sent within a second."""
-    with serving("--max_rows=1", "--max_queue=1", "--request_seconds=1", "--max_seconds=8") as server:
+    with serving(
+        "--max_rows=1", "--max_queue=1", "--request_seconds=1", "--max_seconds=8"
+    ) as server:
         yield server
 
 
 def endless(server, **options):
     """Return a stream of 400 tokens."""
-    options = {"max_tokens": 400, "logit_bias": NO_END, "stream": True, "temperature": 1.5} | options
+    options = {
+        "max_tokens": 400,
+        "logit_bias": NO_END,
+        "stream": True,
+        "temperature": 1.5,
+    } | options
     return client(server).chat.completions.create(model="nano", messages=HI, **options)
 
 
@@ -455,7 +557,9 @@ def test_a_reply_whose_time_is_over_is_cut_and_what_waited_too_long_is_told_so(s
         options = {"max_tokens": 490, "logit_bias": NO_END, "stream": True}
         ended = []
         with pytest.raises(openai.APIError, match="turn"):
-            for chunk in client(server).completions.create(model="nano", prompt=["a"] * 4, **options):
+            for chunk in client(server).completions.create(
+                model="nano", prompt=["a"] * 4, **options
+            ):
                 ended.append(chunk.choices[0].finish_reason)
         assert "length" in ended
         assert list(endless(server, max_tokens=3))
@@ -481,7 +585,9 @@ def test_slow_readers_and_idle_connections_hold_up_nobody(chat_server):
     slow.sendall(head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
     wait_until(lambda: value(chat_server, "running_replies") == 8)
     assert len(list(endless(chat_server, max_tokens=50))) > 3
-    wait_until(lambda: value(chat_server, "running_replies") == 0, seconds=60)  # though nobody reads
+    wait_until(
+        lambda: value(chat_server, "running_replies") == 0, seconds=60
+    )  # though nobody reads
     for connection in (slow, *idle):
         connection.close()
     assert list(endless(chat_server, max_tokens=5))
@@ -502,7 +608,9 @@ def test_stopped_it_lets_replies_end_and_takes_no_new_ones(serving):
 
 
 def test_stopped_it_waits_no_longer_than_its_grace_and_stopped_twice_not_at_all(serving):
-    body = json.dumps({"messages": HI, "max_tokens": 480, "logit_bias": NO_END, "n": 8, "stream": True}).encode()
+    body = json.dumps(
+        {"messages": HI, "max_tokens": 480, "logit_bias": NO_END, "n": 8, "stream": True}
+    ).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     for grace, signals in ((1, 1), (60, 2)):
         with serving(f"--grace={grace}", "--max_rows=8") as server:
@@ -533,7 +641,9 @@ def test_interrupted_while_it_loads_it_ends_without_a_crash(serving, tmp_path):
     assert "terminate" not in started.stderr.read()
 
 
-def test_who_leaves_while_the_best_of_many_is_chosen_or_in_mid_body_leaves_nothing_broken(serving, tmp_path):
+def test_who_leaves_while_the_best_of_many_is_chosen_or_in_mid_body_leaves_nothing_broken(
+    serving, tmp_path
+):
     torch.manual_seed(0)
     save_model(RewardModel(GPTConfig(512, 50257, 2, 2, 32)), Tokenizer(), tmp_path / "reward")
     with serving(f"--reward={tmp_path / 'reward'}") as server:
@@ -541,7 +651,10 @@ def test_who_leaves_while_the_best_of_many_is_chosen_or_in_mid_body_leaves_nothi
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         for n in range(30):
             leaving = socket.create_connection(("127.0.0.1", server.port))
-            leaving.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[: None if n % 3 else 20])
+            leaving.sendall(
+                f"{head}Content-Length: {len(body)}\r\n\r\n".encode()
+                + body[: None if n % 3 else 20]
+            )
             time.sleep(0.01 * n)
             leaving.close()
         assert requests.get(f"{server.url}/health", timeout=30).status_code == 200
@@ -574,7 +687,10 @@ def test_thumbs_are_kept_as_retry_reads_them(chat_server, tmp_path):
 
     talk = [*HI, {"role": "assistant", "content": "hi nora"}]
     for label in (1, 0):
-        assert post(chat_server, "/feedback", json={"messages": talk, "label": label}).status_code == 204
+        assert (
+            post(chat_server, "/feedback", json={"messages": talk, "label": label}).status_code
+            == 204
+        )
     *_, liked, disliked = map(json.loads, chat_server.feedback.read_text().splitlines())
     assert examples(liked)[1] == [(talk, 1)] and examples(disliked)[1] == [(talk, 0)]
     for wrong in ({"messages": HI, "label": 1}, {"messages": talk, "label": 2}, {"messages": talk}):
@@ -583,10 +699,19 @@ def test_thumbs_are_kept_as_retry_reads_them(chat_server, tmp_path):
 
 def test_metrics_count_what_is_asked_and_said(serving):
     with serving() as server:
-        found = [client(server).chat.completions.create(model="nano", messages=HI).usage for _ in range(3)]
+        found = [
+            client(server).chat.completions.create(model="nano", messages=HI).usage
+            for _ in range(3)
+        ]
         assert value(server, "prompt_tokens_total") == sum(usage.prompt_tokens for usage in found)
-        assert value(server, "generated_tokens_total") == sum(usage.completion_tokens for usage in found)
-        assert value(server, "first_token_seconds_count") == value(server, "reply_tokens_per_second_count") == 3
+        assert value(server, "generated_tokens_total") == sum(
+            usage.completion_tokens for usage in found
+        )
+        assert (
+            value(server, "first_token_seconds_count")
+            == value(server, "reply_tokens_per_second_count")
+            == 3
+        )
         text = requests.get(f"{server.url}/metrics", timeout=30).text
         assert 'requests_total{path="/v1/chat/completions",status="200"} 3.0' in text
 
@@ -596,7 +721,9 @@ def test_the_best_of_many_is_the_reward_models_choice(serving, tmp_path, nano):
     reward_model = RewardModel(GPTConfig(512, 50257, 2, 2, 32))
     torch.nn.init.normal_(reward_model.score.weight)
     save_model(reward_model, Tokenizer(), tmp_path / "reward")
-    with serving(f"--reward={tmp_path / 'reward'}", "--temperature=1.3", "--dtype=float32") as server:
+    with serving(
+        f"--reward={tmp_path / 'reward'}", "--temperature=1.3", "--dtype=float32"
+    ) as server:
         api = client(server).chat.completions
         every = api.create(model="nano", messages=HI, n=8, seed=5)
         best = api.create(model="nano", messages=HI, n=2, seed=5, extra_body={"best_of": 8})
@@ -613,7 +740,9 @@ def test_the_best_of_many_is_the_reward_models_choice(serving, tmp_path, nano):
         ]
         order = sorted(range(8), key=lambda i: -scores[i])
         assert [choice.message.content for choice in best.choices] == [texts[i] for i in order[:2]]
-        chunks = list(api.create(model="nano", messages=HI, seed=5, stream=True, extra_body={"best_of": 8}))
+        chunks = list(
+            api.create(model="nano", messages=HI, seed=5, stream=True, extra_body={"best_of": 8})
+        )
         assert "".join(c.choices[0].delta.content or "" for c in chunks) == texts[order[0]]
         with pytest.raises(openai.BadRequestError, match="best_of"):
             api.create(model="nano", messages=HI, n=4, extra_body={"best_of": 2})
@@ -643,4 +772,6 @@ def test_a_bad_start_is_refused(script, args, words):
 
 
 def test_a_port_in_use_is_refused_with_the_remedy(script, chat_server):
-    assert_refused(script("serve.py", f"--port={chat_server.port}"), chat_server.port, "taken", "--port=0")
+    assert_refused(
+        script("serve.py", f"--port={chat_server.port}"), chat_server.port, "taken", "--port=0"
+    )

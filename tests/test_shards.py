@@ -21,7 +21,11 @@ from nanochatgpt.tokenizer import TEMPLATES, Tokenizer
 TOKENIZERS = {name: Tokenizer(name) for name in TEMPLATES}
 in_both_templates = pytest.mark.parametrize("tok", TOKENIZERS.values(), ids=TOKENIZERS)
 unhurried = settings(deadline=None)  # the machine may be busy
-TALK = [([11, 12, 13, 14, 15], [0, 0, 1, 1, 1]), ([21, 22], [0, 1]), ([31, 32, 33, 34], [0, 1, 0, 1])]
+TALK = [
+    ([11, 12, 13, 14, 15], [0, 0, 1, 1, 1]),
+    ([21, 22], [0, 1]),
+    ([31, 32, 33, 34], [0, 1, 0, 1]),
+]
 # lowest bit first: 00111 01 0, then 101
 TALK_BITS = bytes([0b01011100, 0b101])
 
@@ -43,7 +47,10 @@ def contents(shard):
 def conversations(draw, max_size=8, max_length=40):
     lengths = draw(st.lists(st.integers(0, max_length), max_size=max_size))
     token, supervised = st.integers(0, 65535), st.integers(0, 1)
-    lists = [(st.lists(token, min_size=n, max_size=n), st.lists(supervised, min_size=n, max_size=n)) for n in lengths]
+    lists = [
+        (st.lists(token, min_size=n, max_size=n), st.lists(supervised, min_size=n, max_size=n))
+        for n in lengths
+    ]
     return [(draw(ids), draw(mask)) for ids, mask in lists]
 
 
@@ -71,7 +78,9 @@ def test_a_shard_is_laid_out_as_documented(talk):
 
 @unhurried
 @given(
-    many=conversations(), vocab_size=st.integers(1, 65536), template=st.sampled_from(["human_bot", "user_assistant"])
+    many=conversations(),
+    vocab_size=st.integers(1, 65536),
+    template=st.sampled_from(["human_bot", "user_assistant"]),
 )
 def test_what_is_written_is_read(fresh, many, vocab_size, template):
     path = write(fresh(), many, vocab_size=vocab_size, template=template)
@@ -109,8 +118,12 @@ def test_a_shard_is_mapped_and_not_read(talk):
 def test_the_conversations_of_a_dataset_come_back_as_the_tokenizer_rendered_them(tmp_path):
     spoken = small_talk(50)
     folder = write_shards(tmp_path / "talk", spoken, spoken[:5])
-    assert contents(open_shard(folder / "train.bin")) == [Tokenizer().render(messages) for messages in spoken]
-    assert contents(open_shard(folder / "val.bin")) == [Tokenizer().render(messages) for messages in spoken[:5]]
+    assert contents(open_shard(folder / "train.bin")) == [
+        Tokenizer().render(messages) for messages in spoken
+    ]
+    assert contents(open_shard(folder / "val.bin")) == [
+        Tokenizer().render(messages) for messages in spoken[:5]
+    ]
 
 
 # the writer
@@ -153,7 +166,9 @@ def test_a_finished_shard_takes_its_place_only_at_the_end_of_the_context(talk):
     assert contents(open_shard(talk)) == TALK * 10
 
 
-@pytest.mark.parametrize("lengths", [[3000], [3000, 100_000], [100_000]], ids=["at the end", "between", "at once"])
+@pytest.mark.parametrize(
+    "lengths", [[3000], [3000, 100_000], [100_000]], ids=["at the end", "between", "at once"]
+)
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(talk, lengths):
     before = talk.read_bytes()
     with largest_file(5000), pytest.raises(OSError, match="File too large"):
@@ -174,7 +189,9 @@ def test_a_shard_appears_only_when_it_is_whole(tmp_path):
 
 def assert_names_path_and_remedy(error, path):
     assert str(path) in str(error.value)
-    assert "prepare it again" in str(error.value) or "make shards with the scripts in prepare/" in str(error.value)
+    assert "prepare it again" in str(
+        error.value
+    ) or "make shards with the scripts in prepare/" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -203,20 +220,38 @@ DAMAGES = {
     "one byte short": (lambda good: good[:-1], r"\(127 bytes, its header says 128\)"),
     "extended": (lambda good: good + bytes(8), r"\(136 bytes, its header says 128\)"),
     "twice": (lambda good: good + good, "cut short or damaged"),
-    "older version": (lambda good: header(version=0) + good[64:], "format version 0, this program reads version 1"),
-    "newer version": (lambda good: header(version=2) + good[64:], "format version 2, this program reads version 1"),
+    "older version": (
+        lambda good: header(version=0) + good[64:],
+        "format version 0, this program reads version 1",
+    ),
+    "newer version": (
+        lambda good: header(version=2) + good[64:],
+        "format version 2, this program reads version 1",
+    ),
     "no tokens": (lambda good: header(tokens=0, conversations=0) + offsets(0), "holds no tokens"),
-    "more tokens than bytes": (lambda good: header(tokens=2**63) + good[64:], "cut short or damaged"),
+    "more tokens than bytes": (
+        lambda good: header(tokens=2**63) + good[64:],
+        "cut short or damaged",
+    ),
     "a border beyond the end": (lambda good: good[:-16] + offsets(99, 11), "damaged"),
     "borders out of order": (lambda good: good[:-24] + offsets(7, 5, 11), "damaged"),
     "borders before the end": (lambda good: good[:-8] + offsets(10), "damaged"),
     "a first border behind the start": (lambda good: good[:-32] + offsets(1, 5, 7, 11), "damaged"),
-    "a template that is no text": (lambda good: header(template=b"\xff\xfe") + good[64:], "damaged"),
+    "a template that is no text": (
+        lambda good: header(template=b"\xff\xfe") + good[64:],
+        "damaged",
+    ),
     "gzip": (lambda good: gzip.compress(good), "is a gzip file"),
     "zip": (zipped, "is a zip file"),
     # llm.c, dev/data/data_common.py: 256 int32 with magic, version and count, then the tokens
-    "llm.c": (lambda good: struct.pack("<256i", 20240520, 1, 500, *[0] * 253) + bytes(1000), r"is an llm\.c file"),
-    "llm.c of Llama 3": (lambda good: struct.pack("<256i", 20240801, 7, 500, *[0] * 253) + bytes(2000), "is an llm"),
+    "llm.c": (
+        lambda good: struct.pack("<256i", 20240520, 1, 500, *[0] * 253) + bytes(1000),
+        r"is an llm\.c file",
+    ),
+    "llm.c of Llama 3": (
+        lambda good: struct.pack("<256i", 20240801, 7, 500, *[0] * 253) + bytes(2000),
+        "is an llm",
+    ),
     "text": (lambda good: "Hallo, schöne Welt!\n".encode() * 300, "looks like text"),
     "JSON": (lambda good: b'{"messages": []}', "looks like text"),
     "odd length": (lambda good: bytes(1001), r"odd length \(1001 bytes\)"),
@@ -254,7 +289,11 @@ def readable_or_refused(path, content):
 
 
 @unhurried
-@given(content=st.one_of(st.binary(max_size=300), st.binary(max_size=300).map(lambda tail: b"nanoChat" + tail)))
+@given(
+    content=st.one_of(
+        st.binary(max_size=300), st.binary(max_size=300).map(lambda tail: b"nanoChat" + tail)
+    )
+)
 def test_arbitrary_bytes_are_refused_or_readable(fresh, content):
     readable_or_refused(fresh(), content)
 
@@ -268,7 +307,9 @@ def test_a_shard_with_a_wrong_byte_is_refused_or_readable(fresh, at, byte):
 
 
 def test_a_missing_dataset_is_named_with_the_remedy(data_dir):
-    with pytest.raises(FileNotFoundError, match=r"no .*nothing/train\*\.bin: make it with a script in prepare/"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no .*nothing/train\*\.bin: make it with a script in prepare/"
+    ):
         find_shards(data_dir, "talk,nothing", "train")
 
 
@@ -293,18 +334,26 @@ def test_a_dataset_is_all_its_shards_and_several_can_be_given_with_their_shares(
         tmp_path / "a/val.bin",
     )
     assert find_shards(tmp_path, "b, a", "train") == [(b, 1.0), (a[0], 1.0), (a[1], 1.0)]
-    assert find_shards(tmp_path, "a:2,b : 0.5", "train", shares=True) == [(a[0], 2.0), (a[1], 2.0), (b, 0.5)]
+    assert find_shards(tmp_path, "a:2,b : 0.5", "train", shares=True) == [
+        (a[0], 2.0),
+        (a[1], 2.0),
+        (b, 0.5),
+    ]
     assert find_shards(tmp_path, "a", "val") == [(val, 1.0)]
 
 
 @pytest.mark.parametrize("share", ["0", "-1", "x", "nan", "inf", "1:2"])
 def test_a_share_that_is_no_positive_number_is_refused_by_the_name_of_its_dataset(data_dir, share):
-    with pytest.raises(ValueError, match=r"the share of talk must be a positive number, as in talk:0\.5"):
+    with pytest.raises(
+        ValueError, match=r"the share of talk must be a positive number, as in talk:0\.5"
+    ):
         find_shards(data_dir, f"talk:{share}", "train", shares=True)
 
 
 def test_a_share_where_nothing_would_come_of_it_is_refused(data_dir):
-    with pytest.raises(ValueError, match=r"dataset=talk:0\.5: only train\.py takes shares; write talk"):
+    with pytest.raises(
+        ValueError, match=r"dataset=talk:0\.5: only train\.py takes shares; write talk"
+    ):
         find_shards(data_dir, "talk:0.5", "val")
 
 
@@ -312,7 +361,9 @@ def test_a_share_where_nothing_would_come_of_it_is_refused(data_dir):
 
 
 @pytest.mark.parametrize(
-    "tokens", [np.arange(1, 1001), [19280, 11, 262], [35615, 11, 262]], ids=["plain", "PK", "gzip's"]
+    "tokens",
+    [np.arange(1, 1001), [19280, 11, 262], [35615, 11, 262]],
+    ids=["plain", "PK", "gzip's"],
 )
 def test_a_headerless_nanogpt_file_is_plain_text_to_learn_all_of(tmp_path, tokens):
     tokens = np.array(tokens, np.uint16)
@@ -357,7 +408,9 @@ def pairs(x, y):
 
 
 def supervised_pairs(many):
-    return Counter((ids[i - 1], ids[i]) for ids, mask in many for i in range(1, len(ids)) if mask[i])
+    return Counter(
+        (ids[i - 1], ids[i]) for ids, mask in many for i in range(1, len(ids)) if mask[i]
+    )
 
 
 def documents_of(x, y, documents):
@@ -372,7 +425,9 @@ lengths = st.lists(st.integers(0, 17), min_size=1, max_size=12)
 
 @settings(unhurried, max_examples=50)
 @given(lengths, lengths, st.integers(16, 40), st.integers(0, 3))
-def test_an_epoch_has_each_supervised_token_exactly_once_behind_the_token_before_it(fresh, ours, theirs, block, seed):
+def test_an_epoch_has_each_supervised_token_exactly_once_behind_the_token_before_it(
+    fresh, ours, theirs, block, seed
+):
     many = numbered([*ours, 3]), numbered([*theirs, 3], first=1000)
     loader = load(*(write(fresh(), m) for m in many), block=block, seed=seed)
     for number in range(2):
@@ -383,10 +438,15 @@ def test_an_epoch_has_each_supervised_token_exactly_once_behind_the_token_before
 
 @settings(unhurried, max_examples=50)
 @given(lengths, st.integers(16, 40), st.integers(1, 4), st.integers(0, 3))
-def test_the_documents_are_the_conversations_and_the_padding_of_each_row(fresh, lengths, block, batch_size, seed):
+def test_the_documents_are_the_conversations_and_the_padding_of_each_row(
+    fresh, lengths, block, batch_size, seed
+):
     many = numbered([*lengths, 3])
     path = write(fresh(), many)
-    whole = {(*ids[:-1],): [t if m else -100 for t, m in zip(ids[1:], mask[1:], strict=True)] for ids, mask in many}
+    whole = {
+        (*ids[:-1],): [t if m else -100 for t, m in zip(ids[1:], mask[1:], strict=True)]
+        for ids, mask in many
+    }
     loader = load(path, batch_size=batch_size, block=block, seed=seed)
     for number in range(3):
         x, y, documents = loader.batch(number)
@@ -394,11 +454,18 @@ def test_the_documents_are_the_conversations_and_the_padding_of_each_row(fresh, 
         assert documents[0] == 0
         assert documents[-1] == batch_size * block
         assert (documents.diff() >= 0).all()
-        assert set(range(0, batch_size * block, block)) <= set(documents.tolist())  # none goes on in the next row
+        assert set(range(0, batch_size * block, block)) <= set(
+            documents.tolist()
+        )  # none goes on in the next row
         for inputs, targets in documents_of(x, y, documents):
             padding = ([0] * len(inputs), [-100] * len(inputs))
             assert (inputs, targets) in (padding, (inputs, whole.get((*inputs,))))
-    found = [(*inputs,) for row in rows_of(load(path, block=block)) for inputs, _ in documents_of(*row) if inputs[0]]
+    found = [
+        (*inputs,)
+        for row in rows_of(load(path, block=block))
+        for inputs, _ in documents_of(*row)
+        if inputs[0]
+    ]
     assert sorted(found) == sorted((*ids[:-1],) for ids, _ in many if len(ids) > 1)
 
 
@@ -460,7 +527,9 @@ def split(messages):
 @in_both_templates
 @settings(unhurried, max_examples=50)
 @given(many=chats(), block=st.integers(40, 80))
-def test_long_conversations_are_cut_into_conversations_with_all_the_exchanges_that_fit(fresh, tok, many, block):
+def test_long_conversations_are_cut_into_conversations_with_all_the_exchanges_that_fit(
+    fresh, tok, many, block
+):
     path = write(fresh(), tok.render_batch(many), vocab_size=tok.n_vocab, template=tok.template)
     loader = load(path, block=block, tokenizer=tok)
     whole, cut = [], []
@@ -469,25 +538,43 @@ def test_long_conversations_are_cut_into_conversations_with_all_the_exchanges_th
             continue  # padding
         ids = [*inputs, targets[-1]]
         persona, exchanges = split(tok.parse(ids))
-        assert [message["role"] for message in chain(*exchanges)] == ["user", "assistant"] * len(exchanges)
+        assert [message["role"] for message in chain(*exchanges)] == ["user", "assistant"] * len(
+            exchanges
+        )
         _, mask = tok.render([*persona, *chain(*exchanges)])
-        assert targets == [token if m else -100 for token, m in zip(ids[1:], mask[1:], strict=False)]
+        assert targets == [
+            token if m else -100 for token, m in zip(ids[1:], mask[1:], strict=False)
+        ]
         if ids[-1] == tok.eos_id:
             whole += [tok.render([*persona, *exchange])[0] for exchange in exchanges]
         else:
             cut.append(ids)
-    every = [tok.render([*persona, *exchange]) for persona, exchanges in map(split, many) for exchange in exchanges]
+    every = [
+        tok.render([*persona, *exchange])
+        for persona, exchanges in map(split, many)
+        for exchange in exchanges
+    ]
     room = block + 1
     assert sorted(whole) == sorted(ids for ids, _ in every if len(ids) <= room)
-    assert sorted(cut) == sorted(ids[:room] for ids, mask in every if len(ids) > room and any(mask[:room]))
+    assert sorted(cut) == sorted(
+        ids[:room] for ids, mask in every if len(ids) > room and any(mask[:room])
+    )
 
 
 @in_both_templates
-@pytest.mark.parametrize("persona", [[], [{"role": "system", "content": "i count"}]], ids=["without persona", "with"])
+@pytest.mark.parametrize(
+    "persona", [[], [{"role": "system", "content": "i count"}]], ids=["without persona", "with"]
+)
 def test_of_an_exchange_that_is_too_long_the_end_is_lost(tmp_path, tok, persona):
-    messages = [*persona, {"role": "user", "content": "count"}, {"role": "assistant", "content": "1 2 3 4 " * 20}]
+    messages = [
+        *persona,
+        {"role": "user", "content": "count"},
+        {"role": "assistant", "content": "1 2 3 4 " * 20},
+    ]
     ids, mask = tok.render(messages)
-    path = write(tmp_path / "train.bin", [(ids, mask)], vocab_size=tok.n_vocab, template=tok.template)
+    path = write(
+        tmp_path / "train.bin", [(ids, mask)], vocab_size=tok.n_vocab, template=tok.template
+    )
     loader = load(path, block=32, tokenizer=tok)
     x, y, _ = loader.batch(0)
     assert x.tolist() == [ids[:32]]
@@ -508,8 +595,15 @@ def test_of_an_exchange_that_is_too_long_the_end_is_lost(tmp_path, tok, persona)
 )
 def test_the_tokens_that_are_in_no_row_are_counted(tmp_path, tok, persona):
     exchange = [{"role": "user", "content": "count"}, {"role": "assistant", "content": "1 2 3 4"}]
-    ids, mask = tok.render([*persona, *exchange, *exchange, exchange[0], {**exchange[1], "content": "5 " * 80}])
-    path = write(tmp_path / "train.bin", [(ids, mask), ([1], [1])], vocab_size=tok.n_vocab, template=tok.template)
+    ids, mask = tok.render(
+        [*persona, *exchange, *exchange, exchange[0], {**exchange[1], "content": "5 " * 80}]
+    )
+    path = write(
+        tmp_path / "train.bin",
+        [(ids, mask), ([1], [1])],
+        vocab_size=tok.n_vocab,
+        template=tok.template,
+    )
     loader = load(path, block=32, tokenizer=tok)
     pieces = tok.cut(ids, 33)
     in_rows = set(chain(*([*range(n), *range(start, stop)] for n, start, stop in pieces)))
@@ -517,7 +611,9 @@ def test_the_tokens_that_are_in_no_row_are_counted(tmp_path, tok, persona):
     assert loader.n_lost == len(ids) - len(in_rows) + 1
 
 
-def test_a_file_without_conversations_is_cut_at_each_row_and_every_token_but_the_first_is_a_target(tmp_path):
+def test_a_file_without_conversations_is_cut_at_each_row_and_every_token_but_the_first_is_a_target(
+    tmp_path,
+):
     np.arange(1, 22, dtype=np.uint16).tofile(tmp_path / "train.bin")
     loader = load(tmp_path / "train.bin", block=8)
     x, y = epoch(loader)
@@ -538,7 +634,11 @@ def test_a_loader_counts_how_often_each_token_comes_in_an_epoch(tmp_path):
     twice = write(tmp_path / "twice.bin", numbered([4], first=9))  # 9 to 12
     counts = load(once, twice, shares=[1.0, 2.0]).counts(20)
     assert counts.shape == (20,)
-    expected = dict.fromkeys((1, 2, 3, 4, 5, 7, 8), 1) | dict.fromkeys((9, 10), 3) | dict.fromkeys((11, 12), 2)
+    expected = (
+        dict.fromkeys((1, 2, 3, 4, 5, 7, 8), 1)
+        | dict.fromkeys((9, 10), 3)
+        | dict.fromkeys((11, 12), 2)
+    )
     assert {i: counts[i] for i in counts.nonzero()[0].tolist()} == expected
 
 
@@ -587,7 +687,8 @@ def test_batches_of_any_size_are_the_same_rows_one_after_the_other(loader_of):
 def test_several_datasets_are_one_corpus(data_dir):
     write_shards(data_dir / "more", small_talk(20, seed=5), small_talk(2, seed=6))
     one, two, both = (
-        Loader(find_shards(data_dir, names, "train"), 1, 256, 0, Tokenizer()) for names in ("talk", "more", "talk,more")
+        Loader(find_shards(data_dir, names, "train"), 1, 256, 0, Tokenizer())
+        for names in ("talk", "more", "talk,more")
     )
     assert both.n_tokens == one.n_tokens + two.n_tokens
     assert both.n_rows == one.n_rows + two.n_rows
@@ -600,7 +701,9 @@ def test_several_datasets_are_one_corpus(data_dir):
     shares=st.lists(st.sampled_from([0.1, 0.5, 0.75, 1.0, 1.5, 2.0, 3.7]), min_size=3, max_size=3),
     seed=st.integers(0, 3),
 )
-def test_each_epoch_has_the_share_of_each_shard_exactly_and_its_rows_take_turns(fresh, sizes, shares, seed):
+def test_each_epoch_has_the_share_of_each_shard_exactly_and_its_rows_take_turns(
+    fresh, sizes, shares, seed
+):
     paths = [write(fresh(), numbered([17] * n, first=1 + 1000 * i)) for i, n in enumerate(sizes)]
     loader = load(*paths, seed=seed, shares=shares[: len(sizes)])
     taken = [max(1, round(share * n)) for n, share in zip(sizes, shares, strict=False)]
@@ -635,7 +738,9 @@ def test_what_the_loader_asks_to_be_learnt_are_the_replies(tmp_path, tok):
     write_shards(tmp_path / "talk", spoken, spoken[:1], template=tok.template)
     loader = Loader(find_shards(tmp_path, "talk", "train"), 1, 256, 0, tok)
     _, y = epoch(loader)
-    after, end = {"human_bot": ("", "<|endoftext|>"), "user_assistant": (" ", "<|End|>")}[tok.template]
+    after, end = {"human_bot": ("", "<|endoftext|>"), "user_assistant": (" ", "<|End|>")}[
+        tok.template
+    ]
     said = tok.decode(y[y >= 0].tolist()).split(end)
     replies = [m["content"] for messages in spoken for m in messages if m["role"] == "assistant"]
     assert sorted(said) == sorted(["", *(f" {reply}{after}" for reply in replies)])
@@ -653,7 +758,10 @@ def test_a_dataset_in_another_template_is_refused(tmp_path, tok):
 
 def test_a_shard_for_a_larger_vocabulary_than_the_tokenizers_is_refused(tmp_path):
     path = write(tmp_path / "train.bin", TALK, vocab_size=50258)
-    with pytest.raises(ValueError, match=r"train\.bin has token 50257, but the tokenizer's vocabulary is 50257 tokens"):
+    with pytest.raises(
+        ValueError,
+        match=r"train\.bin has token 50257, but the tokenizer's vocabulary is 50257 tokens",
+    ):
         load(path)
 
 
@@ -663,7 +771,10 @@ def test_a_token_beyond_the_vocabulary_is_refused_wherever_it_stands(tmp_path, a
     tokens[at] = 50257
     tokens.tofile(tmp_path / "train.bin")
     loader = load(tmp_path / "train.bin", block=8)
-    with pytest.raises(ValueError, match=r"train\.bin has token 50257, but the tokenizer's vocabulary is 50257 tokens"):
+    with pytest.raises(
+        ValueError,
+        match=r"train\.bin has token 50257, but the tokenizer's vocabulary is 50257 tokens",
+    ):
         epoch(loader)
     with pytest.raises(ValueError, match=r"train\.bin has token 50257"):
         loader.counts(50257)
@@ -681,11 +792,15 @@ def test_a_prompt_with_a_token_beyond_the_vocabulary_is_refused(tmp_path):
     [
         pytest.param([([1], [1])] * 5, id="single tokens"),
         pytest.param([([1, 2, 3], [1, 0, 0])] * 5, id="nothing supervised"),
-        pytest.param([(list(range(1, 20)), [0] * 10 + [1] * 9)], id="supervised only behind the block"),
+        pytest.param(
+            [(list(range(1, 20)), [0] * 10 + [1] * 9)], id="supervised only behind the block"
+        ),
     ],
 )
 def test_a_corpus_of_nothing_to_learn_is_refused(tmp_path, many):
-    with pytest.raises(ValueError, match=r"train\.bin has nothing to learn in 8 tokens: raise block_size"):
+    with pytest.raises(
+        ValueError, match=r"train\.bin has nothing to learn in 8 tokens: raise block_size"
+    ):
         load(write(tmp_path / "train.bin", many), block=8)
 
 
@@ -696,5 +811,7 @@ def test_a_text_of_one_token_is_refused(tmp_path):
 
 
 def test_the_span_is_the_mean_length_of_the_conversation_that_a_token_is_in(tmp_path):
-    loader = Loader([(write(tmp_path / "train.bin", numbered([11, 11, 31])), 1)], 1, 64, 0, Tokenizer())
+    loader = Loader(
+        [(write(tmp_path / "train.bin", numbered([11, 11, 31])), 1)], 1, 64, 0, Tokenizer()
+    )
     assert loader.span == pytest.approx((10 * 10 + 10 * 10 + 30 * 30) / 50)

@@ -21,7 +21,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_refused, assert_same_weights, largest_file, records, small_talk, write_shards
+from conftest import (
+    ROOT,
+    assert_refused,
+    assert_same_weights,
+    largest_file,
+    records,
+    small_talk,
+    write_shards,
+)
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
@@ -33,9 +41,28 @@ from nanochatgpt.shards import Loader, find_shards
 from nanochatgpt.tokenizer import Tokenizer
 
 # a step takes hundredths of a second; what is not said here is as in train.py
-TINY = {"init_from": "scratch", "out_dir": "out", "data_dir": "data", "dataset": "talk", "device": "cpu"}
-TINY |= {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 2, "gradient_accumulation_steps": 2}
-TINY |= {"max_iters": 12, "warmup_iters": 3, "learning_rate": 0.01, "eval_interval": 5, "eval_iters": 4}
+TINY = {
+    "init_from": "scratch",
+    "out_dir": "out",
+    "data_dir": "data",
+    "dataset": "talk",
+    "device": "cpu",
+}
+TINY |= {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "block_size": 32,
+    "batch_size": 2,
+    "gradient_accumulation_steps": 2,
+}
+TINY |= {
+    "max_iters": 12,
+    "warmup_iters": 3,
+    "learning_rate": 0.01,
+    "eval_interval": 5,
+    "eval_iters": 4,
+}
 TINY |= {"log_interval": 1, "dtype": "float32", "dropout": 0.0}
 EMBEDDING = "transformer.wte.weight"
 LONG = {"max_iters": 20, "eval_interval": 3, "dropout": 0.1}  # saves all the time
@@ -105,7 +132,9 @@ def assert_close_weights(ours, theirs, atol):
 
 
 def without_speeds(records):
-    return [{k: v for k, v in record.items() if k not in ("tokens_per_s", "mfu")} for record in records]
+    return [
+        {k: v for k, v in record.items() if k not in ("tokens_per_s", "mfu")} for record in records
+    ]
 
 
 def run_script(monkeypatch, capfd, **knobs):
@@ -153,7 +182,9 @@ def power_cut():
 
 def quiet_talk():
     """Conversations among which many have no reply, so that whole micro-batches have nothing supervised."""
-    return [messages[:1] if i % 10 else messages for i, messages in enumerate(small_talk(200, seed=3))]
+    return [
+        messages[:1] if i % 10 else messages for i, messages in enumerate(small_talk(200, seed=3))
+    ]
 
 
 def supervised_counts(config):
@@ -175,18 +206,29 @@ def one_by_one(model, x, y, documents):
 # --- the arithmetic of a step -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("talk", "batch_size"), [(None, 2), (quiet_talk, 1)], ids=["talk", "little supervised"])
-def test_twenty_steps_give_the_losses_and_weights_of_a_plain_transformers_loop(hf_gpt2, talk, batch_size):
+@pytest.mark.parametrize(
+    ("talk", "batch_size"), [(None, 2), (quiet_talk, 1)], ids=["talk", "little supervised"]
+)
+def test_twenty_steps_give_the_losses_and_weights_of_a_plain_transformers_loop(
+    hf_gpt2, talk, batch_size
+):
     if talk:
         write_shards("data/talk", talk(), small_talk(10))
     hf_gpt2(n_positions=32).save_pretrained("start")
     config = tiny(
-        init_from="start", max_iters=20, warmup_iters=5, min_lr=0.001, weight_decay=0.5, batch_size=batch_size
+        init_from="start",
+        max_iters=20,
+        warmup_iters=5,
+        min_lr=0.001,
+        weight_decay=0.5,
+        batch_size=batch_size,
     )
     counts = supervised_counts(config)
     assert (counts[:, 0] != counts[:, 1]).any()
     if talk:
-        assert (counts == 0).any() and (counts.sum(1) == 0).any()  # a micro-batch without, and a whole step without
+        assert (counts == 0).any() and (
+            counts.sum(1) == 0
+        ).any()  # a micro-batch without, and a whole step without
     train.main(config)
 
     model = GPT2LMHeadModel.from_pretrained("start").eval()  # eval: its config has dropout
@@ -203,7 +245,11 @@ def test_twenty_steps_give_the_losses_and_weights_of_a_plain_transformers_loop(h
         loss = total / max(supervised, 1)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        lr = 0.01 * (it + 1) / 6 if it < 5 else 0.001 + 0.009 * (1 + math.cos(math.pi * (it - 5) / 15)) / 2
+        lr = (
+            0.01 * (it + 1) / 6
+            if it < 5
+            else 0.001 + 0.009 * (1 + math.cos(math.pi * (it - 5) / 15)) / 2
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -211,7 +257,9 @@ def test_twenty_steps_give_the_losses_and_weights_of_a_plain_transformers_loop(h
         expected.append(loss.item())
 
     assert losses(Path("out")) == pytest.approx(expected, abs=1e-4)
-    theirs = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    theirs = {
+        name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"
+    }
     assert_close_weights(weights("out/last"), theirs, atol=1e-4)
 
 
@@ -225,7 +273,17 @@ def test_twenty_steps_give_the_losses_and_weights_of_a_plain_transformers_loop(h
 )
 def test_the_learning_rate_rises_over_the_warmup_and_falls_as_scheduled(schedule, expected):
     config = tiny(lr_schedule=schedule, learning_rate=1.0, min_lr=0.2, warmup_iters=4, max_iters=16)
-    steps = [0, 1, 2, 3, 4, 8, 10, 12, 16]  # a third, half and two thirds of the way down at 8, 10 and 12
+    steps = [
+        0,
+        1,
+        2,
+        3,
+        4,
+        8,
+        10,
+        12,
+        16,
+    ]  # a third, half and two thirds of the way down at 8, 10 and 12
     assert [train.learning_rate(config, it) for it in steps] == pytest.approx(expected)
 
 
@@ -233,12 +291,16 @@ def test_max_epochs_are_as_many_steps_as_the_data_has_rows():
     config = tiny(max_epochs=1.5)
     loader = Loader(find_shards("data", "talk", "train"), 2, 32, config.seed, Tokenizer())
     out = fit(max_epochs=1.5)
-    assert max(r["iter"] for r in map(json.loads, (out / "metrics.jsonl").open())) == round(1.5 * loader.n_rows / 4)
+    assert max(r["iter"] for r in map(json.loads, (out / "metrics.jsonl").open())) == round(
+        1.5 * loader.n_rows / 4
+    )
 
 
 def test_smoothed_labels_are_learned_and_the_validation_loss_is_plain():
     """A model that has learned with half of each target elsewhere is less sure."""
-    plain, smoothed = (fit(max_iters=30, label_smoothing=share, out_dir=f"s{share}") for share in (0.0, 0.5))
+    plain, smoothed = (
+        fit(max_iters=30, label_smoothing=share, out_dir=f"s{share}") for share in (0.0, 0.5)
+    )
     val_losses = [
         [r["val_loss"] for r in map(json.loads, (o / "metrics.jsonl").open()) if "val_loss" in r]
         for o in (plain, smoothed)
@@ -273,7 +335,9 @@ def test_evaluation_does_not_touch_training(uninterrupted):
 
 def test_gradient_checkpointing_changes_no_bit(uninterrupted, monkeypatch):
     whole, checkpoint, blocks = uninterrupted(dropout=0.1), model.checkpoint, []
-    monkeypatch.setattr(model, "checkpoint", lambda *args, **kw: blocks.append(args[0]) or checkpoint(*args, **kw))
+    monkeypatch.setattr(
+        model, "checkpoint", lambda *args, **kw: blocks.append(args[0]) or checkpoint(*args, **kw)
+    )
     assert_same_run(fit(dropout=0.1, gradient_checkpointing=True), whole)
     assert len(blocks) == 12 * 2 * 2  # steps, micro-batches, layers; none in evaluations
 
@@ -319,12 +383,17 @@ def test_a_run_is_not_overwritten_by_another():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_sigterm_and_ctrl_c_save_and_exit_0(number, uninterrupted):
     command = [sys.executable, ROOT / "train.py", *arguments(**LONG)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         next(line for line in process.stdout if line.startswith("iter 4/20"))
         process.send_signal(number)
         shown, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")
-    assert "stopped at iter" in shown.splitlines()[-1] and "--init_from=resume" in shown.splitlines()[-1]
+    assert (
+        "stopped at iter" in shown.splitlines()[-1]
+        and "--init_from=resume" in shown.splitlines()[-1]
+    )
     assert_same_run(fit(**LONG, init_from="resume"), uninterrupted(**LONG))
 
 
@@ -346,9 +415,14 @@ def test_kill_9_at_any_instant_leaves_a_checkpoint_that_loads_and_resumes(uninte
     )
     # each waits until this file was renewed, then that one, then so many seconds
     instants = [
-        (state, path.with_name(path.name + ".part"), 0) for path in (state, out / "last/tokenizer.json", last, best)
+        (state, path.with_name(path.name + ".part"), 0)
+        for path in (state, out / "last/tokenizer.json", last, best)
     ]
-    instants += [(log, state, 0), (log, last, 0), (state, best, 0)]  # and at the instant when a file is replaced
+    instants += [
+        (log, state, 0),
+        (log, last, 0),
+        (state, best, 0),
+    ]  # and at the instant when a file is replaced
     instants += [(state, log, choose.uniform(0, 0.3)) for _ in range(2)]
     for number, (first, then, seconds) in enumerate(instants):
         config = tiny(**LONG, init_from="resume" if number else "scratch")
@@ -371,7 +445,12 @@ def test_kill_9_at_any_instant_leaves_a_checkpoint_that_loads_and_resumes(uninte
 
 @pytest.mark.slow
 def test_kill_9_at_ten_random_moments_of_a_run_changes_no_bit_of_its_end(uninterrupted):
-    knobs = LONG | {"max_iters": 60, "eval_interval": 2, "dtype": "bfloat16", "gradient_accumulation_steps": 2}
+    knobs = LONG | {
+        "max_iters": 60,
+        "eval_interval": 2,
+        "dtype": "bfloat16",
+        "gradient_accumulation_steps": 2,
+    }
     choose, killed_at = random.Random(0), []
     for number in range(10):
         config = tiny(**knobs, init_from="resume" if number else "scratch")
@@ -427,7 +506,14 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_it_goes_on_from_the_last_sav
 
 
 def torchrun(*options, **knobs):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        *options,
+    ]
     command += [ROOT / "train.py", *arguments(**knobs)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -448,7 +534,9 @@ def fit_on_two(**knobs):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [processes.Process(target=be_rank, args=(rank, port, tiny(**knobs))) for rank in range(2)]
+    ranks = [
+        processes.Process(target=be_rank, args=(rank, port, tiny(**knobs))) for rank in range(2)
+    ]
     for process in ranks:
         process.start()
     try:
@@ -467,7 +555,9 @@ def children(pid):
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in path.read_text().split():
             variables = dict(
-                v.split("=", 1) for v in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in v
+                v.split("=", 1)
+                for v in Path(f"/proc/{child}/environ").read_text().split("\0")
+                if "=" in v
             )
             if "RANK" in variables:
                 found[int(variables["RANK"])] = int(child)
@@ -484,7 +574,9 @@ def assert_close_runs(out, alone):
 def test_two_processes_are_one_process_with_the_same_global_batch():
     write_shards("data/talk", quiet_talk(), small_talk(10))
     knobs = {"batch_size": 1, "gradient_accumulation_steps": 4, "eval_iters": 3, "seed": 1}
-    ranks = supervised_counts(tiny(**knobs)).view(-1, 2, 2).sum(1)  # micro-batches 0 and 2 are of rank 0, 1 and 3 of 1
+    ranks = (
+        supervised_counts(tiny(**knobs)).view(-1, 2, 2).sum(1)
+    )  # micro-batches 0 and 2 are of rank 0, 1 and 3 of 1
     assert (ranks[:, 0] != ranks[:, 1]).all() and (ranks == 0).any()
     with torchrun(out_dir="two", **knobs) as process:
         shown, errors = process.communicate(timeout=120)
@@ -504,7 +596,13 @@ def test_two_processes_stop_together_and_one_process_goes_on(uninterrupted):
 
 
 # what goes wrong where a shard of the weights is taken for all of them: decay, and clipping in each step
-HARD = {"learning_rate": 0.003, "weight_decay": 0.5, "grad_clip": 0.05, "max_iters": 8, "eval_interval": 4}
+HARD = {
+    "learning_rate": 0.003,
+    "weight_decay": 0.5,
+    "grad_clip": 0.05,
+    "max_iters": 8,
+    "eval_interval": 4,
+}
 MOMENTS = frozenset({"step", "exp_avg", "exp_avg_sq"})
 
 
@@ -529,10 +627,16 @@ def assert_close_states(out, other, atol):
     ours, theirs = ours["optimizer"], theirs["optimizer"]
     assert ours.keys() == theirs.keys() == load_file(out / "last/model.safetensors").keys()
     for part in ("exp_avg", "exp_avg_sq"):
-        a, b = ({name: moments[part] for name, moments in state.items()} for state in (ours, theirs))
-        assert_close_weights(a, b, atol=1e-3 * max(tensor.abs().max().item() for tensor in b.values()))
+        a, b = (
+            {name: moments[part] for name, moments in state.items()} for state in (ours, theirs)
+        )
+        assert_close_weights(
+            a, b, atol=1e-3 * max(tensor.abs().max().item() for tensor in b.values())
+        )
     assert {m["step"].item() for state in (ours, theirs) for m in state.values()} == {8}
-    assert {frozenset(moments) for state in (ours, theirs) for moments in state.values()} == {MOMENTS}
+    assert {frozenset(moments) for state in (ours, theirs) for moments in state.values()} == {
+        MOMENTS
+    }
 
 
 def test_weights_that_are_sharded_over_two_processes_train_as_copies_do(on_two):
@@ -550,9 +654,14 @@ def test_a_checkpoint_does_not_show_whether_the_weights_were_sharded(on_two, uni
     for other in (copies, alone):
         assert_close_states(sharded, other, atol=1e-6)
         for folder in ("", "last"):
-            assert {path.name for path in (sharded / folder).iterdir()} == {p.name for p in (other / folder).iterdir()}
+            assert {path.name for path in (sharded / folder).iterdir()} == {
+                p.name for p in (other / folder).iterdir()
+            }
             shapes = [
-                [(name, tensor.shape, tensor.dtype) for name, tensor in sorted(weights(out / folder).items())]
+                [
+                    (name, tensor.shape, tensor.dtype)
+                    for name, tensor in sorted(weights(out / folder).items())
+                ]
                 for out in (sharded, other)
             ]
             assert shapes[0] == shapes[1]
@@ -560,15 +669,23 @@ def test_a_checkpoint_does_not_show_whether_the_weights_were_sharded(on_two, uni
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_strategy_and_number_of_processes(first, then, on_two, uninterrupted):
+def test_a_run_goes_on_with_another_strategy_and_number_of_processes(
+    first, then, on_two, uninterrupted
+):
     knobs = HARD | {"lr_schedule": "constant"}  # which does not depend on where the first part ends
-    part = on_two("fsdp", **knobs | {"max_iters": 3}) if first == 2 else uninterrupted(**knobs | {"max_iters": 3})
+    part = (
+        on_two("fsdp", **knobs | {"max_iters": 3})
+        if first == 2
+        else uninterrupted(**knobs | {"max_iters": 3})
+    )
     shutil.copytree(part, "out")
     if then == 2:
         fit_on_two(**knobs, init_from="resume", strategy="fsdp")
     else:
         fit(**knobs, init_from="resume")
-    assert [record["iter"] for record in records(Path("out")) if "loss" in record] == list(range(1, 9))
+    assert [record["iter"] for record in records(Path("out")) if "loss" in record] == list(
+        range(1, 9)
+    )
     assert_close_weights(weights("out/last"), weights(uninterrupted(**knobs) / "last"), atol=1e-5)
 
 
@@ -586,7 +703,9 @@ def test_a_job_whose_process_is_killed_ends_soon_and_does_not_hang():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_torchrun_starts_a_job_again_whose_process_was_killed_and_it_goes_on_from_its_last_save(rank):
+def test_torchrun_starts_a_job_again_whose_process_was_killed_and_it_goes_on_from_its_last_save(
+    rank,
+):
     knobs = LONG | {"max_iters": 30}
     with torchrun("--max_restarts=1", **knobs) as job:
         next(line for line in job.stdout if line.startswith("iter 7/"))
@@ -607,7 +726,10 @@ def test_metrics_are_one_json_object_a_line_with_the_keys_that_others_rely_on(un
     assert len(steps) + len(evaluations) == len(lines)
     assert [record["iter"] for record in steps] == list(range(1, 13))
     assert [record["iter"] for record in evaluations] == [0, 5, 10, 12]
-    assert all(record.keys() >= {"iter", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"} for record in steps)
+    assert all(
+        record.keys() >= {"iter", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"}
+        for record in steps
+    )
     assert all(record.keys() >= {"iter", "train_loss", "val_loss"} for record in evaluations)
     assert [r["lr"] for r in steps] == [train.learning_rate(tiny(), it) for it in range(12)]
     assert all(record["tokens_per_s"] > 0 and record["mfu"] is None for record in steps)
@@ -625,14 +747,18 @@ def test_the_screen_shows_each_logged_step_each_evaluation_and_a_sampled_reply(c
     assert shown.count("[Human]: Hello! How are you today? [Bot]:") == shown.count("val loss") == 2
     lines = [line for line in shown.splitlines() if line.startswith("iter") and "/4: loss" in line]
     assert [line.split(":")[0] for line in lines] == ["iter 2/4", "iter 4/4"]
-    assert all(f"lr {lr:.2e}" in line for line, lr in zip(lines, losses(Path("out"), "lr"), strict=True))
+    assert all(
+        f"lr {lr:.2e}" in line for line, lr in zip(lines, losses(Path("out"), "lr"), strict=True)
+    )
     assert all("tokens/s" in line and "left" in line for line in lines)
 
 
 @pytest.fixture
 def overfitting():
     """Knobs of a run whose validation loss falls, then rises."""
-    other_words = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "purple zebra!"}]] * 30
+    other_words = [
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "purple zebra!"}]
+    ] * 30
     write_shards("data/other", small_talk(60, seed=1), other_words)
     return {"dataset": "other", "eval_interval": 4, "learning_rate": 0.03}
 
@@ -651,7 +777,9 @@ def test_out_dir_holds_the_weights_of_the_lowest_validation_loss(overfitting, un
         assert loss == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_resumed_run_does_not_forget_which_weights_were_best(overfitting, uninterrupted, monkeypatch):
+def test_a_resumed_run_does_not_forget_which_weights_were_best(
+    overfitting, uninterrupted, monkeypatch
+):
     with monkeypatch.context() as patch:
         at_step(patch, 11, power_cut)
         with pytest.raises(InterruptedError):
@@ -662,14 +790,20 @@ def test_a_resumed_run_does_not_forget_which_weights_were_best(overfitting, unin
 def test_what_was_trained_loads_in_transformers_and_talks(uninterrupted, monkeypatch, capsys):
     out = uninterrupted(dropout=0.1)
     messages = [{"role": "user", "content": "hello"}]
-    prompt = AutoTokenizer.from_pretrained(out).apply_chat_template(messages, add_generation_prompt=True)
+    prompt = AutoTokenizer.from_pretrained(out).apply_chat_template(
+        messages, add_generation_prompt=True
+    )
     assert prompt["input_ids"] == Tokenizer().render(messages, add_generation_prompt=True)[0]
     reply = GPT2LMHeadModel.from_pretrained(out).generate(
         torch.tensor([prompt["input_ids"]]), max_new_tokens=8, do_sample=False
     )[0, len(prompt["input_ids"]) :]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
     capsys.readouterr()
-    chat.main(chat.Config(init_from=str(out), max_new_tokens=8, temperature=0, repetition_penalty=1, device="cpu"))
+    chat.main(
+        chat.Config(
+            init_from=str(out), max_new_tokens=8, temperature=0, repetition_penalty=1, device="cpu"
+        )
+    )
     expected = Tokenizer().decode([token for token in reply.tolist() if token != 50256]).split()
     assert capsys.readouterr().out.split() == ["Bot:", *expected]
 
@@ -690,7 +824,12 @@ def test_weights_and_biases_gets_the_run_when_switched_on(monkeypatch):
     wandb.finish()
     wandb.teardown()  # ends its service, which writes
     (logged,) = Path("wandb").glob("offline-run-*/run-*.wandb")
-    for word in ("my first run", "learning_rate", *records(Path("out"))[0], *records(Path("out"))[1]):
+    for word in (
+        "my first run",
+        "learning_rate",
+        *records(Path("out"))[0],
+        *records(Path("out"))[1],
+    ):
         assert word.encode() in logged.read_bytes()
 
 
@@ -721,7 +860,11 @@ def test_a_nanogpt_bin_without_a_header_trains(capsys):
 def test_datasets_separated_by_commas_are_trained_on_together(capsys):
     write_shards("data/more", small_talk(20, seed=5), small_talk(5, seed=6))
     fit(dataset="talk, more", max_iters=1)
-    sizes = [len(ids) for seed, n in ((1, 60), (5, 20)) for ids, _ in Tokenizer().render_batch(small_talk(n, seed))]
+    sizes = [
+        len(ids)
+        for seed, n in ((1, 60), (5, 20))
+        for ids, _ in Tokenizer().render_batch(small_talk(n, seed))
+    ]
     assert f"train: {sum(sizes):,} tokens" in capsys.readouterr().out
 
 
@@ -740,7 +883,11 @@ def test_a_dataset_with_a_share_gives_an_epoch_that_share_of_its_rows(capsys):
 
 @pytest.mark.parametrize("share", ["0", "-1", "half", "nan", "inf"])
 def test_a_share_that_is_no_positive_number_is_refused_by_name(share, monkeypatch, capfd):
-    assert_refused(run_script(monkeypatch, capfd, dataset=f"talk:1,more:{share}"), "share of more", f"more:{share}")
+    assert_refused(
+        run_script(monkeypatch, capfd, dataset=f"talk:1,more:{share}"),
+        "share of more",
+        f"more:{share}",
+    )
 
 
 def test_a_context_too_short_for_the_sampled_reply_trains():
@@ -760,7 +907,12 @@ def test_a_shape_that_the_model_has_not_is_refused(monkeypatch, capfd):
     fit(max_iters=0)
     done = run_script(monkeypatch, capfd, init_from="out/last", out_dir="other", n_layer=3)
     assert_refused(done, "n_layer=3, but out/last has 2")
-    assert run_script(monkeypatch, capfd, init_from="out/last", out_dir="other", max_iters=0).returncode == 0
+    assert (
+        run_script(
+            monkeypatch, capfd, init_from="out/last", out_dir="other", max_iters=0
+        ).returncode
+        == 0
+    )
 
 
 @pytest.mark.slow
@@ -821,7 +973,9 @@ def test_a_block_beyond_the_models_context_is_refused(hf_gpt2):
 
 def test_micro_batches_that_processes_cannot_share_equally_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="gradient_accumulation_steps=3 is not a multiple of the 2 processes"):
+    with pytest.raises(
+        ValueError, match="gradient_accumulation_steps=3 is not a multiple of the 2 processes"
+    ):
         fit(gradient_accumulation_steps=3)
 
 
@@ -881,16 +1035,21 @@ def test_a_run_that_diverges_ends_in_a_sentence_and_the_good_weights_stay(
     assert_same_weights("out/last", good / "last")
 
 
-def test_a_learning_rate_that_is_far_too_high_ends_the_run_before_anything_is_saved_over(uninterrupted):
+def test_a_learning_rate_that_is_far_too_high_ends_the_run_before_anything_is_saved_over(
+    uninterrupted,
+):
     with pytest.raises(
-        ValueError, match=r"the (loss|validation loss|gradient norm) is .* at iter \d+.*diverges. Lower learning_rate"
+        ValueError,
+        match=r"the (loss|validation loss|gradient norm) is .* at iter \d+.*diverges. Lower learning_rate",
     ):
         fit(learning_rate=1e4, warmup_iters=0)
     for folder in ("out", "out/last"):
         assert_same_weights(folder, uninterrupted(max_iters=0))
 
 
-def test_a_run_that_diverges_between_two_logged_steps_is_not_saved_when_it_is_told_to_stop(go_wrong, monkeypatch):
+def test_a_run_that_diverges_between_two_logged_steps_is_not_saved_when_it_is_told_to_stop(
+    go_wrong, monkeypatch
+):
     go_wrong(lambda loss: loss * math.nan)
     at_step(monkeypatch, 13, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(ValueError, match=r"the (loss|gradient norm) is nan"):
@@ -943,7 +1102,9 @@ def test_a_damaged_state_is_refused_by_name(kind, uninterrupted):
         fit(init_from="resume")
 
 
-@pytest.mark.parametrize("state", [[1], torch.zeros(2), {"script": "train"}], ids=["list", "tensor", "dict"])
+@pytest.mark.parametrize(
+    "state", [[1], torch.zeros(2), {"script": "train"}], ids=["list", "tensor", "dict"]
+)
 def test_tensors_that_are_not_a_state_are_refused_by_name(state):
     Path("out/last").mkdir(parents=True)
     torch.save(state, "out/last/state.pt")
@@ -960,7 +1121,9 @@ def test_another_programs_log_is_refused_by_name_and_left(uninterrupted):
 
 
 def test_a_mistake_ends_in_a_sentence_and_status_2(script):
-    assert_refused(script("train.py", *arguments(init_from="resume")), "out/last/state.pt", "--init_from")
+    assert_refused(
+        script("train.py", *arguments(init_from="resume")), "out/last/state.pt", "--init_from"
+    )
 
 
 def test_a_screen_that_cannot_show_every_character_does_not_end_the_training(monkeypatch):

@@ -24,8 +24,21 @@ from train_reward import Replies, figures, losses
 
 TOKENIZER = Tokenizer()
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 32}
-TINY = {"init_from": "start", "out_dir": "out", "dataset": "retry", "device": "cpu", "dtype": "float32", "dropout": 0.1}
-TINY |= {"batch_size": 8, "block_size": 48, "gradient_accumulation_steps": 2, "max_epochs": 0.0, "max_iters": 20}
+TINY = {
+    "init_from": "start",
+    "out_dir": "out",
+    "dataset": "retry",
+    "device": "cpu",
+    "dtype": "float32",
+    "dropout": 0.1,
+}
+TINY |= {
+    "batch_size": 8,
+    "block_size": 48,
+    "gradient_accumulation_steps": 2,
+    "max_epochs": 0.0,
+    "max_iters": 20,
+}
 TINY |= {"learning_rate": 0.01, "warmup_iters": 2, "eval_interval": 10, "log_interval": 5}
 
 
@@ -37,13 +50,17 @@ def replies(n, seed=0, pairs=False):
         kept = i % 2 == 0 if pairs else bool(draw.integers(2))
         if not (pairs and i % 2):
             asked = ["red", "blue", "green", "white"][draw.integers(4)]  # the same of a pair
-        said = " ".join(draw.choice(["yes", "sure"] if kept else ["no", "never"], draw.integers(1, 6)))
+        said = " ".join(
+            draw.choice(["yes", "sure"] if kept else ["no", "never"], draw.integers(1, 6))
+        )
         found.append(([("user", f"is it {asked} now"), ("assistant", said)], kept))
     return found
 
 
 def write_replies(folder, split, labelled):
-    with ShardWriter(Path(folder) / f"{split}.bin", TOKENIZER.n_vocab, TOKENIZER.template) as writer:
+    with ShardWriter(
+        Path(folder) / f"{split}.bin", TOKENIZER.n_vocab, TOKENIZER.template
+    ) as writer:
         for turns, kept in labelled:
             ids, mask = TOKENIZER.render([{"role": role, "content": text} for role, text in turns])
             writer.write([(ids, mask if kept else [0] * len(ids))])
@@ -85,16 +102,24 @@ def test_auc_is_the_share_of_pairs_that_are_in_order():
 
 def test_calibration_error_by_hand():
     # the first bin: 0.02 on average where none is kept; the last: 0.95 where half of them are
-    assert calibration_error([0.01, 0.03, 0.9, 1.0], [0, 0, 1, 0]) == pytest.approx((2 * 0.02 + 2 * 0.45) / 4)
+    assert calibration_error([0.01, 0.03, 0.9, 1.0], [0, 0, 1, 0]) == pytest.approx(
+        (2 * 0.02 + 2 * 0.45) / 4
+    )
     assert calibration_error([1.0, 1.0], [1, 1]) == 0
 
 
 def test_losses_by_hand():
     found, labels = torch.tensor([1.0, -2.0, 0.5, 0.5]), torch.tensor([1.0, 0.0, 1.0, 0.0])
-    by_label = [math.log(1 + math.exp(-1)), math.log(1 + math.exp(-2)), math.log(1 + math.exp(-0.5))]
+    by_label = [
+        math.log(1 + math.exp(-1)),
+        math.log(1 + math.exp(-2)),
+        math.log(1 + math.exp(-0.5)),
+    ]
     by_label += [math.log(1 + math.exp(0.5))]
     assert losses(found, labels, "labels").tolist() == pytest.approx(by_label)
-    assert losses(found, labels, "pairs").tolist() == pytest.approx([math.log(1 + math.exp(-3)), math.log(2)])
+    assert losses(found, labels, "pairs").tolist() == pytest.approx(
+        [math.log(1 + math.exp(-3)), math.log(2)]
+    )
 
 
 def test_figures_by_hand():
@@ -103,20 +128,26 @@ def test_figures_by_hand():
     assert (by_label["accuracy"], by_pair["accuracy"]) == (0.5, 0.5)
     assert by_label["auc"] == by_pair["auc"] == pytest.approx((1 + 0 + 0.5 + 0) / 4)
     likelier = [1 / (1 + math.exp(-3)), 1 / (1 + math.exp(-4))]  # the one right, the other not
-    assert by_pair["ece"] == pytest.approx(abs(sum(likelier) - 1) / 2, abs=1e-6)  # both in the last bin
+    assert by_pair["ece"] == pytest.approx(
+        abs(sum(likelier) - 1) / 2, abs=1e-6
+    )  # both in the last bin
 
 
 # ---- what is scored
 
 
 def test_of_a_text_the_end_is_not_scored_and_the_beginning_is_cut():
-    ids, _ = TOKENIZER.render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}])
+    ids, _ = TOKENIZER.render(
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]
+    )
     assert ids[-1] == END_OF_TEXT
     assert scored(ids, TOKENIZER, 100) == ids[:-1]
     assert scored(ids, TOKENIZER, 3) == ids[-4:-1]
     assert scored([END_OF_TEXT], TOKENIZER, 3) == [END_OF_TEXT]
     theirs = Tokenizer("user_assistant")  # whose rows are padded with another token
-    ids, _ = theirs.render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}])
+    ids, _ = theirs.render(
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    )
     assert scored(ids, theirs, 100) == ids
 
 
@@ -134,7 +165,9 @@ def test_replies_behind_one_context_have_the_scores_of_whole_rows(size):
     context, branches = list(range(100, 115)), [[5, 6, 7], [8], [], [9] * 10]
     room = size - 10  # that the longest leaves to the context
     whole = scores(model, [context[-room:] + ids for ids in branches])
-    torch.testing.assert_close(scores_behind(model, TOKENIZER, context, branches), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        scores_behind(model, TOKENIZER, context, branches), whole, atol=1e-5, rtol=0
+    )
 
 
 # ---- batches
@@ -148,7 +181,9 @@ def test_an_epoch_has_each_reply_once_in_batches_of_about_equal_length(dataset, 
         assert sorted(i for batch in batches for i in batch) == list(range(400))
         if pairs:
             assert all(
-                a % 2 == 0 and b == a + 1 for batch in batches for a, b in zip(batch[::2], batch[1::2], strict=True)
+                a % 2 == 0 and b == a + 1
+                for batch in batches
+                for a, b in zip(batch[::2], batch[1::2], strict=True)
             )
         lengths = [data.lengths[batch] for batch in batches]
         padded = sum(max(n) * len(n) for n in lengths)
@@ -173,7 +208,12 @@ def test_the_end_of_a_long_text_is_what_is_scored():
 
 @pytest.mark.parametrize("loss", ["labels", "pairs"])
 def test_it_learns_which_replies_are_kept_and_length_does_not_tell(loss, capsys):
-    out = fit(loss=loss, dataset={"labels": "retry", "pairs": "pairs"}[loss], max_iters=150, eval_interval=50)
+    out = fit(
+        loss=loss,
+        dataset={"labels": "retry", "pairs": "pairs"}[loss],
+        max_iters=150,
+        eval_interval=50,
+    )
     last = [r for r in records(out) if "val_loss" in r][-1]
     length = last["length_auc" if loss == "labels" else "length_accuracy"]
     assert last["auc"] > 0.95 and last["accuracy"] > 0.9 and 0.5 <= length < 0.65
@@ -193,9 +233,16 @@ def test_it_learns_which_replies_are_kept_and_length_does_not_tell(loss, capsys)
 
 def test_a_model_that_is_no_better_than_length_is_told_so(capsys):
     draw = np.random.default_rng(0)
-    for split, n in (("train", 100), ("val", 60)):  # kept replies are longer, and nothing is learned from 1 step
+    for split, n in (
+        ("train", 100),
+        ("val", 60),
+    ):  # kept replies are longer, and nothing is learned from 1 step
         labelled = [
-            ([("user", "hi"), ("assistant", "tea " * int(draw.integers(1, 9) + 9 * (i % 2)))], i % 2) for i in range(n)
+            (
+                [("user", "hi"), ("assistant", "tea " * int(draw.integers(1, 9) + 9 * (i % 2)))],
+                i % 2,
+            )
+            for i in range(n)
         ]
         write_replies("data/long", split, labelled)
     fit(dataset="long", max_iters=30, learning_rate=1e-4)
@@ -206,7 +253,10 @@ def test_a_model_that_is_no_better_than_length_is_told_so(capsys):
 def test_a_model_that_is_no_better_than_a_constant_is_told_so(capsys):
     draw = np.random.default_rng(0)
     for split, n in (("train", 60), ("val", 60)):  # nothing tells which are kept
-        labelled = [([("user", "hi"), ("assistant", f"word {draw.integers(1000)}")], i % 2) for i in range(n)]
+        labelled = [
+            ([("user", "hi"), ("assistant", f"word {draw.integers(1000)}")], i % 2)
+            for i in range(n)
+        ]
         write_replies("data/noise", split, labelled)
     fit(dataset="noise", max_iters=1, learning_rate=1e-9)
     shown = capsys.readouterr().out
@@ -215,10 +265,15 @@ def test_a_model_that_is_no_better_than_a_constant_is_told_so(capsys):
 
 
 def test_of_pairs_the_baseline_is_the_longer_or_the_shorter_of_each(capsys):
-    for split, n in (("train", 40), ("val", 20)):  # the chosen one is longer but for every fifth pair, which is even
+    for split, n in (
+        ("train", 40),
+        ("val", 20),
+    ):  # the chosen one is longer but for every fifth pair, which is even
         lengths = [(2, 2) if pair % 5 == 4 else (pair % 3 + 2, pair % 3 + 1) for pair in range(n)]
         labelled = [
-            ([("user", "hi"), ("assistant", "tea " * k)], i == 0) for pair in lengths for i, k in enumerate(pair)
+            ([("user", "hi"), ("assistant", "tea " * k)], i == 0)
+            for pair in lengths
+            for i, k in enumerate(pair)
         ]
         write_replies("data/long", split, labelled)
     out = fit(dataset="long", loss="pairs", max_iters=1, learning_rate=1e-9)
@@ -244,8 +299,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(monkeypatch):
 def test_two_processes_are_one_process_with_the_same_global_batch():
     whole = fit(dropout=0.0)
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    knobs = [f"--{name}={value}" for name, value in (TINY | {"dropout": 0.0, "out_dir": "two"}).items()]
-    done = subprocess.run([*run, ROOT / "train_reward.py", *knobs], capture_output=True, text=True, timeout=120)
+    knobs = [
+        f"--{name}={value}" for name, value in (TINY | {"dropout": 0.0, "out_dir": "two"}).items()
+    ]
+    done = subprocess.run(
+        [*run, ROOT / "train_reward.py", *knobs], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     ones, twos = (load_file(f"{out}/last/model.safetensors") for out in (whole, "two"))
     for name in ones:
@@ -258,7 +317,9 @@ def test_two_processes_are_one_process_with_the_same_global_batch():
 
 def test_a_reward_model_can_be_trained_further():
     first = fit()
-    again = fit(init_from=str(first), out_dir="again", max_iters=1, learning_rate=1e-9, warmup_iters=0)
+    again = fit(
+        init_from=str(first), out_dir="again", max_iters=1, learning_rate=1e-9, warmup_iters=0
+    )
     losses_of = [[r["val_loss"] for r in records(out) if "val_loss" in r] for out in (first, again)]
     assert losses_of[1][0] == pytest.approx(min(losses_of[0]), abs=1e-6)
 
@@ -270,7 +331,10 @@ def test_a_reward_model_can_be_trained_further():
     ("many", "says"),
     [
         ([([11, 60000], [0, 0]), ([11, 12], [0, 1])], r"train\.bin has token 60000"),
-        ([([11, 12], [0, 1]), ([], []), ([11, 12], [0, 0])], r"train\.bin has a reply without tokens"),
+        (
+            [([11, 12], [0, 1]), ([], []), ([11, 12], [0, 0])],
+            r"train\.bin has a reply without tokens",
+        ),
     ],
     ids=["beyond the vocabulary", "empty"],
 )
@@ -294,7 +358,10 @@ def test_a_shard_with_a_reply_that_cannot_be_scored_is_refused(tmp_path, many, s
         ({"dataset": "text"}, ["plain text without labels", "prepare/retry.py"]),
         ({"dataset": "kept"}, ["replies of one kind only"]),
         ({"dataset": "empty"}, ["data/empty/train.bin is empty: prepare it again"]),
-        ({"dataset": "sorted", "eval_iters": 1, "batch_size": 2}, ["all of one label: raise eval_iters"]),
+        (
+            {"dataset": "sorted", "eval_iters": 1, "batch_size": 2},
+            ["all of one label: raise eval_iters"],
+        ),
         ({"init_from": "resume"}, ["out/last/state.pt to resume from"]),
         ({"init_from": "nowhere"}, ["no such directory"]),
         ({"template": "user_assistant"}, ["--template=user_assistant"]),
@@ -308,7 +375,10 @@ def test_what_cannot_be_is_refused_in_a_sentence(knobs, words):
         np.arange(1000, dtype=np.uint16).tofile(f"data/text/{split}.bin")
         Path(f"data/empty/{split}.bin").touch()
         write_replies("data/kept", split, [(turns, True) for turns, _ in replies(20)])
-        talk = [([("user", "hi"), ("assistant", "tea " * (1 + 9 * kept))], kept) for kept in (0, 0, 1, 1)]
+        talk = [
+            ([("user", "hi"), ("assistant", "tea " * (1 + 9 * kept))], kept)
+            for kept in (0, 0, 1, 1)
+        ]
         write_replies("data/sorted", split, talk)  # batches of about equal length
     with pytest.raises((ValueError, FileNotFoundError)) as refused:
         fit(**knobs)
@@ -330,7 +400,9 @@ def test_scores_that_are_no_numbers_end_the_run_and_the_checkpoint_stays(monkeyp
 
 def test_the_config_for_the_model_in_the_box_runs():
     given = ["--max_epochs=0", "--max_iters=1", "--batch_size=4", "--eval_iters=5", "--device=cpu"]
-    train_reward.main(parse(train_reward.Config, [str(ROOT / "config" / "train_reward_nano.py"), *given]))
+    train_reward.main(
+        parse(train_reward.Config, [str(ROOT / "config" / "train_reward_nano.py"), *given])
+    )
     assert load_model("out/reward", Model=RewardModel)[0].config.block_size == 256
 
 
@@ -341,4 +413,7 @@ def test_a_run_is_not_overwritten_by_another():
 
 
 def test_a_mistake_ends_in_a_sentence_and_status_2(script):
-    assert_refused(script("train_reward.py", "--init_from=start", "--block_size=48", "--dataset=nowhere"), "nowhere")
+    assert_refused(
+        script("train_reward.py", "--init_from=start", "--block_size=48", "--dataset=nowhere"),
+        "nowhere",
+    )
