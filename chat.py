@@ -10,12 +10,16 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 
-from nanochatgpt.checkpoint import default_model, load_model, load_reward_model
+from nanochatgpt.checkpoint import default_model, load_model
 from nanochatgpt.configurator import at_least, run
 from nanochatgpt.device import pick_device, pick_dtype
-from nanochatgpt.generate import Engine, best_of, stream
+from nanochatgpt.engine import Engine
+from nanochatgpt.generate import stream
 from nanochatgpt.sampling import ChatSampling, for_template, options_of
-from nanochatgpt.tokenizer import Trim, fit_context
+from nanochatgpt.stream import Trim
+from nanochatgpt.tokenizer import fit_context
+from rlhf.reward import best_of
+from rlhf.reward_model import load_reward_model
 
 COMMANDS = """\
 /help            this list

@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 
-from evaluation.convai2 import PUBLISHED, marks
-from evaluation.metrics import METRICS, f1, likeness, manner, perplexity, predict, remembers
+from evaluation.convai2 import PUBLISHED, convai2_metrics
+from evaluation.metrics import METRICS, diversity, f1, likeness, perplexity, predict, remembers
 from evaluation.report import BATCH_COLUMNS, FIGURES, page, read_run, table, table_of_batches
-from nanochatgpt.atomic import replacing
 from nanochatgpt.checkpoint import NANO, default_model, load_model
 from nanochatgpt.configurator import at_least, run
 from nanochatgpt.device import keep_freed_memory, pick_device, pick_dtype
+from nanochatgpt.files import replacing
 from nanochatgpt.generate import generate
+from nanochatgpt.loader import Loader
 from nanochatgpt.sampling import ChatSampling, for_template, options_of
-from nanochatgpt.shards import Loader, find_shards, open_shard, openings
+from nanochatgpt.shards import find_shards, open_shard, sample_prompts
 from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer, fit_context
 from prepare.personachat import examples
 from prepare.recall import Speaker, probe
@@ -210,7 +211,7 @@ class Material:
             batch = (config.batch_size, context, config.seed, tokenizer)
             self.loader = Loader(shards, *batch, max_conversations=config.max_conversations)
             shards = [part.shard for part in self.loader.parts]
-            self.prompts, self.references = openings(
+            self.prompts, self.references = sample_prompts(
                 shards, tokenizer, config.replies, room, config.seed
             )
             if config.replies and not self.prompts and any(shard.template for shard in shards):
@@ -232,10 +233,10 @@ def evaluate(config, model, tokenizer, material):
     if material.prompts:
         said += reply(model, tokenizer, material.prompts, sampling, config.seed, "replying")
         replies = [r.text for r in said]
-        figures |= likeness(replies, material.references) | manner(replies, tokenizer)
+        figures |= likeness(replies, material.references) | diversity(replies, tokenizer)
     if material.lines:
         with progress("ranking", len(material.lines)) as shown:
-            figures |= marks(model, tokenizer, material.lines, material.context, shown)
+            figures |= convai2_metrics(model, tokenizer, material.lines, material.context, shown)
         pairs = zip(replies, material.references, strict=True)
         figures["f1"] = sum(f1(*pair) for pair in pairs) / len(replies)
     for name, (prompts, values) in material.probes.items():
@@ -347,7 +348,7 @@ def main(config):
     figures, replies = {}, {}
     for name in names:
         figures[name], replies[name] = evaluate(config, *models[name], material)
-    people = {"people": manner(material.references, tokenizer)} if material.references else {}
+    people = {"people": diversity(material.references, tokenizer)} if material.references else {}
     rows = table(figures | people | (PUBLISHED if config.convai2 else {}))
     widths = [max(len(name) + 2, 10) for name in rows[0][1:]]
     for label, *cells in rows:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from nanochatgpt.checkpoint import default_model, load_model
 from nanochatgpt.configurator import run
 from nanochatgpt.device import pick_device, pick_dtype
-from nanochatgpt.generate import Engine, stream
+from nanochatgpt.engine import Engine
+from nanochatgpt.generate import stream
 from nanochatgpt.sampling import Sampling
 
 

@@ -45,12 +45,13 @@ except ImportError as error:
     print(f"serve.py: {error.name} is missing: pip install -e '.[serve]'", file=sys.stderr)
     sys.exit(2)
 
-from nanochatgpt.checkpoint import default_model, load_model, load_reward_model
+from nanochatgpt.checkpoint import default_model, load_model
 from nanochatgpt.configurator import at_least, run
 from nanochatgpt.device import pick_device, pick_dtype
-from nanochatgpt.generate import Engine
+from nanochatgpt.engine import Engine
 from nanochatgpt.sampling import ChatSampling, Sampling, for_template
 from nanochatgpt.tokenizer import END_OF_TEXT, fit_context
+from rlhf.reward_model import load_reward_model
 from serving.guard import Guard, Protocol, Refused, answer, is_loopback
 from serving.protocol import (
     ChatAnswer,

@@ -1,415 +1,351 @@
 """Train a GPT-2 on shards: python train.py config/finetune_chat.py
 
-From OpenAI's weights or from scratch, on one device or, under torchrun, on many:
+From OpenAI's weights or from scratch, on one device or, with torchrun, on many:
 torchrun --nproc_per_node=4 train.py config/finetune_chat.py
 """
 
 import gc
 import math
 import os
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 
-import numpy as np
 import torch
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
-from model import GPT, GPTConfig, move
+from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.configurator import at_least, run
-from nanochatgpt.device import peak_flops
-from nanochatgpt.generate import generate
-from nanochatgpt.induction import set_induction_heads
-from nanochatgpt.monitor import Log, StopSignal, Trouble
-from nanochatgpt.shards import Loader, find_shards
-from nanochatgpt.tokenizer import Tokenizer
-from nanochatgpt.training import (
-    WHOLE,
-    adamw,
-    check_knobs,
-    join,
-    learning_rate,
-    optimizer_step,
+from nanochatgpt.device import move, peak_flops
+from nanochatgpt.distributed import (
+    distribute,
+    gathered,
+    init_distributed,
     precision,
-    restore,
-    run_to_resume,
-    save_last,
+    seed_for,
+    synced_last,
 )
+from nanochatgpt.fast import compiled, speed_up
+from nanochatgpt.generate import generate
+from nanochatgpt.loader import Loader, read_ahead
+from nanochatgpt.monitor import DivergenceCheck, Log, StopSignal, Timer, time_left
+from nanochatgpt.optimizer import (
+    TrainConfig,
+    check_schedule,
+    check_train_config,
+    learning_rate,
+    make_adamw,
+)
+from nanochatgpt.resume import Run
+from nanochatgpt.shards import find_shards
+from nanochatgpt.tokenizer import Tokenizer
 
 
 @dataclass
-class Config:
-    # where from, where to
+class Config(TrainConfig):  # which has the knobs that all training scripts share
     init_from: str = "gpt2"  # scratch, resume, nano, gpt2[-medium|-large|-xl], distilgpt2, org/name or a directory
-    out_dir: str = (
-        "out/chat"  # the best weights so far; the latest and the trainer's state in its last/
-    )
-    data_dir: str = "data"  # where the datasets are
-    dataset: str = "personachat"  # folders of data_dir with train*.bin and val*.bin; a,b:0.5 takes half of b an epoch
-    template: str = ""  # one of TEMPLATES in tokenizer.py: how conversations are written; the model's own unless given
+    dataset: str = "personachat"  # folders of data_dir: a,b:0.5 takes half of b per epoch
+    template: str = ""  # how conversations are written, one of TEMPLATES in tokenizer.py; default: the model's own
     dropout: float = 0.1  # share of activations dropped in training
-    # the model, when it starts from scratch
-    n_layer: int = 12  # layers, from scratch
-    n_head: int = 12  # attention heads in each, from scratch
-    n_embd: int = 768  # width, from scratch
-    induction_heads: bool = (
-        False  # from scratch: begin with heads that copy (induction.py), so that it soon remembers
-    )
+    # the model's shape, from scratch
+    n_layer: int = 12  # layers
+    n_head: int = 12  # attention heads per layer
+    n_embd: int = 768  # width
     # the batch
-    batch_size: int = 8  # rows in a micro-batch
     block_size: int = 1024  # tokens in a row; from scratch, also the model's context
-    gradient_accumulation_steps: int = 4  # micro-batches in a step, over all processes together
-    # the optimizer: AdamW
-    max_iters: int = 1000  # steps
-    max_epochs: float = (
-        0.0  # if not 0, as many steps as make so many passes over the data, whatever max_iters is
-    )
-    learning_rate: float = 5e-5  # at its highest
+    gradient_accumulation_steps: int = 4  # micro-batches per step, over all processes together
+    # the optimizer, AdamW
+    max_epochs: float = 0.0  # passes over the data; overrides max_iters (0 = off)
     lr_schedule: str = "cosine"  # cosine or linear, down to min_lr at max_iters; or constant
     min_lr: float = 0.0  # learning rate at the end
-    warmup_iters: int = 50  # steps over which the learning rate rises from 0
+    warmup_iters: int = 50  # steps of linear warmup
     weight_decay: float = 0.01  # on matrices, not on biases and LayerNorms
-    beta1: float = 0.9  # decay of the gradient's mean
-    beta2: float = 0.99  # decay of the gradient's square's mean
-    adam_eps: float = (
-        1e-8  # from scratch 1e-5: else tokens that are rarely targets all drift to one embedding
-    )
-    freeze_rare: int = 0  # embeddings of tokens that come less often in an epoch stay as they are: see config/nano.py
-    label_smoothing: float = (
-        0.0  # share of each target that is spread over all tokens: none becomes impossible
-    )
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
-    # looking on
-    eval_interval: int = 200  # steps from one evaluation and checkpoint to the next
-    eval_iters: int = 50  # micro-batches of each split in an evaluation, at most
-    log_interval: int = 10  # steps from one line to the next
-    wandb_log: bool = False  # log to Weights & Biases too
-    wandb_project: str = "nanochatgpt"  # project at Weights & Biases
-    wandb_run_name: str = ""  # name of the run there
+    beta2: float = 0.99  # decay of the mean squared gradient
+    # evaluation and logging
+    eval_iters: int = 50  # micro-batches per split in an evaluation
+    log_interval: int = 10  # log every N steps
     # the machine
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # what autocast computes in: float32, bfloat16, float16 (CUDA only); auto: what is fastest
-    compile: bool = False  # torch.compile the model: a minute's start, then faster steps on a GPU
-    strategy: str = (
-        "ddp"  # under torchrun: ddp, or fsdp, which shards weights and optimizer over the devices
-    )
-    gradient_checkpointing: bool = False  # a third more work, and far less memory for activations
+    compile: bool = False  # torch.compile: a minute to start, then faster steps on a GPU
+    strategy: str = "ddp"  # with torchrun: ddp, or fsdp to shard weights and optimizer over devices
+    gradient_checkpointing: bool = False  # a third more work, far less memory for activations
     deterministic: bool = (
-        False  # on a GPU the same bits in every run, at some cost in speed; a CPU gives them anyway
+        False  # on a GPU, the same bits in every run, slower; a CPU always gives them
     )
-    seed: int = 1337  # of the initialisation, the order of the data and dropout
 
 
 def check(config):
     """Raise ValueError for a knob that is out of range."""
-    check_knobs(config)
-    at_least(
-        1,
-        config,
-        "n_layer",
-        "n_head",
-        "n_embd",
-        "block_size",
-        "gradient_accumulation_steps",
-        "eval_iters",
-    )
-    at_least(0, config, "freeze_rare")
-    if not 0 <= config.label_smoothing < 1:
-        raise ValueError(f"label_smoothing={config.label_smoothing} is not from 0 to below 1")
+    check_train_config(config)
+    check_schedule(config)
+    at_least(1, config, "n_layer", "n_head", "n_embd", "block_size")
+    at_least(1, config, "gradient_accumulation_steps", "eval_iters", "log_interval")
+    at_least(0, config, "max_epochs")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout={config.dropout} is not from 0 to below 1")
     if config.strategy not in ("ddp", "fsdp"):
         raise ValueError(f"strategy={config.strategy} is not one of ddp, fsdp")
-    if config.freeze_rare and config.strategy == "fsdp":
-        raise ValueError(
-            f"freeze_rare={config.freeze_rare} needs the embeddings in one piece: set strategy=ddp"
+
+
+def make_model(config, state, distributed):
+    """Return (GPT, Tokenizer): from the state of a run to resume, from scratch, or from weights."""
+    if state is not None:
+        model = GPT(GPTConfig(**state["config"] | {"dropout": config.dropout}))
+        model.load_state_dict(state.pop("model"))
+        return model, Tokenizer(state["template"])
+
+    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
+    if config.init_from == "scratch":
+        tokenizer = Tokenizer(config.template or "human_bot")
+        model = GPT(
+            GPTConfig(config.block_size, tokenizer.n_vocab, dropout=config.dropout, **shape)
         )
+        return model, tokenizer
+
+    with distributed.rank_zero_first():
+        model, tokenizer = load_model(config.init_from, dropout=config.dropout)
+    for name, value in shape.items():
+        if value not in (getattr(Config, name), getattr(model.config, name)):
+            raise ValueError(
+                f"{name}={value}, but {config.init_from} has {getattr(model.config, name)}: leave "
+                "it out, or start from scratch"
+            )
+    if config.template:
+        tokenizer = Tokenizer(config.template)
+    model.grow_vocab(tokenizer.n_vocab)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def evaluate(model, loader, config, distributed, autocast):
+    """Return the mean loss over the supervised tokens of the first eval_iters batches, or of a
+    whole epoch if that is less."""
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
+    n_batches = min(config.eval_iters, math.ceil(loader.n_rows / config.batch_size))
+    # all processes take the same number of batches: a sharded model needs all of them
+    for first in range(0, n_batches, distributed.world_size):
+        number = first + distributed.rank
+        x, y, documents = loader.batch(number)
+        n = (y != -100).sum().item() if number < n_batches else 0
+        with autocast:
+            _, loss = model(x.to(distributed.device), y, documents.to(distributed.device))
+        sums += torch.tensor([loss.item() * n, n], dtype=torch.float64)
+    loss_sum, n_supervised = distributed.sum(sums).tolist()
+    if n_supervised == 0:
+        raise ValueError(f"no supervised token in {config.eval_iters} batches: raise eval_iters")
+    return loss_sum / n_supervised
 
 
 def main(config):
     check(config)
-    last = Path(config.out_dir) / "last"
 
-    # 1. the processes: one alone, or as many as torchrun started
-    world = join(config, "gradient_accumulation_steps")
-    rank, world_size, device, master = world.rank, world.size, world.device, world.master
-    sharded = config.strategy == "fsdp" and world_size > 1
-
-    # 2. the precision
+    # 1. the processes, the precision
+    distributed = init_distributed(config, "gradient_accumulation_steps")
+    rank = distributed.rank
+    world_size = distributed.world_size
+    device = distributed.device
     dtype, autocast, scaler = precision(config.dtype, device)
+    sharded = config.strategy == "fsdp" and world_size > 1
     if dtype == torch.float16 and sharded:
         raise ValueError("strategy=fsdp trains in bfloat16 or float32: set dtype")
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
 
-    # 3. the model and its tokenizer
-    shards = {  # that there are any is known before weights are fetched
-        split: find_shards(config.data_dir, config.dataset, split, shares=True)
-        for split in ("train", "val")
-    }
-    state = run_to_resume(config, world, "train")
-    if state is not None:
-        tokenizer = Tokenizer(state["template"])
-        model = GPT(GPTConfig(**state["config"] | {"dropout": config.dropout}))
-        model.load_state_dict(state.pop("model"))
-    elif config.init_from == "scratch":
-        tokenizer = Tokenizer(config.template or "human_bot")
-        shape = (config.n_layer, config.n_head, config.n_embd)
-        model = GPT(GPTConfig(config.block_size, tokenizer.n_vocab, *shape, config.dropout))
-        if config.induction_heads:
-            set_induction_heads(model)
-    else:
-        with world.one_by_one():
-            model, tokenizer = load_model(config.init_from, dropout=config.dropout)
-        for name in ("n_layer", "n_head", "n_embd"):
-            asked, there = getattr(config, name), getattr(model.config, name)
-            if name in getattr(config, "given", ()) and asked != there:
-                raise ValueError(
-                    f"{name}={asked}, but {config.init_from} has {there}: leave it out, or start from scratch"
-                )
-        tokenizer = Tokenizer(config.template or tokenizer.template)
-        model.grow_vocab(tokenizer.n_vocab)
-    if config.block_size > model.config.block_size:
-        raise ValueError(
-            f"block_size={config.block_size}, but the model's context is {model.config.block_size}: lower it to that"
-        )
-    state = state or {"iter": 0, "best_val_loss": math.inf}
-    raw_model = model.to(device)
-    raw_model.gradient_checkpointing = config.gradient_checkpointing
-    raw_model.label_smoothing = config.label_smoothing
-
-    # 4. the data
-    loaders = {}
+    # 2. the model and its tokenizer; fail before downloading weights if there is no data
+    shards = {}
     for split in ("train", "val"):
-        loaders[split] = Loader(
-            shards[split], config.batch_size, config.block_size, config.seed, tokenizer
+        shards[split] = find_shards(config.data_dir, config.dataset, split, shares=True)
+    training_run = Run("train", config, distributed)
+    state = training_run.load()
+    raw_model, tokenizer = make_model(config, state, distributed)
+    if config.block_size > raw_model.config.block_size:
+        raise ValueError(
+            f"block_size={config.block_size}, but the model's context is "
+            f"{raw_model.config.block_size}: lower it to that"
         )
-    steps_per_epoch = loaders["train"].n_rows / (
-        config.batch_size * config.gradient_accumulation_steps
-    )
+    raw_model.gradient_checkpointing = config.gradient_checkpointing
+    speed_up(raw_model.to(device))  # same numbers, less time and memory; works without this line
+    state = state or {"iter": 0, "best_val_loss": math.inf}
+
+    # 3. the data
+    loaders = {}
+    for split, paths in shards.items():
+        loaders[split] = Loader(paths, config.batch_size, config.block_size, config.seed, tokenizer)
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps
+    steps_per_epoch = loaders["train"].n_rows / rows_per_step
     if config.max_epochs:
         config.max_iters = max(1, round(config.max_epochs * steps_per_epoch))
-    if config.freeze_rare:
-        counts = loaders["train"].counts(raw_model.config.vocab_size)
-        raw_model.freeze_embeddings(torch.from_numpy(counts < config.freeze_rare).to(device))
     if state["iter"] > config.max_iters:
         raise ValueError(
-            f"{last} is at iter {state['iter']}, beyond max_iters={config.max_iters}: raise it"
+            f"{training_run.last} is at iter {state['iter']}, beyond max_iters={config.max_iters}: "
+            "raise it"
         )
 
-    # 5. many devices: whole copies of the model whose gradients are averaged, or one that is sharded
-    if config.compile:
-        model = raw_model.compiled()
-    if sharded:
-        for block in raw_model.transformer.h:
-            fully_shard(block)
-        fully_shard(raw_model)
-    elif world_size > 1:
-        model = DistributedDataParallel(
-            model
-        )  # with device_ids it would move the targets to the GPU
+    # 4. the model on many devices, the optimizer
+    model = compiled(raw_model) if config.compile else raw_model
+    model = distribute(model, raw_model, distributed, sharded)
+    optimizer = make_adamw(raw_model, config.learning_rate, config.weight_decay, config.beta2)
+    training_run.tokenizer = tokenizer
+    training_run.model = raw_model
+    training_run.optimizer = optimizer
+    training_run.scaler = scaler
+    training_run.restore(state)
 
-    # 6. the optimizer
-    spared = (
-        raw_model.transformer.wte.weight if config.freeze_rare else None
-    )  # some of it has to stay as it is
-    optimizer = adamw(raw_model, config, spared)
-    restore(raw_model, optimizer, scaler, state)
-
-    @torch.no_grad()
-    def evaluate(loader):
-        """Return the mean loss over the supervised tokens of the first `eval_iters` batches, or of a whole epoch."""
-        sums = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
-        n_batches = min(config.eval_iters, -(-loader.n_rows // config.batch_size))
-        for first in range(
-            0, n_batches, world_size
-        ):  # all processes the same number: a sharded model needs them all
-            x, y, documents = loader.batch(first + rank)
-            n = (y != -100).sum().item() if first + rank < n_batches else 0
-            with autocast:
-                loss = raw_model(x.to(device), y, documents=documents.to(device))[1]
-            sums += torch.tensor([loss.item() * n, n], dtype=torch.float64)
-        if world.sum(sums)[1] == 0:
-            raise ValueError(
-                f"no supervised token in the first {config.eval_iters} batches: raise eval_iters"
-            )
-        return (sums[0] / sums[1]).item()
-
-    def gathered():
-        """Return the model, a sharded one as a whole on the first process's CPU."""
-        if not sharded:
-            return raw_model
-        weights = get_model_state_dict(raw_model, options=WHOLE)
-        with torch.device("meta"):
-            model = GPT(raw_model.config)
-        if master:
-            model.load_state_dict(weights, assign=True)
-            model.tie_weights()
-        return model
-
-    def save(it, model):
-        """Write last/."""
-        common = (raw_model, optimizer, scaler)
-        best = state["best_val_loss"]
-        save_last(
-            world,
-            config,
-            "train",
-            model,
-            tokenizer,
-            *common,
-            weights=model,
-            iter=it,
-            best_val_loss=best,
-        )
-
-    # 7. the log: lines on the screen and in metrics.jsonl, which a resumed run continues from where it was saved
-    stop, trouble = StopSignal(), Trouble()
-    tokens_per_step = config.batch_size * config.block_size * config.gradient_accumulation_steps
-    peak = peak_flops(device) if dtype != torch.float32 else None
-    if master:
-        print(
-            f"{raw_model.num_parameters():,} parameters on {device}, {str(dtype).removeprefix('torch.')}"
-        )
-        if torch.device(device).type == "cuda" and not peak:
-            print(
-                f"no MFU: the peak rate of {torch.cuda.get_device_name(device)} in {dtype} is not in PEAK_FLOPS"
-            )
-        for split, loader in loaders.items():
-            rows = f"{loader.n_rows:,} rows of {config.block_size}, {loader.fill:.1%} full"
-            if len(loader.parts) > 1:  # a small data set may drown in a large one
-                rows += f" ({', '.join(f'{part.taken:,} of {part.shard.path.parent.name}' for part in loader.parts)})"
-            lost = f"; {loader.n_lost:,} left out, beyond a row" if loader.n_lost else ""
-            print(f"{split}: {loader.n_tokens:,} tokens in {rows}{lost}")
-        print(
-            f"{config.max_iters:,} steps are {round(config.max_iters / steps_per_epoch, 2):,g} epochs"
-        )
+    # 5. the log
+    stop = StopSignal()
+    divergence = DivergenceCheck()
+    if distributed.master:
+        print_start(config, raw_model, loaders, device, dtype)
+        print(f"{config.max_iters:,} steps are {config.max_iters / steps_per_epoch:,.3g} epochs")
         log = Log(config, first_iter=state["iter"])
 
     def step_batches(it):
-        """Return this process's micro-batches of step `it`, each with its number of supervised tokens."""
+        """Return this process's micro-batches of step `it`: [(x, y, documents)]."""
+        first = it * config.gradient_accumulation_steps
         steps = range(rank, config.gradient_accumulation_steps, world_size)
-        batches = [
-            loaders["train"].batch(it * config.gradient_accumulation_steps + step) for step in steps
-        ]
-        return [(*batch, (batch[1] != -100).sum().item()) for batch in batches]
+        return [loaders["train"].batch(first + step) for step in steps]
 
-    # 8. the loop
-    reader = ThreadPoolExecutor(1)  # a step's batches are read while the one before is computed
-    ahead = reader.submit(step_batches, state["iter"])
-    gc.freeze()  # what is there now lives to the end: the collector need not walk through it at every turn
-    clock, clock_iter, norm = time.perf_counter(), state["iter"], None
+    # 6. the loop
+    steps = read_ahead(step_batches, range(state["iter"], config.max_iters))
+    timer = Timer(state["iter"])
+    norm = None
+    gc.freeze()  # everything allocated so far lives to the end: keep the collector from rescanning it
     for it in range(state["iter"], config.max_iters + 1):
+        # evaluate; save the best weights in out_dir, the latest in out_dir/last
         if it % config.eval_interval == 0 or it == config.max_iters:
             raw_model.eval()
-            losses = {split: evaluate(loader) for split, loader in loaders.items()}
-            trouble.check("validation loss", losses["val"], it, state["best_val_loss"])
-            model_now = gathered()
-            if master:
+            losses = {}
+            for split, loader in loaders.items():
+                losses[split] = evaluate(raw_model, loader, config, distributed, autocast)
+            divergence.check("validation loss", losses["val"], it, state["best_val_loss"])
+            whole_model = gathered(raw_model, sharded)
+            if distributed.master:
                 log(iter=it, train_loss=losses["train"], val_loss=losses["val"])
                 print(f"iter {it}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-                print(f"  {sample_reply(model_now, tokenizer)}")
+                print(f"  {sample_reply(whole_model, tokenizer)}")
                 if losses["val"] < state["best_val_loss"]:
-                    save_model(model_now, tokenizer, config.out_dir)
+                    save_model(whole_model, tokenizer, config.out_dir)
             state["best_val_loss"] = min(state["best_val_loss"], losses["val"])
-            save(it, model_now)
+            training_run.save(
+                whole_model, whole_model, iter=it, best_val_loss=state["best_val_loss"]
+            )
             raw_model.train()
-            clock, clock_iter = time.perf_counter(), it
+            timer.restart(it)
         if it == config.max_iters:
-            if master:
-                best = f"the best validation loss is {state['best_val_loss']:.4f}, its weights are in {config.out_dir}"
-                print(f"{best}; talk to them: python chat.py --init_from={config.out_dir}")
             break
 
-        # dropout's noise is a function of (seed, step, rank), as the data is: nothing of it need be saved
-        torch.manual_seed(int(np.random.SeedSequence((config.seed, it, rank)).generate_state(1)[0]))
-        lr = learning_rate(config, it)
-
-        # the loss is the sum over the supervised tokens of all micro-batches and processes, over their number
-        batches, ahead = ahead.result(), reader.submit(step_batches, it + 1)
-        # on the CPU, through gloo: no wait for the GPU
-        total, stopping = world.sum(
-            torch.tensor([sum(n for *_, n in batches), int(stop.asked)])
-        ).tolist()
+        # read this step's micro-batches and count the tokens to learn, over all processes; the sum
+        # also tells everybody if somebody was asked to stop
+        batches = next(steps)
+        counts = [(y != -100).sum().item() for _, y, _ in batches]
+        total, stopping = distributed.sum(torch.tensor([sum(counts), int(stop.asked)])).tolist()
         if stopping:
             if norm is not None and not scaler.is_enabled():
-                trouble.check("gradient norm", norm.item(), it)
-            save(it, gathered())
-            if master:
-                print(
-                    f"stopped at iter {it}, saved to {last}; go on with the same command and --init_from=resume"
-                )
+                divergence.check("gradient norm", norm.item(), it)
+            whole_model = gathered(raw_model, sharded)
+            training_run.save(
+                whole_model, whole_model, iter=it, best_val_loss=state["best_val_loss"]
+            )
+            training_run.print_stopped(it)
             break
-        loss_sum = torch.zeros((), device=device)
-        for i, (x, y, documents, n) in enumerate(batches):
-            if world_size > 1:  # gradients meet once a step
-                meet = i == len(batches) - 1
-                if sharded:
-                    raw_model.set_requires_gradient_sync(meet)
-                else:
-                    model.require_backward_grad_sync = meet
-            with autocast:
-                # the targets stay on the CPU: the model looks there for what is supervised, and waits for no GPU (but
-                # FSDP moves all that goes in)
-                loss = model(move(x, device), y, documents=move(documents, device))[1] * (
-                    n / max(1, total)
-                )
-            loss_sum += loss.detach()
-            scaler.scale(loss * world_size).backward()  # the processes' mean is taken
-        norm = optimizer_step(raw_model, optimizer, scaler, lr, config.grad_clip)
-        norm = norm.full_tensor() if sharded else norm
 
+        # ==== one training step: the heart of this file ===========================================
+        lr = learning_rate(config, it)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # dropout is a function of (seed, step, rank), as the data is: there is no RNG state to save
+        torch.manual_seed(seed_for(config.seed, it, rank))
+
+        # the loss: the sum over the supervised tokens of all micro-batches, divided by their number
+        step_loss = torch.zeros((), device=device)
+        for (x, y, documents), n in synced_last(model, list(zip(batches, counts, strict=True))):
+            x = move(x, device)  # y stays on the CPU: finding what is supervised must not wait
+            documents = move(documents, device)
+            with autocast:
+                _, loss = model(x, y, documents)  # mean over this micro-batch's n tokens
+                loss = loss * (n / max(1, total))
+            scaler.scale(loss * world_size).backward()  # DDP averages gradients; we want their sum
+            step_loss += loss.detach()
+
+        # clip the gradient, update the weights
+        scaler.unscale_(optimizer)
+        norm = clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        # ==========================================================================================
+
+        # log
+        if sharded:
+            norm = norm.full_tensor()
         if (it + 1) % config.log_interval == 0:
-            loss = world.sum(loss_sum).item()
-            seconds = (time.perf_counter() - clock) / (it + 1 - clock_iter)
-            clock, clock_iter = time.perf_counter(), it + 1
-            if master:
-                tokens = loaders["train"].fill * tokens_per_step  # padding is none
-                speed, flops = (
-                    tokens / seconds,
-                    raw_model.flops_per_token(loaders["train"].span, total / tokens),
-                )
-                mfu = flops * speed / (peak * world_size) if peak else None
+            step_loss = distributed.sum(step_loss).item()
+            seconds = timer.seconds_per_step(it + 1)
+            if distributed.master:
+                loader = loaders["train"]
+                tokens = loader.fill * rows_per_step * config.block_size  # without the padding
+                flops = raw_model.flops_per_token(loader.span, total / tokens) * tokens
+                peak = peak_flops(device) if dtype != torch.float32 else None
+                mfu = flops / seconds / (peak * world_size) if peak else None
                 log(
                     iter=it + 1,
-                    loss=loss,
+                    loss=step_loss,
                     lr=lr,
                     grad_norm=norm.item(),
-                    tokens_per_s=speed,
+                    tokens_per_s=tokens / seconds,
                     mfu=mfu,
                 )
-                left = timedelta(seconds=round(seconds * (config.max_iters - it - 1)))
-                rate = f"{speed:,.0f} tokens/s" + (f" ({mfu:.1%} MFU)" if mfu else "")
+                speed = f"{tokens / seconds:,.0f} tokens/s" + (f" ({mfu:.1%} MFU)" if mfu else "")
+                left = time_left(seconds * (config.max_iters - it - 1))
                 print(
-                    f"iter {it + 1}/{config.max_iters}: loss {loss:.4f}, lr {lr:.2e}, {rate}, {left} left"
+                    f"iter {it + 1}/{config.max_iters}: loss {step_loss:.4f}, lr {lr:.2e}, "
+                    f"{speed}, {left} left"
                 )
-            trouble.check("loss", loss, it + 1)
-            if (
-                not scaler.is_enabled()
-            ):  # which skips a step whose gradients are too large for float16
-                trouble.check("gradient norm", norm.item(), it + 1)
-    reader.shutdown(cancel_futures=True)
-    world.leave()
+            divergence.check("loss", step_loss, it + 1)
+            if not scaler.is_enabled():  # which skips steps whose gradient overflows float16
+                divergence.check("gradient norm", norm.item(), it + 1)
+
+    if it == config.max_iters and distributed.master:
+        print(
+            f"the best validation loss is {state['best_val_loss']:.4f}, its weights are in "
+            f"{config.out_dir}; talk to them: python chat.py --init_from={config.out_dir}"
+        )
+    distributed.leave()
+
+
+def print_start(config, model, loaders, device, dtype):
+    """Print the model's size, and how full the rows of each split are."""
+    precision = str(dtype).removeprefix("torch.")
+    print(f"{model.num_parameters():,} parameters on {device}, {precision}")
+    if torch.device(device).type == "cuda" and not peak_flops(device):
+        name = torch.cuda.get_device_name(device)
+        print(f"no MFU: the peak rate of {name} is not in PEAK_FLOPS (nanochatgpt/device.py)")
+    for split, loader in loaders.items():
+        rows = f"{loader.n_rows:,} rows of {config.block_size}, {loader.fill:.1%} full"
+        if len(loader.parts) > 1:  # show it if a small data set drowns in a large one
+            sizes = [f"{part.taken:,} of {part.shard.path.parent.name}" for part in loader.parts]
+            rows += f" ({', '.join(sizes)})"
+        if loader.n_lost:
+            rows += f"; {loader.n_lost:,} left out, beyond a row"
+        print(f"{split}: {loader.n_tokens:,} tokens in {rows}")
 
 
 def sample_reply(model, tokenizer):
-    """Return a short conversation with the model, on one line, for the person who watches it learn."""
+    """Return a short conversation with the model on one line, to watch it learn."""
     message = {"role": "user", "content": "Hello! How are you today?"}
-    prompt = tokenizer.render([message], add_generation_prompt=True)[0]
+    prompt, _ = tokenizer.render([message], add_generation_prompt=True)
     if len(prompt) >= model.config.block_size:
         return f"(a context of {model.config.block_size} tokens is too short to talk)"
-    options = {
-        "max_new_tokens": 30,
-        "temperature": 0.7,
-        "top_k": 50,
-        "seed": 0,
-        "stop_ids": tokenizer.stop_ids,
-    }
-    reply = generate(model, [prompt], tokenizer=tokenizer, **options)[0]
+    [reply] = generate(
+        model,
+        [prompt],
+        max_new_tokens=30,
+        temperature=0.7,
+        top_k=50,
+        seed=0,
+        stop_ids=tokenizer.stop_ids,
+        tokenizer=tokenizer,
+    )
     return " ".join(tokenizer.decode(prompt + reply).split())
 
 

@@ -20,23 +20,23 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from evaluation.metrics import repeated_4grams
-from nanochatgpt.checkpoint import default_model, load_model, load_reward_model, save_model
+from nanochatgpt.checkpoint import default_model, load_model, save_model
 from nanochatgpt.configurator import at_least, run
+from nanochatgpt.distributed import join, precision
 from nanochatgpt.generate import generate
 from nanochatgpt.monitor import Log, StopSignal
-from nanochatgpt.shards import find_shards, open_shard, openings
-from nanochatgpt.training import (
+from nanochatgpt.optimizer import (
     adamw,
     check_knobs,
-    join,
     learning_rate,
     optimizer_step,
-    precision,
     restore,
     run_to_resume,
     save_last,
 )
+from nanochatgpt.shards import find_shards, open_shard, sample_prompts
 from rlhf.reward import pad, scored, scores
+from rlhf.reward_model import load_reward_model
 
 SAME = ("reward", "dataset", "temperature", "max_new_tokens")  # knobs of a run that is resumed
 RUNAWAY = 10  # a run ends where its KL is so many times the target
@@ -352,7 +352,7 @@ def main(config):
         """Return n prompts of a split, a function of the seed: the turns of different people, as far as there are."""
         found, seed = [], int(np.random.SeedSequence((config.seed, *seed)).generate_state(1)[0])
         while len(found) < n:
-            more, _ = openings(
+            more, _ = sample_prompts(
                 shards[split], tokenizer, n - len(found), config.max_prompt, seed + len(found)
             )
             if not more:

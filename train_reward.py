@@ -16,24 +16,25 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from evaluation.metrics import auc, calibration_error
-from model import GPTConfig, RewardModel
-from nanochatgpt.checkpoint import NoScore, load_model, save_model
+from model import GPTConfig
+from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.configurator import at_least, run
-from nanochatgpt.monitor import Log, StopSignal, Trouble
-from nanochatgpt.shards import check_vocabulary, find_shards, open_shard
-from nanochatgpt.tokenizer import Tokenizer
-from nanochatgpt.training import (
+from nanochatgpt.distributed import join, precision
+from nanochatgpt.huggingface import NoScore
+from nanochatgpt.monitor import DivergenceCheck, Log, StopSignal
+from nanochatgpt.optimizer import (
     adamw,
     check_knobs,
-    join,
     learning_rate,
     optimizer_step,
-    precision,
     restore,
     run_to_resume,
     save_last,
 )
+from nanochatgpt.shards import check_vocabulary, find_shards, open_shard
+from nanochatgpt.tokenizer import Tokenizer
 from rlhf.reward import pad, scored
+from rlhf.reward_model import RewardModel
 
 SAME = (
     "loss",
@@ -246,7 +247,7 @@ def main(config):
         with world.one_by_one():
             try:
                 raw_model, tokenizer = load_model(
-                    config.init_from, dropout=config.dropout, Model=RewardModel
+                    config.init_from, dropout=config.dropout, model_class=RewardModel
                 )
             except NoScore:
                 gpt, tokenizer = load_model(config.init_from, dropout=config.dropout)
@@ -338,7 +339,7 @@ def main(config):
         )
 
     # 6. the log
-    stop, trouble = StopSignal(), Trouble()
+    stop, trouble = StopSignal(), DivergenceCheck()
     if world.master:
         log = Log(config, first_iter=state["iter"])
         print(

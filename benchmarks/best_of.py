@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochatgpt.checkpoint import load_model, load_reward_model
+from nanochatgpt.checkpoint import load_model
 from nanochatgpt.configurator import at_least
 from nanochatgpt.device import pick_device, pick_dtype
-from nanochatgpt.generate import Engine, best_of, generate
+from nanochatgpt.engine import Engine
+from nanochatgpt.generate import generate
 from nanochatgpt.sampling import ChatSampling, for_template, options_of
-from nanochatgpt.shards import find_shards, open_shard, openings
-from rlhf.reward import scores_behind
+from nanochatgpt.shards import find_shards, open_shard, sample_prompts
+from rlhf.reward import best_of, scores_behind
+from rlhf.reward_model import load_reward_model
 
 
 @dataclass
@@ -40,7 +42,7 @@ def measure(config):
     reward_model = load_reward_model(config.reward, tokenizer, device, dtype=dtype, inference=True)
     shards = [open_shard(path) for path, _ in find_shards(config.data_dir, config.dataset, "val")]
     room = model.config.block_size - config.max_new_tokens
-    prompts, _ = openings(shards, tokenizer, config.prompts, room, 0)
+    prompts, _ = sample_prompts(shards, tokenizer, config.prompts, room, 0)
     if not prompts:
         raise ValueError(
             f"no reply in {config.dataset} has a prompt of at most {room} tokens: lower max_new_tokens"

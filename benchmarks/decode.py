@@ -13,7 +13,7 @@ import torch
 from nanochatgpt.checkpoint import load_model
 from nanochatgpt.configurator import at_least
 from nanochatgpt.device import peak_memory, pick_device, pick_dtype
-from nanochatgpt.generate import Engine
+from nanochatgpt.engine import Engine
 from nanochatgpt.sampling import Sampling
 
 ITEMSIZE = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.int8: 1}

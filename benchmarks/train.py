@@ -12,11 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from model import GPT, PRESETS, GPTConfig, move
+from model import GPT, PRESETS, GPTConfig
 from nanochatgpt.checkpoint import load_model
 from nanochatgpt.configurator import at_least
-from nanochatgpt.device import keep_freed_memory, peak_flops, peak_memory, pick_device, pick_dtype
-from nanochatgpt.shards import Loader, find_shards
+from nanochatgpt.device import (
+    keep_freed_memory,
+    move,
+    peak_flops,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+)
+from nanochatgpt.loader import Loader
+from nanochatgpt.shards import find_shards
 from nanochatgpt.tokenizer import Tokenizer
 
 

@@ -12,6 +12,5 @@ max_iters = 250
 learning_rate = 5e-4
 min_lr = 5e-5
 warmup_iters = 20
-freeze_rare = 20
 eval_interval = 125
 eval_iters = 15

@@ -1,7 +1,7 @@
 # The small chat model in assets/nano/, from scratch on two CPU cores. First:
 #   python prepare/recall.py --conversations=150000 && python prepare/personachat.py && python prepare/spc.py
 #   python prepare/text.py --source=FOLDER, of TinyStories and some of Project Gutenberg's books as .txt
-init_from = "scratch"
+init_from = "out/start"  # python assets/nano/start.py
 out_dir = "out/nano"
 dataset = "recall:0.25,personachat,spc:0.5,text"
 
@@ -10,7 +10,6 @@ n_head = 6
 n_embd = 192  # 11.5M parameters, 84% of them the token embedding
 dropout = 0.0
 block_size = 512
-induction_heads = True
 
 batch_size = 8
 gradient_accumulation_steps = 1
@@ -19,10 +18,5 @@ learning_rate = 2e-3
 min_lr = 1e-4
 warmup_iters = 100
 beta2 = 0.98
-adam_eps = 1e-5
-label_smoothing = 0.1  # else words that are never targets are never said, though they were told
-freeze_rare = (
-    20  # else they learn to fit the heads that copy, and words that were in no training data do not
-)
 eval_interval = 500
 eval_iters = 30

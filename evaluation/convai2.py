@@ -1,5 +1,5 @@
 """
-ConvAI2's own marks on PersonaChat: which of 20 candidates a model would say, and its perplexity.
+ConvAI2's own convai2_metrics on PersonaChat: which of 20 candidates a model would say, and its perplexity.
 
 Dinan et al. 2019, arXiv 1902.00098. PUBLISHED: TransferTransfo (arXiv 1901.08149), a GPT of 117M parameters with a head
 of its own for ranking, on the hidden test set; its authors' code, transfer-learning-conv-ai, on the validation set.
@@ -9,7 +9,7 @@ Their perplexities are a word of ConvAI2's dictionary, without the end; ours a t
 import torch
 
 from evaluation.metrics import perplexity
-from model import Branches
+from nanochatgpt.branches import hidden_of_branches
 from nanochatgpt.tokenizer import fit_context
 
 PUBLISHED = {
@@ -27,10 +27,8 @@ def loglikelihoods(model, context, continuations):
     longest = len(context) + max(map(len, continuations)) - 1
     if longest > model.config.block_size:
         raise ValueError(f"{longest} tokens, but the model has {model.config.block_size} positions")
-    branches = Branches(
-        context, [ids[:-1] for ids in continuations], model
-    )  # the last one is only a target
-    hidden = model.hidden(branches.idx, branches, branches.positions)[0]  # (T, C)
+    # the last token of each is only a target
+    hidden = hidden_of_branches(model, context, [ids[:-1] for ids in continuations])  # (T, C)
     at, first = [], len(context)
     for ids in continuations:  # where each of its tokens is predicted
         at += [len(context) - 1, *range(first, first + len(ids) - 1)]
@@ -46,7 +44,7 @@ def continuation(tokenizer, text):
     return [token for token, supervised in zip(ids, mask, strict=True) if supervised]
 
 
-def marks(model, tokenizer, lines, context, shown):
+def convai2_metrics(model, tokenizer, lines, context, shown):
     """Return {hits_1, persona_perplexity, plain_perplexity} over lines as prepare/personachat.py's `examples` has them.
 
     hits_1: the share of lines whose reply has the highest log-likelihood a token of the candidates, which is how ParlAI

@@ -19,13 +19,14 @@ import torch
 from benchmarks import best_of
 from evaluation.metrics import repeated_4grams
 from evaluation.report import COLOURS
-from nanochatgpt.atomic import replacing
 from nanochatgpt.checkpoint import default_model, load_model
 from nanochatgpt.configurator import at_least, run, take_mode
 from nanochatgpt.device import pick_device, pick_dtype
+from nanochatgpt.files import replacing
 from nanochatgpt.generate import generate
+from nanochatgpt.loader import Loader
 from nanochatgpt.sampling import ChatSampling, for_template, options_of
-from nanochatgpt.shards import Loader, find_shards, open_shard, openings
+from nanochatgpt.shards import find_shards, open_shard, sample_prompts
 
 PENALTIES = {  # of the curves of repetition
     "none": {"frequency_penalty": 0.0},
@@ -149,7 +150,7 @@ def repetition(config):
     dtype = pick_dtype(config.dtype, device, inference=True)
     model, tokenizer = load_model(config.init_from, device, dtype, inference=True)
     shards = [open_shard(path) for path, _ in find_shards(config.data_dir, config.dataset, "val")]
-    prompts, _ = openings(
+    prompts, _ = sample_prompts(
         shards, tokenizer, config.prompts, model.config.block_size - config.max_new_tokens, 0
     )
     if not prompts:

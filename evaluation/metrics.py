@@ -105,7 +105,7 @@ def calibration_error(probabilities, labels, bins=10):
 
 
 def words(text):
-    """Return the words and punctuation marks of a text, in lower case."""
+    """Return the words and punctuation convai2_metrics of a text, in lower case."""
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
@@ -119,7 +119,7 @@ def perplexity(loss):
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def manner(texts, tokenizer):
+def diversity(texts, tokenizer):
     """Return how varied replies are and how long, in tokens: {distinct_1, distinct_2, repeated_4grams, mean_length}."""
     figures = {"distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2)}
     mean_length = sum(len(tokenizer.encode(text)) for text in texts) / len(texts)

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.report import losses, read_run
-from nanochatgpt.atomic import replacing
 from nanochatgpt.configurator import run
+from nanochatgpt.files import replacing
 
 GLYPHS = ("·●", "+■", "×◆", "~▲", "-▼", "=★")  # in the terminal: a run's loss, its validation loss
 

@@ -2,10 +2,11 @@
 What came of a run or an evaluation, to look at: the log of a run, tables, and one HTML page that needs nothing else.
 """
 
-import json
 import math
 from html import escape
 from pathlib import Path
+
+from nanochatgpt.monitor import read_log
 
 FIGURES = {  # of an evaluation: their labels and formats
     "loss": ("loss, nats a token", ".4f"),
@@ -56,21 +57,6 @@ svg { max-width: 100%; height: auto; font: 12px system-ui, sans-serif; fill: cur
 .reply p { margin: 0; white-space: pre-wrap }
 .reply small { display: block; color: var(--quiet) }
 """
-
-
-def read_log(path):
-    """Yield (line, record) of a metrics.jsonl. Raises ValueError where it is not one that monitor.Log wrote."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # a line that a kill cut short
-            continue
-        numbers = isinstance(record, dict) and all(
-            isinstance(value, int | float | None) for value in record.values()
-        )
-        if not numbers or type(record.get("iter")) is not int:
-            raise ValueError(f"{path} is not the log of a run: {line[:60]!r}")
-        yield line, record
 
 
 def read_run(directory):
@@ -173,8 +159,10 @@ def _table(rows):
 
 
 def _legend(names, colour):
-    marks = (f'<span><b style="color:{colour[name]}">●</b> {escape(name)}</span>' for name in names)
-    return f'<p class="legend">{"".join(marks)}</p>'
+    convai2_metrics = (
+        f'<span><b style="color:{colour[name]}">●</b> {escape(name)}</span>' for name in names
+    )
+    return f'<p class="legend">{"".join(convai2_metrics)}</p>'
 
 
 def _axes(x_last, y_last, x_label, y_label, y_first=0.0):

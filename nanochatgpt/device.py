@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nanochatgpt.quantize import FBGEMM
-
+FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # the 8- and 16-bit kernels for x86
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 # pattern in the device's name -> dense bf16 or fp16 FLOP/s, accumulated in fp32, from the makers' datasheets
 PEAK_FLOPS = {
@@ -106,3 +105,10 @@ def peak_memory(device):
         * (1 if sys.platform == "darwin" else 1024)
         / 1e6
     )
+
+
+def move(tensor, device):
+    """Return the tensor on the device. A copy from the CPU to a GPU does not wait."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

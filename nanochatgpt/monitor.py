@@ -1,85 +1,102 @@
 """
-What a training run says of itself: its log and its trouble; and how it is asked to stop.
+Logging, divergence checks and clean shutdown of a training run.
 """
 
 import json
 import math
+import os
 import signal
 import statistics
+import time
 from collections import defaultdict, deque
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
-from evaluation.report import read_log
-from nanochatgpt.atomic import replacing
-
-# a value is too high beyond so many times the usual, and so much more
-LIMITS = {"loss": (2, 1), "validation loss": (2, 1), "gradient norm": (100, 100)}
+from nanochatgpt.files import replacing
 
 
 class Log:
-    """Appends to metrics.jsonl, and to Weights & Biases where it is switched on."""
+    """Appends to out_dir/metrics.jsonl and, if switched on, to Weights & Biases."""
 
     def __init__(self, config, first_iter):
+        """first_iter: where a resumed run goes on; later records are dropped, they come again."""
         path = Path(config.out_dir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if first_iter:
-            for line, record in read_log(path) if path.exists() else ():
-                evaluation = any(
-                    name.startswith("val_") for name in record
-                )  # the one there comes again
-                if record["iter"] + evaluation <= first_iter:
-                    kept.append(line + "\n")
+        kept = ""
+        if first_iter and path.exists():
+            for line, record in read_log(path):
+                evaluation = any(name.startswith("val_") for name in record)
+                # the evaluation at first_iter is repeated too
+                if record["iter"] < first_iter + (not evaluation):
+                    kept += line + "\n"
         with replacing(path) as part:
-            part.write_text("".join(kept))
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115
-        self.wandb = None
-        if config.wandb_log:
-            import wandb
-
-            try:
-                name = config.wandb_run_name or None
-                self.wandb = wandb.init(
-                    project=config.wandb_project, name=name, config=asdict(config)
-                )
-            except wandb.Error as error:
-                raise ValueError(
-                    f"wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"
-                ) from error
+            part.write_text(kept)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
+        self.wandb = start_wandb(config) if config.wandb_log else None
 
     def __call__(self, **record):
-        # JSON has no NaN and no infinity, which a loss can be, and the norm of a step that float16 skips
+        # JSON has no NaN and no infinity: a diverging loss, the gradient of a step float16 skips
         finite = {k: v if v is None or math.isfinite(v) else None for k, v in record.items()}
         self.file.write(json.dumps(finite) + "\n")
         if self.wandb:
             self.wandb.log(record, step=record["iter"])
 
 
-class Trouble:
-    """Says when a run goes wrong, so that it ends before what it has become is saved over what it was."""
+def start_wandb(config):
+    """Return a run at Weights & Biases, named after out_dir unless WANDB_NAME says otherwise."""
+    import wandb
+
+    project = os.environ.get("WANDB_PROJECT", "nanochatgpt")
+    name = os.environ.get("WANDB_NAME", Path(config.out_dir).name)
+    try:
+        return wandb.init(project=project, name=name, config=asdict(config))
+    except wandb.Error as error:
+        raise ValueError(f"wandb: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
+
+
+def read_log(path):
+    """Yield (line, record) of a metrics.jsonl. Raises ValueError if Log did not write it."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # a line that a kill cut short
+            continue
+        values = record.values() if isinstance(record, dict) else [None]
+        numbers = all(isinstance(value, int | float | None) for value in values)
+        if not isinstance(record, dict) or not numbers or type(record.get("iter")) is not int:
+            raise ValueError(f"{path} is not the log of a run: {line[:60]!r}")
+        yield line, record
+
+
+class DivergenceCheck:
+    """Stops a run that goes wrong before it overwrites its good checkpoint."""
+
+    # (factor, offset): above factor * the usual value + offset the run is diverging
+    LIMITS = {"loss": (2, 1), "validation loss": (2, 1), "gradient norm": (100, 100)}
 
     def __init__(self):
-        self.seen = defaultdict(lambda: deque(maxlen=100))
+        self.history = defaultdict(lambda: deque(maxlen=100))
 
     def check(self, name, value, it, usual=None):
-        """Raise ValueError where the value is no number or far above the usual: the median of those before, from the
-        tenth on, where it is not given."""
-        seen = self.seen[name]
+        """Raise ValueError if the value is NaN or far above the usual one, by default the median of
+        the last 100 (once there are 10)."""
+        history = self.history[name]
         if usual is None:
-            usual = statistics.median(seen) if len(seen) >= 10 else math.inf
-        times, more = LIMITS[name]
-        if not value < times * usual + more:
-            was = f", {usual:.4g} before" if usual < math.inf else ""
+            usual = statistics.median(history) if len(history) >= 10 else math.inf
+        factor, offset = self.LIMITS[name]
+        if not value < factor * usual + offset:
+            before = f", {usual:.4g} before" if usual < math.inf else ""
             raise ValueError(
-                f"the {name} is {value:.4g} at iter {it}{was}: the run diverges. Lower learning_rate, or raise "
-                f"warmup_iters; the checkpoints are from before"
+                f"the {name} is {value:.4g} at iter {it}{before}: the run diverges. Lower "
+                "learning_rate, or raise warmup_iters; the saved checkpoints are from before"
             )
-        seen.append(value)
+        history.append(value)
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM ask for a checkpoint and a clean end after the step; a second one ends at once."""
+    """Ctrl-C and SIGTERM ask for a checkpoint and a clean end after the step; a second one ends the
+    run at once."""
 
     def __init__(self):
         self.asked = False
@@ -88,6 +105,27 @@ class StopSignal:
 
     def _ask(self, number, _frame):
         self.asked = True
-        signal.signal(
-            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        )
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default)
+
+
+class Timer:
+    """Seconds per step since the last look, and how long the rest of the run will take."""
+
+    def __init__(self, it):
+        self.restart(it)
+
+    def restart(self, it):
+        self.it = it
+        self.time = time.perf_counter()
+
+    def seconds_per_step(self, it):
+        """Return the mean seconds of the steps from the last restart up to `it`; restart."""
+        seconds = (time.perf_counter() - self.time) / (it - self.it)
+        self.restart(it)
+        return seconds
+
+
+def time_left(seconds):
+    """Return a duration as 0:12:34."""
+    return str(timedelta(seconds=round(seconds)))

@@ -14,7 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # these kernels are for x86
+from model import Conv1D
+from nanochatgpt.device import FBGEMM, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, mallopt
+
 if FBGEMM:
     torch.backends.quantized.engine = "fbgemm"
 quantized = torch.ops.quantized
@@ -100,3 +102,43 @@ class Int8Linear(nn.Module):
             return y.addcmul_(zero, self.sums, value=-1).mul_(scale)
         y.sub_(self.bias).addcmul_(zero, self.sums, value=-1)
         return torch.addcmul(self.bias, y, scale)
+
+
+LAYERS = {
+    torch.bfloat16: BFloat16Linear,
+    torch.float16: Float16Linear,
+    torch.int8: Int8Linear,
+}
+
+
+def pack(model, read, dtype):
+    """Fill a GPT or RewardModel on the meta device with weights of `dtype`, each linear layer
+    packed; return it. read(name) -> tensor gives each weight once, so there is never a second copy.
+    """
+    Linear = LAYERS[dtype]
+    # give freed memory back at once: loading GPT-2 as int8 peaks at 640 MB instead of 660 to 890
+    mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+    # the head and the token embedding
+    tensors = {}
+    embedding = read("transformer.wte.weight").float()
+    if hasattr(model, "lm_head"):
+        model.lm_head = Linear(embedding)
+    tensors["transformer.wte.weight"] = embedding.to(
+        torch.float16 if dtype == torch.int8 else dtype
+    )
+    del embedding
+
+    # the layers' matrices, then what is left in float32: biases, LayerNorms, positions
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            weight = read(f"{name}.weight").float()
+            bias = read(f"{name}.bias").float()
+            model.set_submodule(name, Linear(weight.T.contiguous(), bias))
+    for name in model.state_dict().keys() - tensors.keys() - {"lm_head.weight"}:
+        tensors[name] = read(name).to(torch.float32, copy=True)
+    model.load_state_dict(tensors, strict=False, assign=True)
+
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)  # glibc's own defaults again
+    mallopt(M_TRIM_THRESHOLD, 64 << 20)
+    return model.requires_grad_(False)

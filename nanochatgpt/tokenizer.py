@@ -5,21 +5,15 @@ A conversation is a list of {"role": "system" | "user" | "assistant", "content":
 written; `Tokenizer.render` is the one place where that happens, for training, chat and evaluation alike.
 """
 
-import codecs
-import contextlib
 import functools
 import hashlib
 import itertools
 import json
-import os
 import re
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import tiktoken
 
 END_OF_TEXT = 50256  # <|endoftext|>, GPT-2's only special token
@@ -184,84 +178,6 @@ class Tokenizer:
             ids, mask = ids + opener, mask + [0] * len(opener)
         return ids, mask
 
-    def render_batch(self, conversations):
-        """Return [(ids (n,) uint16, mask (n,) uint8)] of many conversations, each as `render` gives it.
-
-        On all cores: tiktoken lets go of the interpreter. Encoding message by message takes twice as long as whole
-        conversations, which give the same ids: GPT-2's words end before an opener's newline and behind its colon, or it
-        is a special token. The openers are then found among the ids. Where text looks like one, it is `render`.
-        """
-        chunks = [conversations[i : i + 64] for i in range(0, len(conversations), 64)]
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            return [pair for chunk in threads.map(self._render_chunk, chunks) for pair in chunk]
-
-    def _render_chunk(self, conversations):
-        """Do what render_batch does, on one core."""
-        t = self._template
-        allowed = {opener for opener in t.openers.values() if opener in t.specials}
-        whole, done = {}, {}  # number of the conversation -> its ids without the ends; (ids, mask)
-        for n, messages in enumerate(conversations):
-            text = "".join(
-                f"{t.openers[m['role']]}{t.before}{m['content']}{t.after}" for m in messages
-            )
-            roles = Counter(m["role"] for m in messages)
-            clear = all(
-                text.count(opener.strip()) == roles[role] for role, opener in t.openers.items()
-            )
-            if clear and 0 < len(text) < LONG_SPACE:
-                with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate
-                    text = text.removeprefix("\n")
-                    whole[n] = self._bpe.encode_to_numpy(
-                        text, allowed_special=allowed, disallowed_special=()
-                    )
-            if n not in whole:
-                done[n] = tuple(
-                    np.array(part, kind)
-                    for part, kind in zip(self.render(messages), "HB", strict=True)
-                )
-        if not whole:
-            return list(done.values())
-        ids = np.concatenate(list(whole.values())).astype(np.uint16)
-        starts = np.cumsum([0, *map(len, whole.values())])  # of the conversations, and the end
-        turns = []  # (where the opener begins, where it ends, whether it is a reply's)
-        if not allowed:  # else the first turn's openers are like the others
-            first = [conversations[n][0]["role"] for n in whole]
-            turns = [
-                (
-                    starts[:-1],
-                    starts[:-1] + [len(self._first[r]) for r in first],
-                    np.array(first) == "assistant",
-                )
-            ]
-        for role, opener in self._later.items():
-            rarest = max(0, len(opener) - 2)  # Human, Bot
-            at = (
-                np.flatnonzero(ids[: len(ids) - len(opener) + 1 + rarest] == opener[rarest])
-                - rarest
-            )
-            for k, token in enumerate(opener):
-                at = at[ids[at + k] == token]
-            inside = np.searchsorted(starts, at, "right") == np.searchsorted(
-                starts, at + len(opener) - 1, "right"
-            )
-            at = at[inside]  # not across the border of two conversations
-            turns.append((at, at + len(opener), np.full(len(at), role == "assistant")))
-        begin, body, reply = (np.concatenate(part) for part in zip(*turns, strict=True))
-        order = np.argsort(begin)
-        ends = np.append(begin[order][1:], len(ids))[reply[order]]  # of the replies
-        step = np.zeros(len(ids) + 1, np.int8)
-        step[body[reply]] += 1
-        step[ends] -= 1
-        mask = np.insert(step[:-1].cumsum(dtype=np.uint8), ends, 1)
-        borders = starts[1:-1] + np.searchsorted(ends, starts[1:-1], "right")
-        pairs = zip(
-            np.split(np.insert(ids, ends, self.eos_id), borders),
-            np.split(mask, borders),
-            strict=True,
-        )
-        done |= zip(whole, pairs, strict=True)
-        return [done[n] for n in range(len(conversations))]
-
     def _disarmed(self, body):
         """Return `body` with every opener that stands in it as text spelled in other tokens.
 
@@ -355,161 +271,6 @@ class Tokenizer:
             if start < stop:
                 pieces.append((n, start, stop))
         return pieces
-
-    @functools.cache  # noqa: B019 (a tokenizer lives as long as its process; without: 0.2 s a checkpoint)
-    def files(self):
-        """Return {name: text} of the files from which `transformers` makes the same tokenizer."""
-        merges = vocab_file("vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
-        byte_level = {
-            "type": "ByteLevel",
-            "add_prefix_space": False,
-            "trim_offsets": True,
-            "use_regex": True,
-        }
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        fast = {
-            "version": "1.0",
-            "added_tokens": [
-                {"id": i, "content": s, **flags, "special": True}
-                for s, i in self.special_ids.items()
-            ],
-            "pre_tokenizer": byte_level,
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "vocab": gpt2_vocab(),
-                "merges": [merge.split(" ") for merge in merges],
-            },
-        }
-        config = {
-            "tokenizer_class": "GPT2Tokenizer",
-            "bos_token": "<|endoftext|>",
-            "eos_token": self._template.end,
-            "pad_token": next(iter(self._template.specials), "<|endoftext|>"),
-            "unk_token": "<|endoftext|>",
-            "chat_template": self._chat_template(),
-        }
-        return {
-            "tokenizer.json": json.dumps(fast),
-            "tokenizer_config.json": json.dumps(config, indent=2),
-        }
-
-    @classmethod
-    def from_directory(cls, directory):
-        """Return the tokenizer of a Hugging Face directory: the template whose tokens were added, or whose chat
-        template `files` wrote there, else human_bot.
-
-        Raises ValueError where the vocabulary is not GPT-2's, or the template's tokens have other ids than ours.
-        """
-        directory = Path(directory)
-        added, vocab, chat_template = {}, gpt2_vocab(), None
-        try:
-            if (path := directory / "tokenizer_config.json").exists():
-                chat_template = dict(json.loads(path.read_bytes())).get("chat_template")
-            if (path := directory / "tokenizer.json").exists():
-                fast = json.loads(path.read_bytes())
-                added = {token["content"]: token["id"] for token in fast["added_tokens"]}
-                vocab = dict(fast["model"]["vocab"])
-            elif (path := directory / "vocab.json").exists():
-                vocab = dict(json.loads(path.read_bytes()))
-                if (directory / "added_tokens.json").exists():
-                    path = directory / "added_tokens.json"
-                    added = dict(json.loads(path.read_bytes()))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(
-                f"{path} is damaged or no tokenizer's: {type(error).__name__}: {error}"
-            ) from error
-        if any(vocab.get(token) != i for token, i in gpt2_vocab().items()):
-            raise ValueError(
-                f"{path} is not GPT-2's vocabulary; only models that use it can be loaded"
-            )
-        for name, template in TEMPLATES.items():
-            if template.end in added.keys() - {"<|endoftext|>"}:
-                tokenizer = cls(name)
-                added = {"<|endoftext|>": END_OF_TEXT} | added
-                if any(added.get(token) != i for token, i in tokenizer.special_ids.items()):
-                    raise ValueError(
-                        f"{path}: the tokens of template {name} have other ids than here"
-                    )
-                return tokenizer
-        return next(
-            (cls(name) for name in TEMPLATES if cls(name)._chat_template() == chat_template), cls()
-        )
-
-    def _chat_template(self):
-        """Return the template in Jinja, for `apply_chat_template` of transformers."""
-        t = self._template
-        return (
-            f"{{%- set openers = {json.dumps(t.openers)} -%}}"
-            "{%- for message in messages -%}"
-            "{%- set opener = openers[message['role']] -%}"
-            f"{{{{- (opener | trim if loop.first else opener) + {json.dumps(t.before)} + message['content']"
-            f" + {json.dumps(t.after)} + ({json.dumps(t.end)} if message['role'] == 'assistant' else '') -}}}}"
-            "{%- endfor -%}"
-            "{%- if add_generation_prompt -%}{{- openers['assistant'] -}}{%- endif -%}"
-        )
-
-
-class Trim:
-    """Takes a text piece by piece, and gives it without white space around it."""
-
-    def __init__(self):
-        self.begun, self.held = False, ""
-
-    def push(self, text):
-        """Take more text; return what of it is shown by now: white space, only when something follows."""
-        self.held += text
-        if not self.begun:
-            self.held = self.held.lstrip()
-        shown = self.held.rstrip()
-        self.begun, self.held = self.begun or bool(shown), self.held[len(shown) :]
-        return shown
-
-
-class TextStream:
-    """Turns ids into text as they come; holds back half characters, and what may be the beginning of a stop string.
-
-    length: characters of text so far; stopped_at: where in it a stop string begins, None while there is none.
-    """
-
-    def __init__(self, tokenizer, stop_strings=()):
-        self.tokenizer, self.stop_strings = tokenizer, stop_strings
-        self.length, self.stopped_at = 0, None
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
-
-    @property
-    def within_character(self):
-        """Whether the ids so far end within a character."""
-        return bool(self._decoder.getstate()[0])
-
-    def push(self, token):
-        """Take one more id; return the text that is certain now and was not returned before."""
-        text = self._decoder.decode(self.tokenizer.token_bytes(token))
-        self.length += len(text)
-        self._held += text
-        found = [at for stop in self.stop_strings if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped_at = self.length - len(self._held) + min(found)
-            certain, self._held = min(found), self._held[: min(found)]
-        else:
-            certain = len(self._held) - max(
-                (overlap(self._held, stop) for stop in self.stop_strings), default=0
-            )
-        text, self._held = self._held[:certain], self._held[certain:]
-        return text
-
-    def rest(self):
-        """Return what was held back and turned out to be no stop; half a character at the end is dropped."""
-        text, self._held = self._held, ""
-        return text
-
-
-def overlap(text, stop):
-    """Return the length of the longest beginning of `stop`, short of the whole, that `text` ends in."""
-    return next(
-        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
-    )
 
 
 def fit_context(tokenizer, messages, room, start=0):

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochatgpt.atomic import replacing
+from nanochatgpt.files import replacing
 from nanochatgpt.shards import ShardWriter
 from nanochatgpt.tokenizer import Tokenizer
+from prepare.render import render_batch
 
 
 @dataclass
@@ -234,7 +235,7 @@ class Split:
 
     def add(self, conversations, tokenizer):
         """Tokenize and write a batch of conversations."""
-        rendered = tokenizer.render_batch(conversations)
+        rendered = render_batch(tokenizer, conversations)
         self.writer.write(rendered)
         self.shown = self.shown or next(iter(conversations), None)
         self.turns += sum(

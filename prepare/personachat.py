@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanochatgpt.configurator import run
-from nanochatgpt.download import download
+from nanochatgpt.files import download
 from prepare.corpus import Config, divide, existing, prepare
 
 URL = "http://parl.ai/downloads/personachat/personachat.tgz"

@@ -28,12 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from nanochatgpt.configurator import run
-from nanochatgpt.download import hub_file
+from nanochatgpt.files import hub_file
 from nanochatgpt.tokenizer import Tokenizer
 from prepare import chitchat
 from prepare.corpus import Config as CorpusConfig
 from prepare.corpus import JsonStream, divide, existing, writing
 from prepare.jsonl import problem
+from prepare.render import render_batch
 
 TEXTS, LABELS = (
     ("input_text", "text", "input_ids"),
@@ -302,7 +303,7 @@ def tokenized(tokenizer, replies):
     """Return [(ids, mask)] of [(text or messages, label)]; the mask is 1 on the last reply and its end, or on a whole
     text, of what was kept, else 0."""
     rendered = iter(
-        tokenizer.render_batch([content for content, _ in replies if not isinstance(content, str)])
+        render_batch(tokenizer, [content for content, _ in replies if not isinstance(content, str)])
     )
     pairs = []
     for content, label in replies:

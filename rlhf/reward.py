@@ -4,7 +4,8 @@ A reward model at work: what it sees of a text, and the scores of many texts or 
 
 import torch
 
-from model import Branches
+from nanochatgpt.branches import hidden_of_branches
+from nanochatgpt.generate import generate
 
 TOKENS = 4096  # in a batch, padding included
 
@@ -58,8 +59,7 @@ def scores_behind(model, tokenizer, context, replies):
     )
     replies = [(ids + end)[-(size - 1) :] for ids in replies]
     context = context[-(size - max(map(len, replies))) :]
-    branches = Branches(context, replies, model)
-    hidden = model.hidden(branches.idx, branches, branches.positions)[0]  # (T, C)
+    hidden = hidden_of_branches(model, context, replies)  # (T, C)
     ends = (
         torch.tensor([len(ids) for ids in replies], device=hidden.device).cumsum(0)
         + len(context)
@@ -68,3 +68,11 @@ def scores_behind(model, tokenizer, context, replies):
     # behind a reply of no tokens stands what is before it: the end of the context
     ends[[n for n, ids in enumerate(replies) if not ids]] = len(context) - 1
     return model.score_of(hidden[ends]).cpu()
+
+
+def best_of(engine, reward_model, tokenizer, prompt, n, **how):
+    """Return [(score, ids)] of n replies to one prompt, the best first; `how` goes to `generate`, and no row of the
+    engine may run. The prompt is computed once, and the replies are decoded together, and scored together."""
+    replies = generate(engine.model, [prompt] * n, engine=engine, tokenizer=tokenizer, **how)
+    found = scores_behind(reward_model, tokenizer, prompt, replies).tolist()
+    return sorted(zip(found, replies, strict=True), key=lambda pair: -pair[0])

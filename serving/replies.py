@@ -9,7 +9,7 @@ import time
 
 from fastapi.responses import Response, StreamingResponse
 
-from nanochatgpt.tokenizer import Trim
+from nanochatgpt.stream import Trim
 from rlhf.reward import scores_behind
 from serving.guard import Refused, answer
 from serving.protocol import usage

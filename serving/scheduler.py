@@ -13,7 +13,7 @@ from collections import deque
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from nanochatgpt.tokenizer import TextStream, overlap
+from nanochatgpt.stream import TextStream, overlap
 
 # seconds between two deliveries, for each job that runs: of a token those who hear of it make 52 µs, with 0.002 73
 PAUSE = 0.004

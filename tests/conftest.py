@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from nanochatgpt.shards import ShardWriter
 from nanochatgpt.tokenizer import Tokenizer
+from prepare.render import render_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
@@ -155,7 +156,7 @@ def write_shards(folder, train, val, template="human_bot"):
     tokenizer = Tokenizer(template)
     for split, conversations in (("train", train), ("val", val)):
         with ShardWriter(Path(folder) / f"{split}.bin", tokenizer.n_vocab, template) as writer:
-            writer.write(tokenizer.render_batch(conversations))
+            writer.write(render_batch(tokenizer, conversations))
     return Path(folder)
 
 

@@ -12,10 +12,11 @@ from transformers import GPT2LMHeadModel
 
 import bench
 from benchmarks.serve import Heard, same
-from model import GPT, GPTConfig, RewardModel
+from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import save_model
 from nanochatgpt.shards import open_shard
 from nanochatgpt.tokenizer import Tokenizer
+from rlhf.reward_model import RewardModel
 
 
 @pytest.fixture

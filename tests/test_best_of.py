@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import chat
-from model import GPT, GPTConfig, RewardModel
+from model import GPT, GPTConfig
 from nanochatgpt import generate
 from nanochatgpt.checkpoint import load_model, save_model
-from nanochatgpt.generate import Engine, best_of
+from nanochatgpt.engine import Engine
 from nanochatgpt.sampling import Sampling
 from nanochatgpt.tokenizer import Tokenizer
-from rlhf.reward import scored, scores
+from rlhf.reward import best_of, scored, scores
+from rlhf.reward_model import RewardModel
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
 HI = [{"role": "user", "content": "hi there, how are you today?"}]
@@ -39,7 +40,7 @@ def folder(tmp_path, monkeypatch):
 
 def loaded(template="human_bot"):
     policy, tokenizer = load_model(f"gpt-{template}")
-    reward_model, _ = load_model(f"reward-{template}", Model=RewardModel)
+    reward_model, _ = load_model(f"reward-{template}", model_class=RewardModel)
     return policy, reward_model.eval(), tokenizer
 
 

@@ -30,6 +30,7 @@ from model import GPT, PRESETS, GPTConfig
 from nanochatgpt import configurator
 from nanochatgpt.checkpoint import NANO, load_model, save_model
 from nanochatgpt.device import pick_device, pick_dtype
+from nanochatgpt.huggingface import tokenizer_files
 from nanochatgpt.tokenizer import TEMPLATES, Template, Tokenizer, vocab_file
 
 FILES = {
@@ -277,7 +278,7 @@ def test_a_model_of_the_hub_talks_in_the_template_that_it_was_trained_in(
     """Though it has no tokens of its own: its files say so."""
     openers = {"system": "\n[Context]:", "user": "\n[Q]:", "assistant": "\n[A]:"}
     monkeypatch.setitem(TEMPLATES, "qa", Template(openers, " ", "", "<|endoftext|>", ()))
-    for name, text in Tokenizer("qa").files().items():
+    for name, text in tokenizer_files("qa").items():
         (directory / name).write_text(text)
     hf_cache("some-org/some-model", *directory.iterdir())
     assert load_model("some-org/some-model")[1].template == "qa"
@@ -612,7 +613,7 @@ def call_at_change(number, action):
 def save_killed_at_each_change(old, new, out):
     """Copy `old` to out/0, out/1, ... and save `new` over the copies, in processes killed at change 0, 1, ..."""
     model, tokenizer = load_model(new)
-    files = tokenizer.files()
+    files = tokenizer_files(tokenizer.template)
     tokenizer.files = lambda: files  # made once: it takes a while
     for number in count():
         shutil.copytree(old, f"{out}/{number}")
@@ -649,7 +650,7 @@ def test_a_save_that_fails_at_any_change_leaves_a_whole_checkpoint_and_nothing_e
     old_directory, old_and_new, tmp_path, monkeypatch
 ):
     tokenizer = Tokenizer()
-    files = tokenizer.files()
+    files = tokenizer_files(tokenizer.template)
     monkeypatch.setattr(tokenizer, "files", lambda: files)  # made once: it takes a while
 
     def fail():

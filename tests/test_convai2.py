@@ -1,4 +1,4 @@
-"""ConvAI2's marks: F1 and Hits@1 against hand-made files, candidates one by one, and counts by hand."""
+"""ConvAI2's convai2_metrics: F1 and Hits@1 against hand-made files, candidates one by one, and counts by hand."""
 
 import math
 import tarfile
@@ -9,7 +9,7 @@ import torch
 from conftest import assert_refused, small_talk, write_shards
 
 import evaluate
-from evaluation.convai2 import loglikelihoods, marks
+from evaluation.convai2 import convai2_metrics, loglikelihoods
 from evaluation.metrics import f1
 from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
@@ -109,7 +109,7 @@ def test_together_they_may_be_longer_than_the_context_but_not_one_alone(model):
 
 def test_the_marks_are_those_of_brute_force(model, valid):
     lines = personachat.examples(valid)
-    figures = marks(model, TOKENIZER, lines, 128, lambda n: None)
+    figures = convai2_metrics(model, TOKENIZER, lines, 128, lambda n: None)
     hits = n = 0
     nll = {"persona_perplexity": 0.0, "plain_perplexity": 0.0}
     for persona, said, reply, candidates in lines:
@@ -142,14 +142,19 @@ def test_hits_at_1_by_hand(valid, favourite):
                     logits[0, i, after[token]] = 20.0
             return logits
 
-    figures = marks(Certain(), TOKENIZER, personachat.examples(valid), 128, lambda n: None)
+    figures = convai2_metrics(
+        Certain(), TOKENIZER, personachat.examples(valid), 128, lambda n: None
+    )
     assert figures["hits_1"] == (1 / 3 if favourite != "no ." else 0)
 
 
 def test_a_file_without_candidates_has_no_hits(model, valid):
     valid.write_text("\n".join(line.split("\t\t")[0] for line in PUBLISHED_FORM.splitlines()))
     assert (
-        marks(model, TOKENIZER, personachat.examples(valid), 128, lambda n: None)["hits_1"] is None
+        convai2_metrics(model, TOKENIZER, personachat.examples(valid), 128, lambda n: None)[
+            "hits_1"
+        ]
+        is None
     )
 
 

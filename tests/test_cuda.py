@@ -9,9 +9,11 @@ import test_train_reward
 import torch
 from conftest import records
 
-from model import GPT, GPTConfig, move
+from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import save_model
-from nanochatgpt.generate import Engine, generate
+from nanochatgpt.device import move
+from nanochatgpt.engine import Engine
+from nanochatgpt.generate import generate
 from nanochatgpt.sampling import Sampling
 from nanochatgpt.tokenizer import Tokenizer
 from serving.scheduler import Job, Scheduler

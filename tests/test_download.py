@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nanochatgpt import download as module
-from nanochatgpt.download import download, hub_file
+from nanochatgpt.files import download, hub_file
 
 BODY = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()

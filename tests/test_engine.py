@@ -14,12 +14,15 @@ from test_generate import PROMPTS, hf, model  # noqa: F401 (fixtures)
 from benchmarks import fidelity
 from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
-from nanochatgpt.generate import Engine, generate
-from nanochatgpt.quantize import FBGEMM
+from nanochatgpt.device import FBGEMM
+from nanochatgpt.engine import Engine
+from nanochatgpt.generate import generate
+from nanochatgpt.loader import Loader
 from nanochatgpt.sampling import Sampling
-from nanochatgpt.shards import Loader, ShardWriter
+from nanochatgpt.shards import ShardWriter
 from nanochatgpt.tokenizer import Tokenizer
 from prepare import chitchat
+from prepare.render import render_batch
 
 EXACT = [
     torch.float32,
@@ -233,7 +236,7 @@ def test_a_row_that_runs_gives_its_beginning_to_a_new_one(model, computed):  # n
 
 def test_prompts_of_a_batch_are_computed_together_but_not_too_many_tokens_at_once(
     model, computed, monkeypatch
-):  # noqa: F811
+):
     prompts = [[i, *range(100, 109)] for i in range(6)]
     expected = generate(model, prompts, temperature=0, max_new_tokens=2)
     assert computed[0] == (6, 10)
@@ -404,7 +407,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     path = metadata.distribution("chitchat-dataset").locate_file("chitchat_dataset/dataset.json")
     rendered = list(
-        Tokenizer().render_batch([messages for _, messages in islice(chitchat.read(path), 600)])
+        render_batch(Tokenizer(), [messages for _, messages in islice(chitchat.read(path), 600)])
     )
     common = Counter(token for ids, _ in rendered for token in ids.tolist()).most_common(1500)
     rank = {token: i for i, (token, _) in enumerate(common)}

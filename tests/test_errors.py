@@ -11,9 +11,10 @@ import torch
 from conftest import ROOT, assert_refused, largest_file, small_talk, write_jsonl, write_shards
 from test_train_reward import replies, write_replies
 
-from model import GPT, GPTConfig, RewardModel
+from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import save_model
 from nanochatgpt.tokenizer import Tokenizer
+from rlhf.reward_model import RewardModel
 
 PREPARE = sorted(
     path.stem for path in (ROOT / "prepare").glob("*.py") if path.stem not in ("corpus", "recall")

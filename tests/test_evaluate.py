@@ -16,8 +16,9 @@ from evaluation.metrics import distinct, remembers, repeated_4grams
 from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.configurator import run
+from nanochatgpt.loader import Loader
 from nanochatgpt.sampling import options_of
-from nanochatgpt.shards import Loader, find_shards, open_shard, openings
+from nanochatgpt.shards import find_shards, open_shard, sample_prompts
 from nanochatgpt.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer()
@@ -148,7 +149,7 @@ def test_max_conversations_takes_the_first_ones(tmp_path):
 def test_openings_are_prompts_of_the_people_and_what_they_replied(data_dir):
     conversations = small_talk(10, seed=2)
     shard = open_shard(data_dir / "talk" / "val.bin")
-    prompts, replies = openings([shard], TOKENIZER, 8, 100, seed=0)
+    prompts, replies = sample_prompts([shard], TOKENIZER, 8, 100, seed=0)
     seen = set()
     for prompt, said in zip(prompts, replies, strict=True):
         assert len(prompt) <= 100 and TOKENIZER.decode(prompt).endswith("[Bot]:")
@@ -161,15 +162,15 @@ def test_openings_are_prompts_of_the_people_and_what_they_replied(data_dir):
         ]
         seen.add(number)
     assert len(seen) == len(prompts) == 8  # each of another conversation
-    assert openings([shard], TOKENIZER, 8, 100, seed=0) == (prompts, replies)
-    assert openings([shard], TOKENIZER, 8, 100, seed=1) != (prompts, replies)
+    assert sample_prompts([shard], TOKENIZER, 8, 100, seed=0) == (prompts, replies)
+    assert sample_prompts([shard], TOKENIZER, 8, 100, seed=1) != (prompts, replies)
 
 
 def test_distinct_counts_different_words_among_all():
     texts = [
         "the cat saw the dog",
         "The dog!",
-    ]  # 8 words and marks: the cat saw dog ! are different
+    ]  # 8 words and convai2_metrics: the cat saw dog ! are different
     assert distinct(texts, 1) == 5 / 8
     assert distinct(texts, 2) == 5 / 6  # the-cat cat-saw saw-the the-dog the-dog dog-!
     assert distinct([], 1) == 0
@@ -228,7 +229,7 @@ def test_bleu_and_chrf_are_sacrebleus_of_the_same_replies(data_dir, model_dir):
     model, tokenizer = load_model(str(model_dir))
     figures, _ = evaluate.evaluate(config, model, tokenizer, Material(config, tokenizer, 256))
     shard = open_shard(data_dir / "talk" / "val.bin")
-    prompts, references = openings([shard], tokenizer, 6, 256 - 20, config.seed)
+    prompts, references = sample_prompts([shard], tokenizer, 6, 256 - 20, config.seed)
     options = options_of(config)
     texts = [r.text for r in reply(model, tokenizer, prompts, options, config.seed, "")]
     assert figures["bleu"] == pytest.approx(BLEU().corpus_score(texts, [references]).score / 100)

@@ -10,13 +10,14 @@ from conftest import assert_refused, small_talk, write_shards
 from test_plot import png_size
 
 from evaluation import figures
-from model import GPT, GPTConfig, RewardModel
+from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.generate import generate
 from nanochatgpt.sampling import ChatSampling, options_of
-from nanochatgpt.shards import open_shard, openings
+from nanochatgpt.shards import open_shard, sample_prompts
 from nanochatgpt.tokenizer import Tokenizer
 from rlhf.reward import scores
+from rlhf.reward_model import RewardModel
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_repetition_is_counted_over_the_beginnings_of_the_same_replies(here, tmp
     # a model of random weights that takes the likeliest token says one again and again, unless it costs
     assert result["none"][1] > result["frequency_penalty 0.7"][1]
     tokenizer = Tokenizer()
-    prompts, _ = openings([open_shard("data/talk/val.bin")], tokenizer, 3, 256 - 45, 0)
+    prompts, _ = sample_prompts([open_shard("data/talk/val.bin")], tokenizer, 3, 256 - 45, 0)
     never = dict.fromkeys(tokenizer.stop_ids, -100.0)
     options = {
         "temperature": 0.1,
@@ -116,13 +117,13 @@ def test_the_best_of_n_is_what_the_benchmark_measures(here, tmp_path, tiny):
     result = result_of(here("best_of", *knobs, "--max_new_tokens=8", "--device=cpu", "--png=b.png"))
     assert png_size(tmp_path / "b.png")[0] > 500
     tokenizer, (model, _) = Tokenizer(), load_model(tiny)
-    prompts, _ = openings([open_shard("data/talk/val.bin")], tokenizer, 2, 256 - 8, 0)
+    prompts, _ = sample_prompts([open_shard("data/talk/val.bin")], tokenizer, 2, 256 - 8, 0)
     options = options_of(ChatSampling(max_new_tokens=8)) | {"stop_ids": tokenizer.stop_ids}
     options |= {"stop_strings": tokenizer.stop_strings, "tokenizer": tokenizer}
     drawn = [
         generate(model, [prompt] * 4, seed=4 * n, **options) for n, prompt in enumerate(prompts, 1)
     ]
-    reward_model = load_model("reward", Model=RewardModel)[0].eval()
+    reward_model = load_model("reward", model_class=RewardModel)[0].eval()
     found = [
         scores(reward_model, [[*prompt, *ids] for ids in each])
         for prompt, each in zip(prompts, drawn, strict=True)

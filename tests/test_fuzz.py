@@ -29,7 +29,9 @@ import train
 from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.configurator import parse, run
-from nanochatgpt.shards import HEADER, Loader, open_shard, openings
+from nanochatgpt.huggingface import read_tokenizer
+from nanochatgpt.loader import Loader
+from nanochatgpt.shards import HEADER, open_shard, sample_prompts
 from nanochatgpt.tokenizer import TEMPLATES, Tokenizer, vocab_file
 from prepare import jsonl, retry
 from prepare.corpus import Config as CorpusConfig
@@ -554,13 +556,13 @@ def test_of_any_shard_all_can_be_read_or_it_is_refused(
             )
             assert documents[0] == 0 and documents[-1] == 2 * size and (documents.diff() >= 0).all()
 
-    prompts, _ = returned(lambda: openings([shard], tokenizer, 9, size, 0), path) or ([], [])
+    prompts, _ = returned(lambda: sample_prompts([shard], tokenizer, 9, size, 0), path) or ([], [])
     assert all(0 < len(ids) <= size and max(ids) < n_vocab for ids in prompts)
 
     for pairs in (False, True):
         for idx, lengths, labels in (
             returned(lambda: every_reply(path, tokenizer, size, pairs), path) or []
-        ):  # noqa: B023
+        ):
             assert (
                 lengths.min() > 0 and lengths.max() <= idx.size(1) <= size and idx.max() < n_vocab
             )
@@ -724,7 +726,7 @@ def test_any_tokenizers_files_are_a_template_or_a_message(folder, vocab, data, f
         fast = {"added_tokens": LOCUTUSQUE, "model": {"vocab": "the vocabulary"}}
         content = data.draw(as_json(spoilt(fast)))
         (directory / file).write_bytes(content.replace(b'"the vocabulary"', vocab))
-    tokenizer = returned(lambda: Tokenizer.from_directory(directory), directory)
+    tokenizer = returned(lambda: read_tokenizer(directory), directory)
     if tokenizer:  # one of another template has all its tokens
         added = set(tokenizer.special_ids) - {"<|endoftext|>"}
         assert all(

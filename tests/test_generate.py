@@ -11,9 +11,11 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from model import GPT, GPTConfig
-from nanochatgpt.generate import Engine, generate, stream
+from nanochatgpt.engine import Engine
+from nanochatgpt.generate import generate, stream
 from nanochatgpt.sampling import Sampling, sample
-from nanochatgpt.tokenizer import TextStream, Tokenizer, fit_context
+from nanochatgpt.stream import TextStream
+from nanochatgpt.tokenizer import Tokenizer, fit_context
 
 PROMPTS = [[5, 17, 17, 199], [42], list(range(100, 130)), [7, 8, 9, 7, 8, 9, 7]]
 

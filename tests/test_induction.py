@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_refused
+from nanochatgpt.induction import set_induction_heads
 
 from model import GPT, GPTConfig
-from nanochatgpt.induction import set_induction_heads
 
 SHAPES = [(2, 3, 96), (4, 4, 192), (4, 6, 192), (3, 4, 256)]
 

@@ -11,8 +11,8 @@ from conftest import ROOT
 
 from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
-from nanochatgpt.device import pick_dtype
-from nanochatgpt.quantize import FBGEMM, BFloat16Linear, Float16Linear, Int8Linear
+from nanochatgpt.device import FBGEMM, pick_dtype
+from nanochatgpt.quantize import BFloat16Linear, Float16Linear, Int8Linear
 from nanochatgpt.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(not FBGEMM, reason="the kernels are for x86")

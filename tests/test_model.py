@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from model import GPT, PRESETS, GPTConfig, HeadLoss
+from model import GPT, PRESETS, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
+from nanochatgpt.fast import HeadLoss
 from nanochatgpt.tokenizer import Tokenizer
 
 ODD = {"n_layer": 3, "n_head": 5, "n_embd": 80, "vocab_size": 50262, "n_positions": 96}

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from nanochatgpt.device import peak_flops
-from nanochatgpt.monitor import LIMITS, Trouble
+from nanochatgpt.monitor import LIMITS, DivergenceCheck
 
 CUDA = torch.device("cuda")
 
 
 def watch(name, values, first=1, trouble=None):
-    """Let a run's values, one a step, be checked; return the Trouble that saw them."""
-    trouble = trouble or Trouble()
+    """Let a run's values, one a step, be checked; return the DivergenceCheck that saw them."""
+    trouble = trouble or DivergenceCheck()
     for it, value in enumerate(values, first):
         trouble.check(name, value, it)
     return trouble
@@ -50,7 +50,7 @@ def test_nothing_is_usual_before_the_tenth_value():
 
 
 def test_a_value_that_is_given_as_the_usual_counts_from_the_first_on():
-    trouble = Trouble()
+    trouble = DivergenceCheck()
     trouble.check("validation loss", 10.8, 0, math.inf)
     trouble.check("validation loss", 22.5, 5, 10.8)
     with pytest.raises(ValueError, match=r"the validation loss is 22.7 at iter 10, 10.8 before"):

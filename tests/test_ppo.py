@@ -22,12 +22,13 @@ from safetensors.torch import load_file
 import train
 import train_ppo
 import train_reward
-from model import GPT, GPTConfig, RewardModel
+from model import GPT, GPTConfig
 from nanochatgpt import training
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.configurator import parse
 from nanochatgpt.tokenizer import Tokenizer
 from rlhf.reward import scored, scores
+from rlhf.reward_model import RewardModel
 from train_ppo import (
     ActorCritic,
     Rollout,
@@ -266,7 +267,7 @@ def test_toy_rewards_by_hand():
 
 
 def test_a_learned_reward_is_the_models_score_of_the_whole_without_its_end():
-    judge, _ = load_model("reward", Model=RewardModel)
+    judge, _ = load_model("reward", model_class=RewardModel)
     rollout = Rollout([[5, 6, 7]], [[8, 9, TOKENIZER.eos_id]], None)
     found = make_reward("reward", TOKENIZER, "cpu", torch.no_grad())(rollout)
     expected = judge.eval()(torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([5]))

@@ -12,10 +12,12 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
-from model import GPT, GPTConfig, RewardModel
+from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
+from nanochatgpt.huggingface import tokenizer_files
 from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer
 from rlhf.reward import scored, scores
+from rlhf.reward_model import RewardModel
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
 
@@ -50,8 +52,8 @@ def assert_same_scores(ours, theirs):
 
 def test_theirs_loads_as_ours(theirs, tmp_path):
     theirs.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(Tokenizer().files()["tokenizer.json"])
-    assert_same_scores(load_model(str(tmp_path), Model=RewardModel)[0].eval(), theirs)
+    (tmp_path / "tokenizer.json").write_text(tokenizer_files("human_bot")["tokenizer.json"])
+    assert_same_scores(load_model(str(tmp_path), model_class=RewardModel)[0].eval(), theirs)
 
 
 def test_texts_that_are_too_long_lose_their_beginning_as_theirs_do(ours, tmp_path):
@@ -78,7 +80,7 @@ def test_ours_loads_as_theirs_and_comes_back(ours, tmp_path):
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert (theirs.config.num_labels, theirs.config.pad_token_id) == (1, END_OF_TEXT)
     assert_same_scores(ours, theirs)
-    assert_same_scores(load_model(str(tmp_path), Model=RewardModel)[0].eval(), theirs)
+    assert_same_scores(load_model(str(tmp_path), model_class=RewardModel)[0].eval(), theirs)
 
 
 def test_a_score_does_not_depend_on_what_a_row_is_padded_with(ours):
@@ -95,7 +97,9 @@ def test_its_parameters_are_counted(ours):
 
 def test_a_packed_reward_model_has_the_scores_of_float32_up_to_rounding(ours, tmp_path):
     save_model(ours, Tokenizer(), tmp_path)
-    packed, _ = load_model(str(tmp_path), dtype=torch.float16, inference=True, Model=RewardModel)
+    packed, _ = load_model(
+        str(tmp_path), dtype=torch.float16, inference=True, model_class=RewardModel
+    )
     idx, lengths = padded_batch()
     with torch.no_grad():
         torch.testing.assert_close(
@@ -107,7 +111,7 @@ def test_a_model_of_the_other_kind_is_refused(ours, tmp_path, script):
     save_model(ours, Tokenizer(), tmp_path / "reward")
     save_model(GPT(GPTConfig(64, **SHAPE)), Tokenizer(), tmp_path / "chat")
     with pytest.raises(ValueError, match="is no reward model"):
-        load_model(str(tmp_path / "chat"), Model=RewardModel)
+        load_model(str(tmp_path / "chat"), model_class=RewardModel)
     assert_refused(
         script("chat.py", "--init_from=reward", input="hi"), "reward", "is a reward model"
     )

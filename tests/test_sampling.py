@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from model import GPT, GPTConfig
-from nanochatgpt.generate import Engine, generate
+from nanochatgpt.engine import Engine
+from nanochatgpt.generate import generate
 from nanochatgpt.sampling import Sampling, penalize, sample
 
 LARGEST = 1 - 2**-24  # the largest float32 below 1, and the largest number that torch.rand returns

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from nanochatgpt.generate import Engine, generate
+from nanochatgpt.engine import Engine
+from nanochatgpt.generate import generate
 from nanochatgpt.sampling import Sampling
 from nanochatgpt.tokenizer import Tokenizer
 from serving.scheduler import Full, Job, Scheduler

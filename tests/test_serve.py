@@ -18,11 +18,12 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
 from chat import Chat, Config  # noqa: E402
-from model import GPTConfig, RewardModel  # noqa: E402
-from nanochatgpt.checkpoint import load_model, save_model  # noqa: E402
-from nanochatgpt.generate import generate  # noqa: E402
+from model import GPTConfig
+from nanochatgpt.checkpoint import load_model, save_model
+from nanochatgpt.generate import generate
 from nanochatgpt.sampling import ChatSampling  # noqa: E402
-from nanochatgpt.tokenizer import Tokenizer  # noqa: E402
+from nanochatgpt.tokenizer import Tokenizer
+from rlhf.reward_model import RewardModel
 
 HI = [{"role": "user", "content": "Hello! My name is Nora."}]
 NO_END = {"50256": -100}  # the model never ends its reply
@@ -728,7 +729,7 @@ def test_the_best_of_many_is_the_reward_models_choice(serving, tmp_path, nano):
         every = api.create(model="nano", messages=HI, n=8, seed=5)
         best = api.create(model="nano", messages=HI, n=2, seed=5, extra_body={"best_of": 8})
         assert best.usage.completion_tokens == every.usage.completion_tokens
-        loaded, tokenizer = load_model(str(tmp_path / "reward"), Model=RewardModel)
+        loaded, tokenizer = load_model(str(tmp_path / "reward"), model_class=RewardModel)
         texts = [choice.message.content for choice in every.choices]
         prompt, _ = tokenizer.render(HI, add_generation_prompt=True)
         scores = [

@@ -15,8 +15,10 @@ from conftest import assert_refused, largest_file, small_talk, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochatgpt.shards import HEADER, Loader, ShardWriter, find_shards, open_shard, openings
+from nanochatgpt.loader import Loader
+from nanochatgpt.shards import HEADER, ShardWriter, find_shards, open_shard, sample_prompts
 from nanochatgpt.tokenizer import TEMPLATES, Tokenizer
+from prepare.render import render_batch
 
 TOKENIZERS = {name: Tokenizer(name) for name in TEMPLATES}
 in_both_templates = pytest.mark.parametrize("tok", TOKENIZERS.values(), ids=TOKENIZERS)
@@ -530,7 +532,7 @@ def split(messages):
 def test_long_conversations_are_cut_into_conversations_with_all_the_exchanges_that_fit(
     fresh, tok, many, block
 ):
-    path = write(fresh(), tok.render_batch(many), vocab_size=tok.n_vocab, template=tok.template)
+    path = write(fresh(), render_batch(tok, many), vocab_size=tok.n_vocab, template=tok.template)
     loader = load(path, block=block, tokenizer=tok)
     whole, cut = [], []
     for inputs, targets in chain(*(documents_of(*row) for row in rows_of(loader))):
@@ -784,7 +786,7 @@ def test_a_prompt_with_a_token_beyond_the_vocabulary_is_refused(tmp_path):
     tok = TOKENIZERS["human_bot"]
     shard = open_shard(write(tmp_path / "train.bin", [([11, 60000, 12, tok.eos_id], [0, 0, 1, 1])]))
     with pytest.raises(ValueError, match=r"train\.bin has token 60000"):
-        openings([shard], tok, 1, 8, 0)
+        sample_prompts([shard], tok, 1, 8, 0)
 
 
 @pytest.mark.parametrize(

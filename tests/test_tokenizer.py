@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext import openai_public
 
+from nanochatgpt.huggingface import read_tokenizer, tokenizer_files
 from nanochatgpt.tokenizer import (
     TEMPLATES,
     VOCAB_FILES,
@@ -23,6 +24,7 @@ from nanochatgpt.tokenizer import (
     gpt2_encoding,
     vocab_file,
 )
+from prepare.render import render_batch
 
 TOKENIZERS = {name: Tokenizer(name) for name in TEMPLATES}
 HUMAN_BOT, USER_ASSISTANT = TOKENIZERS["human_bot"], TOKENIZERS["user_assistant"]
@@ -256,7 +258,7 @@ def test_exactly_the_replies_and_their_end_tokens_are_supervised(tok, messages):
 @unhurried
 @given(many=st.lists(conversations(), max_size=4))
 def test_a_batch_is_rendered_as_its_conversations_are_one_by_one(tok, many):
-    given = [(ids.tolist(), mask.tolist()) for ids, mask in tok.render_batch(many)]
+    given = [(ids.tolist(), mask.tolist()) for ids, mask in render_batch(tok, many)]
     assert given == [tok.render(messages) for messages in many]
 
 
@@ -529,7 +531,7 @@ def hf(tmp_path_factory):
     from transformers import AutoTokenizer
 
     folders = {
-        name: write_directory(tmp_path_factory.mktemp(name), tok.files())
+        name: write_directory(tmp_path_factory.mktemp(name), tokenizer_files(tok.template))
         for name, tok in TOKENIZERS.items()
     }
     return {name: AutoTokenizer.from_pretrained(folder) for name, folder in folders.items()}
@@ -621,28 +623,31 @@ in_both_forms = pytest.mark.parametrize("directory", [old_directory, new_directo
 def test_the_template_of_a_directory_is_the_one_whose_tokens_were_added(
     tmp_path, directory, added, template
 ):
-    tok = Tokenizer.from_directory(directory(tmp_path / "model", added))
+    tok = read_tokenizer(directory(tmp_path / "model", added))
     assert (tok.template, tok.n_vocab) == (template, TOKENIZERS[template].n_vocab)
 
 
 @in_both_templates
 def test_the_files_of_a_tokenizer_make_the_same_tokenizer(tmp_path, tok):
-    assert Tokenizer.from_directory(write_directory(tmp_path, tok.files())).template == tok.template
+    assert (
+        read_tokenizer(write_directory(tmp_path, tokenizer_files(tok.template))).template
+        == tok.template
+    )
 
 
 def test_a_template_without_tokens_of_its_own_is_known_by_its_chat_template(tmp_path, monkeypatch):
     """Else a model trained in it would be talked to in another."""
     openers = {"system": "\n[Context]:", "user": "\n[Q]:", "assistant": "\n[A]:"}
     monkeypatch.setitem(TEMPLATES, "qa", Template(openers, " ", "", "<|endoftext|>", ()))
-    folder = write_directory(tmp_path, Tokenizer("qa").files())
-    assert Tokenizer.from_directory(folder).template == "qa"
+    folder = write_directory(tmp_path, tokenizer_files("qa"))
+    assert read_tokenizer(folder).template == "qa"
     (folder / "tokenizer_config.json").write_text(
         '{"chat_template": [{"name": "default", "template": "?"}]}'
     )
-    assert Tokenizer.from_directory(folder).template == "human_bot"
+    assert read_tokenizer(folder).template == "human_bot"
     (folder / "tokenizer_config.json").write_text("[")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is damaged"):
-        Tokenizer.from_directory(folder)
+        read_tokenizer(folder)
 
 
 @pytest.mark.parametrize(
@@ -661,21 +666,21 @@ def test_a_template_whose_turns_could_be_forged_is_refused(monkeypatch, openers,
 
 
 def test_a_directory_without_a_tokenizer_gets_the_default(tmp_path):
-    assert Tokenizer.from_directory(tmp_path).template == "human_bot"
+    assert read_tokenizer(tmp_path).template == "human_bot"
 
 
 @in_both_forms
 def test_a_templates_tokens_with_other_ids_are_refused(tmp_path, directory):
     folder = directory(tmp_path / "model", [ADDED[1], ADDED[0], *ADDED[2:]])
     with pytest.raises(ValueError, match=r"model.*user_assistant.*other ids"):
-        Tokenizer.from_directory(folder)
+        read_tokenizer(folder)
 
 
 @in_both_forms
 def test_a_template_with_a_token_missing_is_refused(tmp_path, directory):
     folder = directory(tmp_path / "model", ADDED[:4])
     with pytest.raises(ValueError, match="user_assistant"):
-        Tokenizer.from_directory(folder)
+        read_tokenizer(folder)
 
 
 def foreign_vocabularies():
@@ -698,14 +703,14 @@ def test_a_vocabulary_that_is_not_gpt2s_is_refused(tmp_path, kind):
 
     tokenizers.Tokenizer(foreign_vocabularies()[kind]).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"tokenizer\.json is not GPT-2's vocabulary"):
-        Tokenizer.from_directory(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("text", ['{"hello": 0}', '{"hello": [0]}', "{}", "[]", "null"])
 def test_a_foreign_vocabulary_in_the_older_form_is_refused(tmp_path, text):
     (tmp_path / "vocab.json").write_text(text)
     with pytest.raises(ValueError, match=r"vocab\.json"):
-        Tokenizer.from_directory(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -720,7 +725,7 @@ def test_a_tokenizer_file_that_is_cut_short_is_named(tmp_path, directory, name):
     path = directory(tmp_path / "model", ADDED) / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=name):
-        Tokenizer.from_directory(path.parent)
+        read_tokenizer(path.parent)
 
 
 # the package that carries the vocabulary

@@ -14,12 +14,13 @@ from transformers import AutoModelForSequenceClassification
 
 import train_reward
 from evaluation.metrics import auc, calibration_error
-from model import GPT, GPTConfig, RewardModel
+from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.configurator import parse
 from nanochatgpt.shards import ShardWriter
 from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer
 from rlhf.reward import scored, scores, scores_behind
+from rlhf.reward_model import RewardModel
 from train_reward import Replies, figures, losses
 
 TOKENIZER = Tokenizer()
@@ -221,7 +222,7 @@ def test_it_learns_which_replies_are_kept_and_length_does_not_tell(loss, capsys)
     assert "NO BETTER" not in capsys.readouterr().out
     # what it wrote is what others load
     theirs = AutoModelForSequenceClassification.from_pretrained(out).eval()
-    ours, _ = load_model(str(out), Model=RewardModel)
+    ours, _ = load_model(str(out), model_class=RewardModel)
     assert ours.config.block_size == theirs.config.n_positions == 48
     data = Replies([f"data/{TINY['dataset']}/val.bin"], 8, 48, 0, TOKENIZER, False)
     idx, lengths, _ = data.batch(0, "cpu")
@@ -395,7 +396,7 @@ def test_a_run_is_resumed_with_its_own_block_size():
 def test_scores_that_are_no_numbers_end_the_run_and_the_checkpoint_stays(monkeypatch):
     with pytest.raises(ValueError, match="diverges"):
         fit(learning_rate=1e30, warmup_iters=0, grad_clip=0.0)
-    load_model("out/last", Model=RewardModel)
+    load_model("out/last", model_class=RewardModel)
 
 
 def test_the_config_for_the_model_in_the_box_runs():
@@ -403,7 +404,7 @@ def test_the_config_for_the_model_in_the_box_runs():
     train_reward.main(
         parse(train_reward.Config, [str(ROOT / "config" / "train_reward_nano.py"), *given])
     )
-    assert load_model("out/reward", Model=RewardModel)[0].config.block_size == 256
+    assert load_model("out/reward", model_class=RewardModel)[0].config.block_size == 256
 
 
 def test_a_run_is_not_overwritten_by_another():

@@ -4,9 +4,11 @@ Files from the network: resumed when cut, verified, and renamed into place only 
 `download` takes any URL; `hub_file` a file of a Hugging Face repository, which is often on this machine already.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -15,6 +17,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
+import safetensors
+import torch
 import urllib3
 
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
@@ -265,3 +269,42 @@ def _reason(error):
     while isinstance(inner := getattr(error, "reason", None) or error.args[-1], Exception):
         error = inner
     return str(inner if isinstance(inner, str) else error).rpartition("): ")[2]
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a path to write to; what was written there then takes the place of `path` at one instant, or not at all.
+
+    Raises OSError, with the path, where it cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (
+        safetensors.SafetensorError,
+        RuntimeError,
+    ) as error:  # how these and torch tell of a full disk
+        raise OSError(f"cannot write {path}: {error}") from error
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_tensors(path):
+    """Return what torch.save wrote to `path`, if it is tensors and plain values. Raises ValueError if it is not."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors, which could run code: not loaded"
+        ) from error
+    except Exception as error:  # of whatever kind: the unpickler promises none for damaged bytes
+        raise ValueError(
+            f"{path} is damaged or cut short ({error}); fetch or save it again"
+        ) from error

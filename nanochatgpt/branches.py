@@ -1,0 +1,40 @@
+"""
+Many continuations of one context in a single forward pass, for ranking and scoring replies.
+
+The context and all continuations stand in one row. Each continuation sees the context and itself,
+not the others, so the context is computed once and there is no padding.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def hidden_of_branches(model, context, continuations):
+    """Return the final hidden states (T, C) of the context and, after it, of each continuation.
+
+    context: a list of at least one id; continuations: a list of lists of ids. T is the number of
+    ids altogether. Raises ValueError if the context and a continuation exceed the model's context.
+    """
+    longest = len(context) + max(map(len, continuations), default=0)
+    if longest > model.config.block_size:
+        raise ValueError(f"{longest} tokens, but the model has {model.config.block_size} positions")
+
+    # branch 0 is the context; positions go on from its end in each continuation
+    n = len(context)
+    ids = list(context)
+    positions = list(range(n))
+    branch = [0] * n
+    for number, continuation in enumerate(continuations, 1):
+        ids += continuation
+        positions += range(n, n + len(continuation))
+        branch += [number] * len(continuation)
+
+    device = model.transformer.wpe.weight.device
+    idx, positions, branch = torch.tensor([ids, positions, branch], device=device)  # (T,) each
+    mask = (branch == 0) | (branch == branch[:, None])  # (T, T)
+    mask = mask.tril()
+
+    def attend(layer, q, k, v, dropout):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    return model.hidden(idx[None], positions=positions[None], attend=attend)[0]

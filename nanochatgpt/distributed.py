@@ -1,0 +1,160 @@
+"""
+The processes that train together (one alone, or as many as torchrun starts) and their precision.
+"""
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from model import GPT
+from nanochatgpt.device import keep_freed_memory, pick_device, pick_dtype
+
+FULL_STATE_DICT = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on the CPU
+
+
+@dataclass
+class Distributed:
+    """This process's place among those that train together."""
+
+    rank: int
+    world_size: int
+    device: str
+    store: dist.Store | None
+
+    @property
+    def master(self):
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def rank_zero_first(self):
+        """Run the block on rank 0 first, then on the others, so that only one process downloads."""
+        if self.world_size > 1 and not self.master:
+            dist.barrier()
+        yield
+        if self.world_size > 1 and self.master:
+            dist.barrier()
+
+    def sum(self, tensor):
+        """Sum a tensor over the processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def leave(self):
+        """End the process group."""
+        if self.world_size > 1:
+            dist.barrier()
+            # Gloo's thread needs the GIL to release the last tensors. Destroying the group while we
+            # hold the GIL, as DistributedDataParallel's destructor may, would deadlock with it.
+            time.sleep(0.1)
+            dist.destroy_process_group()
+
+
+def init_distributed(config, *divisible):
+    """Return the Distributed of this process, and set up the machine for training.
+
+    Raises ValueError for a device that does not exist, or if one of the `divisible` knobs is not a
+    multiple of the number of processes.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(config.device)
+    device_type = torch.device(device).type
+    store = None
+    if device_type == "cpu":
+        keep_freed_memory()
+    for name in divisible:
+        value = getattr(config, name)
+        if value % world_size:
+            raise ValueError(f"{name}={value} is not a multiple of the {world_size} processes")
+    if world_size > 1:
+        if device_type == "cuda":
+            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        hour = timedelta(hours=1)  # rank 0 may download gigabytes
+        store, *_ = next(dist.rendezvous("env://", timeout=hour))
+        # torchrun keeps the store when it restarts the processes; a prefix keeps a new start from
+        # finding the addresses of dead ones (pytorch 135712)
+        restart = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(
+            backend, store=restart, rank=rank, world_size=world_size, timeout=hour
+        )
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # for float32 products on a GPU
+    torch.manual_seed(config.seed)
+    return Distributed(rank, world_size, device, store)
+
+
+def precision(name, device):
+    """Return (dtype, autocast, scaler) for a `dtype` knob: weights stay float32, autocast computes
+    in less, and float16 needs its gradients scaled. Raises ValueError for float16 off CUDA."""
+    device_type = torch.device(device).type
+    dtype = pick_dtype(name, device)
+    if name == "auto" and device_type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        dtype = (
+            torch.bfloat16
+        )  # 1.7 times the tokens/s of float32 where the CPU multiplies bfloat16
+    if dtype == torch.float16 and device_type != "cuda":
+        raise ValueError(
+            f"dtype=float16 trains on CUDA only; on {device_type} use bfloat16 or float32"
+        )
+    autocast = contextlib.nullcontext()
+    if dtype != torch.float32:
+        autocast = torch.autocast(device_type, dtype)
+    return dtype, autocast, torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
+
+
+def seed_for(*numbers):
+    """Return a random seed that is a function of these numbers, such as (seed, step, rank)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+# --- one model on many devices --------------------------------------------------------------------
+
+
+def distribute(model, raw_model, distributed, sharded=False):
+    """Return the model to call: raw_model sharded over the devices (FSDP), or `model` (raw_model or
+    its compiled version) with one copy per device (DDP), or unchanged for one process."""
+    if sharded:
+        for block in raw_model.transformer.h:
+            fully_shard(block)
+        fully_shard(raw_model)
+    elif distributed.world_size > 1:
+        return DistributedDataParallel(
+            model
+        )  # with device_ids it would move the targets to the GPU
+    return model
+
+
+def synced_last(model, batches):
+    """Yield the micro-batches; processes exchange gradients only in the backward pass of the last."""
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
+        if isinstance(model, DistributedDataParallel):
+            model.require_backward_grad_sync = last
+        elif hasattr(model, "set_requires_gradient_sync"):  # FSDP
+            model.set_requires_gradient_sync(last)
+        yield batch
+
+
+def gathered(raw_model, sharded):
+    """Return the model itself; a sharded one as a whole on rank 0's CPU. All processes must call it."""
+    if not sharded:
+        return raw_model
+    weights = get_model_state_dict(raw_model, options=FULL_STATE_DICT)
+    with torch.device("meta"):
+        model = GPT(raw_model.config)
+    if dist.get_rank() == 0:
+        model.load_state_dict(weights, assign=True)
+        model.tie_weights()
+    return model

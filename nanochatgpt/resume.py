@@ -1,0 +1,129 @@
+"""
+A training run that can be stopped and resumed: everything it needs is in out_dir/last/.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from nanochatgpt.checkpoint import save_model
+from nanochatgpt.distributed import FULL_STATE_DICT, Distributed
+from nanochatgpt.files import load_tensors, replacing
+from nanochatgpt.tokenizer import Tokenizer
+
+
+@dataclass
+class Run:
+    """The parts of a training run. A script fills in the last four before it calls restore or save.
+
+    script: the name of the script; only that script can resume the run. must_match: knobs that a
+    resumed run must share with the original.
+    """
+
+    script: str
+    config: object
+    distributed: Distributed
+    must_match: tuple = ()
+    tokenizer: Tokenizer = None
+    model: torch.nn.Module = None
+    optimizer: torch.optim.Optimizer = None
+    scaler: torch.amp.GradScaler = None
+
+    @property
+    def last(self):
+        return Path(self.config.out_dir) / "last"
+
+    def load(self):
+        """Return what `save` last wrote, None for a new run.
+
+        Raises ValueError if a new run would overwrite one, or if the one to resume is not a run,
+        another script's, or has another value of a knob in must_match; FileNotFoundError if there
+        is none to resume.
+        """
+        config = self.config
+        distributed = self.distributed
+        path = self.last / "state.pt"
+        resume = config.init_from == "resume"
+
+        # torchrun --max_restarts starts all processes again: they resume what this job has begun
+        if distributed.world_size > 1 and distributed.store.check(["begun"]):
+            resume = path.exists()
+        if not resume and path.exists():
+            raise ValueError(
+                f"{self.last} holds a run: continue it with --init_from=resume, or start a new one "
+                "in another --out_dir"
+            )
+        if distributed.world_size > 1:
+            dist.barrier()  # every process has looked
+            distributed.store.set("begun", "1")
+        if not resume:
+            return None
+
+        if not path.exists():
+            raise FileNotFoundError(f"no {path} to resume; start from a model with --init_from")
+        state = load_tensors(path)
+        needed = {"script", "knobs", "iter", "template", "config", "model"}
+        if not isinstance(state, dict) or not needed <= state.keys():
+            raise ValueError(f"{path} is not the state of a run; start one in another --out_dir")
+        if state["script"] != self.script:
+            raise ValueError(
+                f"{self.last} is a run of {state['script']}.py: resume it with that, or set another "
+                "--out_dir"
+            )
+        for name in self.must_match:
+            value = getattr(config, name)
+            if value != state["knobs"][name]:
+                raise ValueError(
+                    f"{name}={value}, but the run in {config.out_dir} has {state['knobs'][name]}"
+                )
+        return state
+
+    def restore(self, state):
+        """Load the optimizer's moments and the gradient scaler from `state`, if they are there. The
+        knobs stay those of this call."""
+        if moments := state.pop("optimizer", None):
+            groups = get_optimizer_state_dict(self.model, self.optimizer)
+            set_optimizer_state_dict(
+                self.model, self.optimizer, groups | {"state": moments}, options=FULL_STATE_DICT
+            )
+        if scaler := state.pop("scaler", None):
+            self.scaler.load_state_dict(scaler)
+
+    def save(self, published, weights, **progress):
+        """Write last/: a checkpoint for others, and state.pt with everything a resumed run needs.
+
+        published: the GPT or RewardModel to save as a checkpoint; weights: the module whose state
+        dict a resumed run loads. progress: `iter` and further tensors or plain values. All
+        processes must call this; rank 0 writes.
+        """
+        moments = {}
+        if self.optimizer.state:  # before the first step, asking for it would make one
+            moments = get_optimizer_state_dict(self.model, self.optimizer, options=FULL_STATE_DICT)
+            moments = moments.get("state", {})
+        if not self.distributed.master:
+            return
+        save_model(published, self.tokenizer, self.last)
+        state = progress | {
+            "script": self.script,
+            "knobs": {name: getattr(self.config, name) for name in self.must_match},
+            "template": self.tokenizer.template,
+            "config": asdict(published.config),
+            "model": weights.state_dict(),
+            "optimizer": moments,
+            "scaler": self.scaler.state_dict(),
+        }
+        with replacing(self.last / "state.pt") as path:
+            torch.save(state, path)
+
+    def print_stopped(self, it):
+        if self.distributed.master:
+            print(
+                f"stopped at iter {it}, saved to {self.last}; continue with the same command and "
+                "--init_from=resume"
+            )

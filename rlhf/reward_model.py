@@ -1,0 +1,77 @@
+"""
+The reward model: GPT-2 with a score in place of the head.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import GPT
+from nanochatgpt.checkpoint import load_model
+from nanochatgpt.huggingface import NoScore
+
+
+class RewardModel(GPT):
+    """Names and arithmetic of GPT2ForSequenceClassification with one label; state dicts pass both
+    ways."""
+
+    architecture = "GPT2ForSequenceClassification"
+
+    def __init__(self, config):
+        super().__init__(config)
+        del self.lm_head
+        self.score = nn.Linear(config.n_embd, 1, bias=False)
+        nn.init.normal_(self.score.weight, std=0.02)
+
+    def tie_weights(self):
+        """There is no head to share the embedding's weight."""
+
+    def num_parameters(self):
+        return super().num_parameters() + self.score.weight.numel()
+
+    @torch.no_grad()
+    def shorten(self, block_size):
+        """Keep only the first block_size positions."""
+        wpe = self.transformer.wpe.weight[:block_size].clone()
+        self.transformer.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)
+        self.config.block_size = block_size
+
+    def forward(self, idx, lengths):
+        """Return the score of each row, (B,), a logit: higher means the reply is more likely kept.
+
+        idx: (B, T) int64, padded on the right with anything. lengths: (B,) int64, the tokens of
+        each row, at least 1.
+        """
+        x = self.hidden(idx)  # (B, T, C)
+        return self.score_of(x[torch.arange(len(x), device=x.device), lengths - 1])
+
+    def score_of(self, x):
+        """Return the scores (N,) float32 of final hidden states (N, C). In float32, because in 16
+        bits many would be equal."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.score.weight.float())[:, 0]
+
+
+def load_reward_model(name, tokenizer, device, dtype=torch.float32, inference=False):
+    """Return the RewardModel of that name, to score what this tokenizer writes.
+
+    Raises ValueError if it is not a reward model or has another vocabulary.
+    """
+    if dtype == torch.float16 and device == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        dtype = torch.bfloat16  # scoring reads many tokens at once: 0.75 of float16's time
+    try:
+        model, its_tokenizer = load_model(
+            name, device, dtype, inference=inference, model_class=RewardModel
+        )
+    except (FileNotFoundError, NoScore) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = reason.partition(";")[0].removeprefix(f"init_from={name}: ")
+        raise ValueError(f"reward={name}: {reason}. Make one with train_reward.py") from error
+    n_vocab = model.config.vocab_size
+    if its_tokenizer.template != tokenizer.template or n_vocab < tokenizer.n_vocab:
+        raise ValueError(
+            f"reward={name} knows {n_vocab} tokens in template {its_tokenizer.template}; the model "
+            f"that talks knows {tokenizer.n_vocab} in template {tokenizer.template}. Train one on "
+            f"shards in template {tokenizer.template}"
+        )
+    return model.eval()
