@@ -1,11 +1,14 @@
 """
 Batches of packed conversations, as a pure function of the seed and the batch's number.
+
+A row of block_size tokens holds several whole conversations; the model keeps them apart. Where a
+conversation is too long for a row it is cut between exchanges, and each piece keeps the persona.
 """
 
 import functools
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,199 +16,188 @@ import torch
 from nanochatgpt.shards import Shard, check_template, check_vocabulary, open_shard
 
 
-def read_ahead(make, numbers):
-    """Yield make(n) for each n; a thread makes the next one while the caller works on this one."""
-    with ThreadPoolExecutor(1) as thread:
-        pending = None
-        for n in numbers:
-            ready, pending = pending, thread.submit(make, n)
-            if ready:
-                yield ready.result()
-        if pending:
-            yield pending.result()
-
-
 @dataclass
-class Packed:
-    """A shard whose conversations are packed into rows."""
+class PackedShard:
+    """A shard and the rows that its conversations are packed into.
+
+    pieces: (n, 4) int64, the tokens [a, b) and [c, d) of each piece: its persona and the rest.
+    rows: for each row, the numbers of its pieces. rows_per_epoch: more or fewer than there are, by
+    the shard's share. n_lost: tokens in no piece, the ends of exchanges longer than a row.
+    """
 
     shard: Shard
-    pieces: (
-        np.ndarray
-    )  # (pieces, 4) int64: the persona's first and last + 1, the rest's first and last + 1
-    rows: np.ndarray  # (rows + 1,): the first piece of each row
-    taken: int  # rows in an epoch
-    n_lost: int  # tokens in no piece: the ends of exchanges that are too long
-
-    def __len__(self):
-        return len(self.rows) - 1
-
-    @property
-    def lengths(self):
-        """The inputs of each piece, (pieces,): the last token is only a target."""
-        return self.pieces @ [-1, 1, -1, 1] - 1
+    pieces: np.ndarray
+    rows: list
+    rows_per_epoch: int
+    n_lost: int
 
 
 class Loader:
-    """Batches of (x, y, documents) from shards, a pure function of the seed and the batch's number.
+    """Batches of (x, y, documents) from shards.
 
-    Rows are packed with whole conversations, longer ones cut into pieces that are conversations too (Tokenizer.cut).
-    An epoch has every row of a shard once, or as often as its share says, in an order of its own: of a shard with share
-    0.5 one half comes in an epoch and the other in the next. n_tokens: tokens in the shards; n_lost: those that are in
-    no row; n_rows: rows of an epoch; fill: share of their positions that hold tokens; span: the mean, over tokens, of
-    the length of the piece that each is in.
+    An epoch takes each row of a shard once, or as often as the shard's share says, in a new order.
+    With a share of 0.5, half of the rows come in one epoch and the other half in the next.
+
+    n_tokens: in the shards; n_lost: those in no row; n_rows: rows per epoch; fill: the part of
+    their positions that hold tokens; span: the mean, over tokens, of the length of their piece.
     """
 
-    SLACK = 8  # positions that two pieces which fill a row may leave over
-
     def __init__(self, shards, batch_size, block_size, seed, tokenizer, max_conversations=0):
-        """shards: [(path, share)]; of each the first `max_conversations`, if not 0. Raises ValueError where one is in
-        another template than the tokenizer's or has nothing to learn, `batch` where one holds tokens beyond its
-        vocabulary."""
-        self.batch_size, self.block_size, self.seed, self.tokenizer = (
-            batch_size,
-            block_size,
-            seed,
-            tokenizer,
-        )
-        self.parts = [
-            self._pack(open_shard(path, max_conversations), share) for path, share in shards
-        ]
+        """shards: [(path, share)], of each the first max_conversations (0 = all). Raises ValueError
+        for a shard in another template or with nothing to learn."""
+        self.batch_size = batch_size
+        self.block_size = block_size
+        self.seed = seed
+        self.tokenizer = tokenizer
+        self.parts = []
+        for path, share in shards:
+            shard = open_shard(path, max_conversations)
+            check_template(shard, tokenizer)
+            check_vocabulary(shard, shard.vocab_size - 1, tokenizer)
+            self.parts.append(self._pack(shard, share))
+
         self.n_tokens = sum(len(part.shard.tokens) for part in self.parts)
         self.n_lost = sum(part.n_lost for part in self.parts)
-        self.n_rows = sum(part.taken for part in self.parts)
-        filled, squares = (
-            sum((part.lengths**power).sum().item() / len(part) * part.taken for part in self.parts)
-            for power in (1, 2)
-        )
-        self.fill, self.span = filled / (self.n_rows * block_size), squares / filled
-        # in a batch, at most: one more than the pieces of each row, for the padding behind them
-        self.max_documents = batch_size * (
-            1 + max(np.diff(part.rows).max().item() for part in self.parts)
-        )
+        self.n_rows = sum(part.rows_per_epoch for part in self.parts)
+        n_inputs = 0  # per epoch
+        squares = 0
+        longest_row = 0
+        for part in self.parts:
+            lengths = n_inputs_of(part.pieces)
+            epochs = part.rows_per_epoch / len(part.rows)
+            n_inputs += epochs * lengths.sum().item()
+            squares += epochs * (lengths**2).sum().item()
+            longest_row = max(longest_row, *map(len, part.rows))
+        self.fill = n_inputs / (self.n_rows * block_size)
+        self.span = squares / n_inputs
+        self.max_documents = batch_size * (longest_row + 1)  # each row's padding is one, too
         self._order = functools.lru_cache(2)(self._order)
 
     def batch(self, number):
         """Return batch `number` (0, 1, ...): x, y, documents.
 
-        x: (batch_size, block_size) int64. y: alike; the next token where that one is supervised and in the same
-        conversation, else -100. documents: (max_documents + 1,) int32, where in the rows laid end to end each
-        conversation begins, as GPT.hidden takes it; batch_size * block_size behind the last.
+        x: (batch_size, block_size) int64. y: the same shape; the next token where it is supervised
+        and in the same piece, else -100. documents: (max_documents + 1,) int32, where each piece
+        begins in the rows laid end to end, as GPT.hidden takes it; the rest is B * T.
+        Raises ValueError for a token beyond the vocabulary.
         """
-        B, T = self.batch_size, self.block_size
-        x, y = np.zeros(B * T, np.int64), np.full(B * T, -100, np.int64)
-        documents = []
+        B = self.batch_size
+        T = self.block_size
+        x = np.zeros(B * T, np.int64)
+        y = np.full(B * T, -100, np.int64)
+        documents = np.full(self.max_documents + 1, B * T, np.int32)
+        n = 0
         for b in range(B):
             epoch, row = divmod(number * B + b, self.n_rows)
-            part, row = self._order(epoch)[row]
-            part, at = self.parts[part], b * T
-            for first, last, start, stop in part.pieces[
-                part.rows[row] : part.rows[row + 1]
-            ].tolist():
-                ids = np.concatenate(
-                    [part.shard.tokens[first:last], part.shard.tokens[start:stop]]
-                ).astype(np.int64)
-                mask = np.concatenate([part.shard.mask(first, last), part.shard.mask(start, stop)])
-                documents.append(at)
-                end = at + len(ids) - 1
-                x[at:end] = ids[:-1]
-                y[at:end] = np.where(mask[1:], ids[1:], -100)
+            part_number, row = self._order(epoch)[row]
+            part = self.parts[part_number]
+            start = b * T
+            for piece in part.rows[row]:
+                ids, mask = read_piece(part.shard, part.pieces[piece])
                 check_vocabulary(part.shard, ids.max(), self.tokenizer)
-                at = end
-            documents.append(at)  # of the padding
-        documents += [B * T] * (self.max_documents + 1 - len(documents))
-        return *(torch.from_numpy(t).view(B, T) for t in (x, y)), torch.tensor(
-            documents, dtype=torch.int32
-        )
-
-    def counts(self, n_vocab):
-        """Return how often each token comes in an epoch, (n_vocab,) float64."""
-        counts = np.zeros(n_vocab)
-        for part in self.parts:
-            tokens = part.shard.tokens
-            for at in range(0, len(tokens), 1 << 24):  # bincount takes 8 bytes for each
-                some = tokens[at : at + (1 << 24)]
-                check_vocabulary(part.shard, some.max(), self.tokenizer)
-                counts += np.bincount(some, minlength=n_vocab) * (part.taken / len(part))
-        return counts
+                documents[n] = start
+                n += 1
+                stop = start + len(ids) - 1  # the last token is only a target
+                x[start:stop] = ids[:-1]
+                y[start:stop] = np.where(mask[1:], ids[1:], -100)
+                start = stop
+            documents[n] = start  # the padding
+            n += 1
+        x, y = (torch.from_numpy(tokens).view(B, T) for tokens in (x, y))
+        return x, y, torch.from_numpy(documents)
 
     def _order(self, epoch):
-        """Return the rows of an epoch in their order: [(number of the part, of the row in it)]."""
+        """Return the rows of an epoch, shuffled: [(number of the part, number of its row)]."""
         rows = []
         for number, part in enumerate(self.parts):
-            passes, at = np.divmod(
-                np.arange(epoch * part.taken, (epoch + 1) * part.taken), len(part)
-            )
-            for n in range(passes[0], passes[-1] + 1):
-                order = np.random.default_rng((self.seed, number, n)).permutation(len(part))
-                rows += [(number, row) for row in order[at[passes == n]].tolist()]
+            # the epoch's share of an endless sequence of shuffled passes over the part
+            first = epoch * part.rows_per_epoch
+            indices = np.arange(first, first + part.rows_per_epoch)
+            passes, index = np.divmod(indices, len(part.rows))
+            for n in np.unique(passes).tolist():
+                order = np.random.default_rng((self.seed, number, n)).permutation(len(part.rows))
+                rows += [(number, row) for row in order[index[passes == n]].tolist()]
         return np.random.default_rng((self.seed, epoch)).permutation(rows).tolist()
 
     def _pack(self, shard, share):
-        """Return the shard's conversations packed into rows: the longest that fits, and so on, until two fill the rest.
+        """Return a PackedShard. The seed decides which pieces of equal length share a row."""
+        pieces = np.random.default_rng(self.seed).permutation(self._cut(shard))
+        rows = best_fit(n_inputs_of(pieces), self.block_size)
 
-        PersonaChat's rows of 1,024 get 98.1% full, and 96.7% by putting the longest first into the fullest row.
-        """
-        check_template(shard, self.tokenizer)
-        check_vocabulary(shard, shard.vocab_size - 1, self.tokenizer)
-        pieces = np.random.default_rng(self.seed).permutation(self._pieces(shard))
-        personas = np.unique(pieces[:, :2], axis=0)  # each once, whatever the pieces
+        # a persona counts once, however many pieces repeat it
+        personas = np.unique(pieces[:, :2], axis=0)
         kept = (pieces[:, 3] - pieces[:, 2]).sum() + (personas[:, 1] - personas[:, 0]).sum()
-        packed = Packed(shard, pieces, None, 0, max(0, len(shard.tokens) - kept.item()))
-        of_length = defaultdict(list)
-        for i, length in enumerate(packed.lengths.tolist()):
-            of_length[length].append(i)
-        there = np.zeros(self.block_size + 1, bool)  # whether a piece of that length is left
-        there[list(of_length)] = True
-        order, sizes = [], []  # the pieces row by row, and how many each row has
-        while there.any():
-            room, before = self.block_size, len(order)
-            while (fitting := np.flatnonzero(there[: room + 1])).size:
-                chosen = [fitting[-1]]
-                for total in range(room, max(room - self.SLACK, chosen[0], 1), -1):
-                    pairs = np.flatnonzero(
-                        there[:total] & there[total:0:-1]
-                    )  # lengths a with a total - a
-                    pairs = [
-                        a for a in pairs[:2].tolist() if 2 * a != total or len(of_length[a]) > 1
-                    ]
-                    if pairs:
-                        chosen = [pairs[0], total - pairs[0]]
-                        break
-                for length in map(int, chosen):
-                    order.append(of_length[length].pop())
-                    there[length] = bool(of_length[length])
-                    room -= length
-            sizes.append(len(order) - before)
-        packed.pieces, packed.rows = pieces[order], np.cumsum([0, *sizes])
-        packed.taken = max(1, round(share * len(packed)))
-        return packed
+        n_lost = max(0, len(shard.tokens) - kept.item())
+        return PackedShard(shard, pieces, rows, max(1, round(share * len(rows))), n_lost)
 
-    def _pieces(self, shard):
-        """Return what the rows of a shard are packed with, as Packed.pieces, in the shard's order."""
+    def _cut(self, shard):
+        """Return the pieces of a shard, as in PackedShard; each fits a row with its target."""
         room = self.block_size + 1
-        starts, stops = shard.offsets[:-1], shard.offsets[1:]
-        if shard.template is None:  # text, which is one long document
-            if len(shard.tokens) < 2:
-                raise ValueError(
-                    f"{shard.path} has nothing to learn, it is a single token: prepare it again"
-                )
-            cuts = np.arange(0, stops[-1] - 1, self.block_size)
-            return np.stack([cuts, cuts, cuts, np.minimum(cuts + room, stops[-1])], 1)
-        fits = (stops - starts >= 2) & (stops - starts <= room)
-        pieces = [np.stack([starts, starts, starts, stops], 1)[fits]]
-        long = stops - starts > room
-        for begin, end in zip(starts[long].tolist(), stops[long].tolist(), strict=True):
-            cut = self.tokenizer.cut(shard.tokens[begin:end].tolist(), room)
-            cut = [(begin, begin + n, begin + start, begin + stop) for n, start, stop in cut]
-            pieces.append(
-                np.array(
-                    [piece for piece in cut if shard.mask(*piece[2:]).any()], np.int64
-                ).reshape(-1, 4)
-            )
-        pieces = np.concatenate(pieces)
-        if not any(shard.mask(start + 1, stop).any() for _, _, start, stop in pieces.tolist()):
+        if shard.template is None:  # plain text, one long document
+            n = len(shard.tokens)
+            starts = range(0, n - 1, self.block_size)
+            pieces = [(start, start, start, min(start + room, n)) for start in starts]
+        else:
+            pieces = []
+            for begin, end in pairwise(shard.offsets.tolist()):
+                if end - begin <= room:
+                    if end - begin >= 2:
+                        pieces.append((begin, begin, begin, end))
+                    continue
+                ids = shard.tokens[begin:end].tolist()
+                for n, start, stop in self.tokenizer.cut(ids, room):
+                    if shard.mask(begin + start, begin + stop).any():
+                        pieces.append((begin, begin + n, begin + start, begin + stop))
+        if not any(shard.mask(start + 1, stop).any() for _, _, start, stop in pieces):
             raise ValueError(
-                f"{shard.path} has nothing to learn in {self.block_size} tokens: raise block_size"
+                f"{shard.path} has nothing to learn in {self.block_size} tokens: raise block_size, "
+                "or prepare it again"
             )
-        return pieces
+        return np.array(pieces, np.int64)
+
+
+def best_fit(lengths, block_size):
+    """Return rows, lists of indices into `lengths` (n,), that fill block_size well: each piece, the
+    longest first, goes into the fullest row that has room. PersonaChat fills rows of 1,024 to 97%.
+    """
+    rows = []
+    rows_with_room = [[] for _ in range(block_size + 1)]  # [r]: the rows with room for r more
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        length = lengths[i].item()
+        room = length
+        while room < block_size and not rows_with_room[room]:
+            room += 1
+        if rows_with_room[room]:
+            row = rows_with_room[room].pop()
+        else:
+            row = []
+            rows.append(row)
+        row.append(i)
+        rows_with_room[room - length].append(row)
+    return rows
+
+
+def n_inputs_of(pieces):
+    """Return the inputs of each piece, (n,): its tokens but the last, which is only a target."""
+    return pieces[:, 1] - pieces[:, 0] + pieces[:, 3] - pieces[:, 2] - 1
+
+
+def read_piece(shard, piece):
+    """Return the ids (n,) int64 of a piece and which of them are supervised (n,) bool."""
+    a, b, c, d = piece.tolist()
+    ids = np.concatenate([shard.tokens[a:b], shard.tokens[c:d]]).astype(np.int64)
+    mask = np.concatenate([shard.mask(a, b), shard.mask(c, d)])
+    return ids, mask
+
+
+def read_ahead(make, numbers):
+    """Yield make(n) for each n, computing the next one in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        pending = None
+        for n in numbers:
+            ready = pending
+            pending = thread.submit(make, n)
+            if ready:
+                yield ready.result()
+        if pending:
+            yield pending.result()

