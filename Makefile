@@ -46,10 +46,10 @@ data/mine-%/train.bin: | .venv/installed
 
 # The test suite: no network once installed, a few minutes on two cores. test-all adds the slow ones.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-all: .venv/installed-all
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n auto --dist worksteal -m ''
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -185,9 +185,7 @@ class GPT(nn.Module):
         B, T = idx.shape
         if positions is None:
             if self.config.block_size < T:
-                raise ValueError(
-                    f"{T} tokens in a row, but the model has {self.config.block_size} positions"
-                )
+                raise ValueError(f"{T} tokens in a row, but {self.config.block_size} positions")
             index = torch.arange(B * T, device=idx.device)
             if documents is None:
                 positions = index[:T]

@@ -42,9 +42,11 @@ from nanochatgpt.tokenizer import Tokenizer
 
 @dataclass
 class Config(TrainConfig):  # which has the knobs that all training scripts share
-    init_from: str = "gpt2"  # scratch, resume, nano, gpt2[-medium|-large|-xl], distilgpt2, org/name or a directory
+    init_from: str = (
+        "gpt2"  # scratch, resume, nano, distilgpt2, gpt2[-medium|...], org/name, a folder
+    )
     dataset: str = "personachat"  # folders of data_dir: a,b:0.5 takes half of b per epoch
-    template: str = ""  # how conversations are written, one of TEMPLATES in tokenizer.py; default: the model's own
+    template: str = ""  # one of TEMPLATES in nanochatgpt/tokenizer.py; by default the model's own
     dropout: float = 0.1  # share of activations dropped in training
     # the model's shape, from scratch
     n_layer: int = 12  # layers
@@ -208,7 +210,7 @@ def main(config):
     steps = read_ahead(step_batches, range(state["iter"], config.max_iters))
     timer = Timer(state["iter"])
     norm = None
-    gc.freeze()  # everything allocated so far lives to the end: keep the collector from rescanning it
+    gc.freeze()  # what exists now lives to the end: the garbage collector need not rescan it
     for it in range(state["iter"], config.max_iters + 1):
         # evaluate; save the best weights in out_dir, the latest in out_dir/last
         if it % config.eval_interval == 0 or it == config.max_iters:

@@ -137,7 +137,7 @@ def distribute(model, raw_model, distributed, sharded=False):
 
 
 def synced_last(model, batches):
-    """Yield the micro-batches; processes exchange gradients only in the backward pass of the last."""
+    """Yield the micro-batches; processes exchange gradients only in the last backward pass."""
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
         if isinstance(model, DistributedDataParallel):
@@ -148,7 +148,7 @@ def synced_last(model, batches):
 
 
 def gathered(raw_model, sharded):
-    """Return the model itself; a sharded one as a whole on rank 0's CPU. All processes must call it."""
+    """Return the model, a sharded one as a whole on rank 0's CPU. All processes must call it."""
     if not sharded:
         return raw_model
     weights = get_model_state_dict(raw_model, options=FULL_STATE_DICT)

@@ -73,8 +73,8 @@ class Run:
             raise ValueError(f"{path} is not the state of a run; start one in another --out_dir")
         if state["script"] != self.script:
             raise ValueError(
-                f"{self.last} is a run of {state['script']}.py: resume it with that, or set another "
-                "--out_dir"
+                f"{self.last} is a run of {state['script']}.py: resume it with that, or set "
+                "another --out_dir"
             )
         for name in self.must_match:
             value = getattr(config, name)

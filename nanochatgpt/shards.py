@@ -38,7 +38,7 @@ def padded(n):
 
 
 class ShardWriter:
-    """Writes one shard in constant memory. A context manager: the file appears whole or not at all."""
+    """Writes one shard in constant memory. In a `with` block, the file appears whole or not at all."""
 
     def __init__(self, path, vocab_size, template):
         self.path = Path(path)
@@ -154,8 +154,7 @@ def open_shard(path, max_conversations=0):
     expected = offsets_at + 8 * (n_conversations + 1)
     if size != expected:
         raise ValueError(
-            f"{path} is cut short or damaged ({size} bytes, its header says {expected}): prepare it "
-            "again"
+            f"{path} is cut short or damaged ({size} bytes instead of {expected}): prepare it again"
         )
     if n_tokens == 0:
         raise ValueError(f"{path} holds no tokens: prepare it again")
@@ -174,8 +173,8 @@ def open_shard(path, max_conversations=0):
 
 
 def open_headerless(path, size, head):
-    """Return a nanoGPT .bin, a raw array of uint16, as one long conversation; refuse what is plainly
-    something else."""
+    """Return a nanoGPT .bin, a raw array of uint16, as one long conversation. Raises ValueError for
+    what is plainly something else."""
     remedy = "not tokens: make shards with the scripts in prepare/"
     for magic, name in FOREIGN.items():
         if head.startswith(magic):
@@ -189,8 +188,8 @@ def open_headerless(path, size, head):
 
 
 def find_shards(data_dir, dataset, split, shares=False):
-    """Return [(path, share)] of data_dir/NAME/{split}*.bin for each NAME, or NAME:SHARE if `shares`,
-    in the comma-separated `dataset`.
+    """Return [(path, share)] of data_dir/NAME/{split}*.bin for each NAME, or NAME:SHARE, in
+    the comma-separated `dataset`.
 
     The share says how much of it comes in an epoch, by default 1. Raises FileNotFoundError if there
     is no shard, ValueError for a share that is not a positive number.

