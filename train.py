@@ -325,7 +325,9 @@ def print_start(config, model, loaders, device, dtype):
     for split, loader in loaders.items():
         rows = f"{loader.n_rows:,} rows of {config.block_size}, {loader.fill:.1%} full"
         if len(loader.parts) > 1:  # show it if a small data set drowns in a large one
-            sizes = [f"{part.taken:,} of {part.shard.path.parent.name}" for part in loader.parts]
+            sizes = [
+                f"{part.rows_per_epoch:,} of {part.shard.path.parent.name}" for part in loader.parts
+            ]
             rows += f" ({', '.join(sizes)})"
         if loader.n_lost:
             rows += f"; {loader.n_lost:,} left out, beyond a row"
