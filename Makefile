@@ -1,4 +1,4 @@
-# Everything is made inside .venv; a second call of a target does only what is missing.
+# Everything is installed inside .venv. Calling a target again does only what is missing.
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 PYTHON ?= python3
@@ -6,14 +6,14 @@ BIN := .venv/bin
 
 .PHONY: demo test test-all lint clean
 
-# Chat with the model in the box, train it on a corpus that it has not seen, see what that changed, chat again.
-# make demo DATA=mine.jsonl takes your own conversations. Where there is no terminal, the chats are scripted.
+# Chat with the model in the box, train it on a corpus it has not seen, show what changed, chat again.
+# make demo DATA=mine.jsonl uses your own conversations. Without a terminal, the chats are scripted.
 CORPUS := $(if $(DATA),mine-$(firstword $(shell cksum '$(DATA)' 2>/dev/null)),chitchat)
 OUT := out/demo-$(CORPUS)
-$(if $(DATA),$(if $(wildcard $(DATA)),,$(error DATA=$(DATA): there is no such file)))
+$(if $(DATA),$(if $(wildcard $(DATA)),,$(error DATA=$(DATA): no such file)))
 
 demo: .venv/installed
-	@echo '--- the model in the box; Ctrl-D goes on to training it, Ctrl-C ends the demo'
+	@echo '--- the model in the box (Ctrl-D: go on to training it, Ctrl-C: end the demo)'
 	@mkdir -p out; $(call chat,nano)
 	@echo '--- trained on $(CORPUS), for one to four minutes'
 	@$(MAKE) --no-print-directory $(OUT)/trained
@@ -27,12 +27,12 @@ chat = if [ -t 0 ]; then $(BIN)/python chat.py --init_from=$(1); else \
 	    'What do you like to do?' 'What is my name?' 'Bye!' > out/said.txt; \
 	  $(BIN)/python chat.py --init_from=$(1) < out/said.txt | paste -d '\n' out/said.txt - | sed '/^Bot: /!s/^/You: /'; fi
 
-# an interrupted training goes on where it was
+# an interrupted training resumes
 $(OUT)/trained: | data/$(CORPUS)/train.bin data/recall/train.bin
 	$(BIN)/python train.py config/demo.py --dataset=$(CORPUS)$(if $(DATA),:20),recall$(if $(DATA),:0.05) --out_dir=$(OUT) \
 	  $$([ -e $(OUT)/last/state.pt ] && echo --init_from=resume)
 	@grep -q "\"iter\": $$(sed -n 's/^max_iters = //p' config/demo.py), \"train_loss\"" $(OUT)/metrics.jsonl || \
-	  { echo 'stopped before its end: make demo goes on'; exit 1; }
+	  { echo 'training stopped early; make demo continues it'; exit 1; }
 	@touch $@
 
 data/chitchat/train.bin: | .venv/installed
@@ -44,7 +44,7 @@ data/recall/train.bin: | .venv/installed
 data/mine-%/train.bin: | .venv/installed
 	$(BIN)/python prepare/jsonl.py --source='$(DATA)' --out_dir=data/mine-$*
 
-# The test suite: no network once installed, a few minutes on two cores. test-all adds the slow ones.
+# The tests need no network once installed. test-all adds the slow ones.
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
@@ -57,7 +57,7 @@ lint: .venv/installed-dev
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
-	@echo "installing into .venv (PyTorch is large: up to 5 GB, minutes on a slow line)"
+	@echo "installing into .venv (PyTorch is large: up to 5 GB, minutes on a slow connection)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@

@@ -460,6 +460,10 @@ def test_kill_9_at_ten_random_moments_of_a_run_changes_no_bit_of_its_end(uninter
 def test_the_trainers_state_loads_as_tensors_and_plain_values_only(uninterrupted):
     state = torch.load(uninterrupted(dropout=0.1) / "last" / "state.pt", weights_only=True)
     assert state["iter"] == 12
+    # the format since version 0.1: runs of older checkouts resume
+    keys = "script knobs iter best_val_loss template config model optimizer scaler"
+    assert state.keys() == set(keys.split())
+    assert state["optimizer"].keys() == state["model"].keys() - {"lm_head.weight"}
 
 
 @pytest.fixture
