@@ -1,20 +1,18 @@
 """
-Knobs of a script: a dataclass, overridden by Python files and --knob=value arguments.
+Knobs of a script: a dataclass, overridden by config files and --knob=value arguments.
 
-    python SCRIPT.py [config/FILE.py ...] [--knob=value ...]        later wins; --help lists every knob
+    python SCRIPT.py [config/FILE.py ...] [--knob=value ...]        later wins; --help lists them
 
-A config file is Python: plain assignments, run in a namespace of their own. The comment behind a field of the
-dataclass is its help; its annotation (int, float, bool or str) is its type.
+A config file is Python: plain assignments. The annotation of a field (int, float, bool or str) is
+the knob's type, the comment after it is its line of --help.
 """
 
 import contextlib
 import dataclasses
 import difflib
 import inspect
-import math
 import os
 import re
-import reprlib
 import sys
 import traceback
 import types
@@ -22,37 +20,34 @@ from pathlib import Path
 
 
 def parse(Config, argv):
-    """Return a `Config` with its defaults overridden by the files and arguments in `argv`, in their order.
-
-    Its attribute `given` has the names of the knobs that these set. Raises ValueError for an unknown knob or a value of
-    the wrong type, FileNotFoundError for a missing file.
-    """
+    """Return a `Config` with its defaults overridden by the files and arguments in `argv`. A field
+    named `given` is not a knob: it gets the names of the knobs that were set. Raises ValueError for
+    an unknown knob or a wrong type, FileNotFoundError for a missing file."""
+    knobs = _knobs(Config)
     values = {}
     for arg in argv:
-        if arg.startswith("--"):
-            name, equals, text = arg[2:].partition("=")
-            field = _field(Config, name, arg)
-            if not equals:
-                raise ValueError(f"{arg} needs a value behind a =, as in --{name}={field.default}")
-            values[name] = _from_text(field, text)
-        elif arg.startswith("-"):
-            raise ValueError(
-                f"{arg} is not an argument: write --knob=value; --help lists the knobs"
-            )
+        name, equals, text = arg.removeprefix("--").partition("=")
+        if not arg.startswith("-"):
+            assignments = _run_file(arg)
+        elif arg.startswith("--") and equals:
+            assignments = {name: text}
         else:
-            for name, value in _run_file(arg).items():
-                values[name] = _checked(_field(Config, name, arg), value, arg)
-    config = Config(**values)
-    config.given = frozenset(values)
-    return config
+            raise ValueError(f"{arg}: write --knob=value; --help lists the knobs")
+        for name, value in assignments.items():
+            if name not in knobs:
+                nearest = difflib.get_close_matches(name, knobs, n=1, cutoff=0)[0]
+                raise ValueError(f"{arg}: unknown knob '{name}', did you mean '{nearest}'?")
+            values[name] = _convert(knobs[name], value, arg)
+    if hasattr(Config, "given"):
+        values["given"] = frozenset(values)
+    return Config(**values)
 
 
 def run(main, Config):
-    """Call `main(Config)` for a script: --help prints and exits 0; what a person can mend ends in one or two lines
-    on stderr and exit status 2. `python -X dev SCRIPT.py` shows the traceback instead."""
-    script = Path(sys.argv[0]).name
-    # lines appear at once in a pipe too; a terminal that lacks a character shows another
-    if sys.stdout:  # which the shell may have closed
+    """Call `main(config)`, or print the knobs for --help. An error that the user can fix ends in
+    one or two lines on stderr and exit status 2; `python -X dev SCRIPT.py` shows its traceback."""
+    if sys.stdout:  # None if the shell closed it
+        # lines appear at once in a pipe too; "?" stands for what the terminal cannot show
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
@@ -61,18 +56,22 @@ def run(main, Config):
             main(parse(Config, sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)  # the shell's status for Ctrl-C
-    except BrokenPipeError:  # the reader of our output, `head` say, has enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        full = re.search("out of memory|can't allocate memory", str(error))
-        if sys.flags.dev_mode or (isinstance(error, RuntimeError) and not full):
-            raise
+        message = str(error)
+        full = re.search("out of memory|can't allocate memory", message)
         if full or isinstance(error, MemoryError):
-            error = "not enough memory: take a smaller model, or a smaller batch_size or block_size to train it"
+            message = "not enough memory: use a smaller model, batch_size or block_size"
+        elif isinstance(error, RuntimeError):  # a bug
+            raise
         elif isinstance(error, OSError) and error.strerror:
-            error = f"{error.filename or ''}: {error.strerror}".lstrip(": ")
-        lines = f"{script}: {error}".splitlines()[:2]
-        print("\n".join(line[:480] for line in lines), file=sys.stderr)  # a file may have any text
+            message = f"{error.filename or ''}: {error.strerror}".lstrip(": ")
+        if sys.flags.dev_mode:
+            raise
+        message = f"{Path(sys.argv[0]).name}: {message}"
+        for line in message.splitlines()[:2]:
+            print(line[:480], file=sys.stderr)  # a message may quote a damaged file
         sys.exit(2)
 
 
@@ -89,97 +88,60 @@ def take_mode(modes, doc):
     return mode
 
 
-def at_least(least, config, *names):
-    """Raise ValueError for a knob that is below `least`, NaN, or beyond all sense."""
+def at_least(minimum, config, *names):
+    """Raise ValueError for a knob that is below `minimum` or NaN."""
     for name in names:
         value = getattr(config, name)
-        if not value >= least:
-            raise ValueError(f"{name}={value} is too small: it must be {least} or more")
-        if value >= (2**32 if isinstance(value, int) else math.inf):
-            raise ValueError(f"{name}={value} is too large")
+        if not value >= minimum:
+            raise ValueError(f"{name}={value} is too small: it must be {minimum} or more")
 
 
 def usage(Config, script, doc):
-    """Return the text of --help: the script's docstring and a line for each knob with its default."""
-    lines = [
-        (doc or "").strip(),
-        "",
-        f"usage: python {script} [config/FILE.py ...] [--knob=value ...]",
-        "",
-    ]
+    """Return the text of --help: the script's docstring, then a line for each knob."""
+    lines = [doc.strip(), "", f"usage: python {script} [config/FILE.py ...] [--knob=value ...]", ""]
+    # a field of a subclass keeps the comment of its base; the formatter may wrap a default in ()
+    field = re.compile(r"^    (\w+): \w+ = (?:\(\n[^#]*?)?.*?  # (.*)$", re.MULTILINE)
     comments = {}
-    for base in reversed(
-        Config.__mro__[:-1]
-    ):  # a field that only has another default keeps its comment
-        comments |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE)
-    for field in dataclasses.fields(Config):
-        lines.append(
-            f"  --{f'{field.name}={field.default}':<38} {comments.get(field.name, '')}".rstrip()
-        )
+    for base in reversed(Config.__mro__[:-1]):
+        comments |= field.findall(inspect.getsource(base))
+    for name, knob in _knobs(Config).items():
+        assignment = f"{name}={knob.default}"
+        lines.append(f"  --{assignment:<38} {comments.get(name, '')}".rstrip())
     return "\n".join(lines)
 
 
-def _field(Config, name, source):
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    if name not in fields:
-        nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0)[0]
-        raise ValueError(
-            f"{source}: unknown knob '{name}', did you mean '{nearest}'? --help lists them all"
-        )
-    return fields[name]
+def _knobs(Config):
+    return {field.name: field for field in dataclasses.fields(Config) if field.name != "given"}
 
 
-def _from_text(field, text):
-    if field.type is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"--{field.name}={text}: {field.name} is true or false")
-        return text.lower() == "true"
-    try:
-        return field.type(text)
-    except ValueError:
-        raise ValueError(
-            f"--{field.name}={text}: {field.name} is of type {field.type.__name__}"
-        ) from None
-
-
-def _checked(field, value, path):
-    if field.type is float and type(value) is int:
-        with contextlib.suppress(OverflowError):  # then it is refused as the int that it is
-            value = float(value)
-    if type(value) is not field.type:
-        try:
-            shown = reprlib.repr(value)
-        except ValueError:  # of an int with more digits than Python prints
-            shown = "a number out of range"
-        raise ValueError(
-            f"{path}: {field.name} = {shown}: {field.name} is of type {field.type.__name__}"
-        )
+def _convert(knob, value, source):
+    """Return the value in the knob's type: text is read as one, an int may stand for a float."""
+    if knob.type is bool and isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower())
+    elif isinstance(value, str) or (knob.type is float and type(value) is int):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = knob.type(value)
+    if type(value) is not knob.type:
+        example = f"{knob.name}={knob.default}"
+        raise ValueError(f"{source}: {knob.name} is of type {knob.type.__name__}, as in {example}")
     return value
 
 
 def _run_file(path):
-    """Run a config file; return what it assigned, less modules, functions, classes and _names."""
+    """Run a config file; return what it assigns, without modules, functions, classes and _names."""
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"config file {path} does not exist; arguments are config files or --knob=value"
-        )
+        raise FileNotFoundError(f"there is no config file {path}; write knobs as --knob=value")
     names = {"__name__": "config", "__file__": path}
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), names)
     except (Exception, SystemExit) as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == path
-        ]
-        line = (
-            lines[-1] if lines else getattr(error, "lineno", None)
-        )  # a SyntaxError has no frame of its own
-        where = f"{path}, line {line}" if line else path
-        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
-    ignored = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
-    return {
-        name: value
-        for name, value in names.items()
-        if name[0] != "_" and not isinstance(value, ignored)
-    }
+        place = path
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename == path:
+                place = f"{path}, line {frame.lineno}"
+        raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
+    values = {}
+    for name, value in names.items():
+        if name[0] != "_" and not callable(value) and not isinstance(value, types.ModuleType):
+            values[name] = value
+    return values
