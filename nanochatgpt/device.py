@@ -1,5 +1,5 @@
 """
-Where to compute, and in which precision; what there is of speed and memory.
+Device and dtype selection, memory settings, peak FLOP/s.
 """
 
 import contextlib
@@ -10,17 +10,14 @@ from pathlib import Path
 
 import torch
 
-FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # the 8- and 16-bit kernels for x86
+FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # 8- and 16-bit kernels for x86
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
-# pattern in the device's name -> dense bf16 or fp16 FLOP/s, accumulated in fp32, from the makers' datasheets
-PEAK_FLOPS = {
+PEAK_FLOPS = {  # pattern in the device's name -> dense bf16 or fp16 FLOP/s, from the datasheets
     r"H200|H100(?! PCIe)": 989e12,
     "H100 PCIe": 756e12,
     "A100": 312e12,
     "L40S": 362e12,
     r"L4\b": 121e12,
-}
-PEAK_FLOPS |= {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
     "RTX A6000": 155e12,
@@ -30,60 +27,59 @@ PEAK_FLOPS |= {
 
 
 def pick_device(name):
-    """Return the device of a `device` knob; 'auto' is CUDA, else Apple's MPS, else the CPU. Raises ValueError for one
-    that this machine has not."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    """Return the device of a `device` knob; auto is CUDA, else Apple's MPS, else the CPU. Raises
+    ValueError if this machine has no such device."""
+    available = []
+    if torch.cuda.is_available():
+        available += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    available.append("cpu")
     if name == "auto":
-        return next(device for device, there in available.items() if there)
-    with contextlib.suppress(RuntimeError):  # of torch.device, for a name that is none
-        device = torch.device(name)
-        if available.get(device.type) and (
-            device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
-        ):
-            return name if device.type == "cuda" else device.type
-    there = ", ".join(device for device, there in available.items() if there)
-    raise ValueError(f"device={name} is not there; this machine has {there}")
+        return available[0]
+    if name not in available:
+        raise ValueError(f"device={name} is not available; this machine has {', '.join(available)}")
+    return name
 
 
 def pick_dtype(name, device, inference=False):
-    """Return the torch dtype of a `dtype` knob. 'auto' is bfloat16 (or float16) on CUDA, else float32; for inference
-    on an x86 CPU float16, which is faster there and whose text is float32's. int8 is for inference on such a CPU."""
+    """Return the torch dtype of a `dtype` knob. auto is bfloat16 (or float16) on CUDA, else
+    float32; for inference on an x86 CPU float16, which is faster and writes the same text."""
     device = torch.device(device).type
+    x86 = device == "cpu" and FBGEMM
     if name == "auto":
-        in_hardware = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        half = device == "cuda" or (inference and device == "cpu" and FBGEMM)
-        name = "bfloat16" if in_hardware else "float16" if half else "float32"
-    if name == "int8" and inference:
-        if device != "cpu" or not FBGEMM:
-            raise ValueError(f"dtype=int8 needs an x86 CPU, not {device}; take dtype=auto")
-    elif name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(
-            f"dtype={name} is not one of auto, float32, bfloat16, float16" + inference * ", int8"
-        )
+        name = "float16" if device == "cuda" or (inference and x86) else "float32"
+        if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            name = "bfloat16"
+    names = ["float32", "bfloat16", "float16"] + ["int8"] * (inference and x86)
+    if name not in names:
+        remark = " (int8 is for inference on an x86 CPU)" * (name == "int8")
+        raise ValueError(f"dtype={name} is not one of auto, {', '.join(names)}{remark}")
     return getattr(torch, name)
 
 
 def keep_freed_memory():
-    """Have glibc keep the memory that is freed, for training on a CPU: else every large tensor of a step is made of new
-    pages, which the kernel clears first. 0.6 of the time of a step (GPT-2 124M, 4 x 256 tokens), in as much memory."""
-    mallopt(M_MMAP_MAX, 0)  # nothing comes by mmap, which would go back at once
+    """Make glibc keep freed memory. Otherwise every large tensor of a training step gets new pages,
+    which the kernel clears first. 0.6 of the time of a step (GPT-2 124M, 4 x 256 tokens on a CPU).
+    """
+    mallopt(M_MMAP_MAX, 0)  # memory from mmap would go back at once
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def mallopt(option, value):
-    """Set an option of malloc, where the C library is glibc."""
+    """Set an option of malloc, if the C library is glibc."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(option, value)
 
 
 def peak_flops(device):
-    """Return the FLOP/s of a CUDA device's tensor cores, None where it is not in the table."""
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
-    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, name)), None)
+    """Return the peak FLOP/s of a CUDA device's tensor cores, None if PEAK_FLOPS lacks it."""
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for pattern, peak in PEAK_FLOPS.items():
+            if re.search(pattern, name):
+                return peak
+    return None
 
 
 def peak_memory(device):
@@ -108,7 +104,7 @@ def peak_memory(device):
 
 
 def move(tensor, device):
-    """Return the tensor on the device. A copy from the CPU to a GPU does not wait."""
+    """Return the tensor on the device; a copy from the CPU to a GPU runs in the background."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -15,12 +15,15 @@ from pathlib import Path
 
 from nanochatgpt.files import replacing
 
+# (factor, offset): above factor * the usual value + offset the run is diverging
+LIMITS = {"loss": (2, 1), "validation loss": (2, 1), "gradient norm": (100, 100)}
+
 
 class Log:
     """Appends to out_dir/metrics.jsonl and, if switched on, to Weights & Biases."""
 
     def __init__(self, config, first_iter):
-        """first_iter: where a resumed run goes on; later records are dropped, they come again."""
+        """first_iter: where a resumed run starts; later records are dropped, they come again."""
         path = Path(config.out_dir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = ""
@@ -33,7 +36,18 @@ class Log:
         with replacing(path) as part:
             part.write_text(kept)
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
-        self.wandb = start_wandb(config) if config.wandb_log else None
+
+        self.wandb = None
+        if config.wandb_log:
+            import wandb
+
+            project = os.environ.get("WANDB_PROJECT", "nanochatgpt")
+            name = os.environ.get("WANDB_NAME", Path(config.out_dir).name)
+            try:
+                self.wandb = wandb.init(project=project, name=name, config=asdict(config))
+            except wandb.Error as error:
+                remedy = "run `wandb login`, or set WANDB_MODE=offline"
+                raise ValueError(f"wandb: {error}; {remedy}") from error
 
     def __call__(self, **record):
         # JSON has no NaN and no infinity: a diverging loss, the gradient of a step float16 skips
@@ -41,18 +55,6 @@ class Log:
         self.file.write(json.dumps(finite) + "\n")
         if self.wandb:
             self.wandb.log(record, step=record["iter"])
-
-
-def start_wandb(config):
-    """Return a run at Weights & Biases, named after out_dir unless WANDB_NAME says otherwise."""
-    import wandb
-
-    project = os.environ.get("WANDB_PROJECT", "nanochatgpt")
-    name = os.environ.get("WANDB_NAME", Path(config.out_dir).name)
-    try:
-        return wandb.init(project=project, name=name, config=asdict(config))
-    except wandb.Error as error:
-        raise ValueError(f"wandb: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
 
 
 def read_log(path):
@@ -72,9 +74,6 @@ def read_log(path):
 class DivergenceCheck:
     """Stops a run that goes wrong before it overwrites its good checkpoint."""
 
-    # (factor, offset): above factor * the usual value + offset the run is diverging
-    LIMITS = {"loss": (2, 1), "validation loss": (2, 1), "gradient norm": (100, 100)}
-
     def __init__(self):
         self.history = defaultdict(lambda: deque(maxlen=100))
 
@@ -84,7 +83,7 @@ class DivergenceCheck:
         history = self.history[name]
         if usual is None:
             usual = statistics.median(history) if len(history) >= 10 else math.inf
-        factor, offset = self.LIMITS[name]
+        factor, offset = LIMITS[name]
         if not value < factor * usual + offset:
             before = f", {usual:.4g} before" if usual < math.inf else ""
             raise ValueError(
@@ -110,7 +109,7 @@ class StopSignal:
 
 
 class Timer:
-    """Seconds per step since the last look, and how long the rest of the run will take."""
+    """Measures the seconds per step since its last restart."""
 
     def __init__(self, it):
         self.restart(it)
@@ -120,7 +119,7 @@ class Timer:
         self.time = time.perf_counter()
 
     def seconds_per_step(self, it):
-        """Return the mean seconds of the steps from the last restart up to `it`; restart."""
+        """Return the mean over the steps up to `it`, and restart."""
         seconds = (time.perf_counter() - self.time) / (it - self.it)
         self.restart(it)
         return seconds
