@@ -407,7 +407,7 @@ def test_a_script_whose_output_nobody_reads_ends_quietly(tmp_path, output):
 SCRIPTS = []
 for pattern in ("*.py", "prepare/*.py", "evaluation/*.py", "benchmarks/*.py"):
     for path in sorted(ROOT.glob(pattern)):
-        if path.read_text(encoding="utf-8").endswith("    run(main, Config)\n"):
+        if path.read_text(encoding="utf-8").endswith(", Config)\n"):
             SCRIPTS.append(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."))
 
 
