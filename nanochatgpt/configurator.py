@@ -75,19 +75,6 @@ def run(main, Config):
         sys.exit(2)
 
 
-def take_mode(modes, doc):
-    """Take the mode out of the arguments of a script that is called as python SCRIPT.py MODE ..., and return it; --help
-    prints `doc` instead. Exits where there is none."""
-    mode = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
-    if mode in ("-h", "--help"):
-        print(doc.strip())
-        sys.exit()
-    if mode not in modes:
-        print(f"{Path(sys.argv[0]).name}: {mode} is none of {', '.join(modes)}", file=sys.stderr)
-        sys.exit(2)
-    return mode
-
-
 def at_least(minimum, config, *names):
     """Raise ValueError for a knob that is below `minimum` or NaN."""
     for name in names:

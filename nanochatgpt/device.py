@@ -5,8 +5,6 @@ Device and dtype selection, memory settings, peak FLOP/s.
 import contextlib
 import ctypes
 import re
-import sys
-from pathlib import Path
 
 import torch
 
@@ -80,27 +78,6 @@ def peak_flops(device):
             if re.search(pattern, name):
                 return peak
     return None
-
-
-def peak_memory(device):
-    """Return the most memory in use so far, in MB: on CUDA what PyTorch had allocated, else the process's own."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    if Path(
-        "/proc/self/status"
-    ).exists():  # getrusage would count the process that we were forked from
-        return (
-            int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
-            * 1024
-            / 1e6
-        )
-    import resource  # here, since there is none on Windows
-
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-        / 1e6
-    )
 
 
 def move(tensor, device):
