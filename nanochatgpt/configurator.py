@@ -26,6 +26,7 @@ def parse(Config, argv):
     knobs = _knobs(Config)
     values = {}
     for arg in argv:
+        # a config file sets several knobs, --knob=value one
         name, equals, text = arg.removeprefix("--").partition("=")
         if not arg.startswith("-"):
             assignments = _run_file(arg)
@@ -33,11 +34,12 @@ def parse(Config, argv):
             assignments = {name: text}
         else:
             raise ValueError(f"{arg}: write --knob=value; --help lists the knobs")
+        # check their names and types
         for name, value in assignments.items():
             if name not in knobs:
                 nearest = difflib.get_close_matches(name, knobs, n=1, cutoff=0)[0]
                 raise ValueError(f"{arg}: unknown knob '{name}', did you mean '{nearest}'?")
-            values[name] = _convert(knobs[name], value, arg)
+            values[name] = _convert(knobs[name], value, arg)  # the last one wins
     if hasattr(Config, "given"):
         values["given"] = frozenset(values)
     return Config(**values)
@@ -65,7 +67,7 @@ def run(main, Config):
             message = "not enough memory: use a smaller model, batch_size or block_size"
         elif isinstance(error, RuntimeError):  # a bug
             raise
-        elif isinstance(error, OSError) and error.strerror:
+        elif isinstance(error, OSError) and error.strerror:  # without "[Errno 2]"
             message = f"{error.filename or ''}: {error.strerror}".lstrip(": ")
         if sys.flags.dev_mode:
             raise
@@ -79,7 +81,7 @@ def at_least(minimum, config, *names):
     """Raise ValueError for a knob that is below `minimum` or NaN."""
     for name in names:
         value = getattr(config, name)
-        if not value >= minimum:
+        if not value >= minimum:  # also for NaN
             raise ValueError(f"{name}={value} is too small: it must be {minimum} or more")
 
 
@@ -118,10 +120,11 @@ def _run_file(path):
     """Run a config file; return what it assigns, without modules, functions, classes and _names."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no config file {path}; write knobs as --knob=value")
-    names = {"__name__": "config", "__file__": path}
+    names = {"__name__": "config", "__file__": path}  # its global variables
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), names)
     except (Exception, SystemExit) as error:
+        # name the line of the file, even if the error is raised in a function that it calls
         place = path
         for frame in traceback.extract_tb(error.__traceback__):
             if frame.filename == path:

@@ -27,7 +27,7 @@ PEAK_FLOPS = {  # pattern in the device's name -> dense bf16 or fp16 FLOP/s, fro
 def pick_device(name):
     """Return the device of a `device` knob; auto is CUDA, else Apple's MPS, else the CPU. Raises
     ValueError if this machine has no such device."""
-    available = []
+    available = []  # the fastest first
     if torch.cuda.is_available():
         available += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
@@ -49,6 +49,7 @@ def pick_dtype(name, device, inference=False):
         name = "float16" if device == "cuda" or (inference and x86) else "float32"
         if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
             name = "bfloat16"
+    # int8 is only for inference
     names = ["float32", "bfloat16", "float16"] + ["int8"] * (inference and x86)
     if name not in names:
         remark = " (int8 is for inference on an x86 CPU)" * (name == "int8")
@@ -61,7 +62,7 @@ def keep_freed_memory():
     which the kernel clears first. 0.6 of the time of a step (GPT-2 124M, 4 x 256 tokens on a CPU).
     """
     mallopt(M_MMAP_MAX, 0)  # memory from mmap would go back at once
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # bytes at the heap's end that glibc may keep
 
 
 def mallopt(option, value):
@@ -73,7 +74,7 @@ def mallopt(option, value):
 def peak_flops(device):
     """Return the peak FLOP/s of a CUDA device's tensor cores, None if PEAK_FLOPS lacks it."""
     if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name(device)
+        name = torch.cuda.get_device_name(device)  # "NVIDIA H100 80GB HBM3"
         for pattern, peak in PEAK_FLOPS.items():
             if re.search(pattern, name):
                 return peak
@@ -83,5 +84,5 @@ def peak_flops(device):
 def move(tensor, device):
     """Return the tensor on the device; a copy from the CPU to a GPU runs in the background."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
+        tensor = tensor.pin_memory()  # else the copy waits
     return tensor.to(device, non_blocking=True)

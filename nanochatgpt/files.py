@@ -17,7 +17,7 @@ import torch
 import urllib3
 
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
-TRIES = 5  # in a row that bring no new bytes
+TRIES = 5  # then give up, unless one of them brought new bytes
 
 
 def download(url, path, size=None, sha256=None, headers=None):
@@ -31,7 +31,7 @@ def download(url, path, size=None, sha256=None, headers=None):
     if _is_finished(path, size):
         return path
     part = path.with_name(path.name + ".part")
-    failures = 0
+    failures = 0  # in a row, without a new byte
     while True:
         length = _length(part)
         try:
@@ -47,11 +47,11 @@ def download(url, path, size=None, sha256=None, headers=None):
                 remedy = f"check the network or proxy and run again, or place the file at {path}"
                 raise ConnectionError(f"{problem}\n{remedy}") from error
         print(f"{problem}; trying again in {2**failures} s", file=sys.stderr)
-        time.sleep(2**failures)
+        time.sleep(2**failures)  # seconds
 
     # keep only the file that was expected: not another version, not a network's login page
     with part.open("rb+") as file:
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # on the disk before it gets its name
         digest = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
     if digest != sha256 or size not in (None, _length(part)):
         part.unlink()
@@ -63,7 +63,7 @@ def download(url, path, size=None, sha256=None, headers=None):
 
 def _receive(url, part, headers):
     """Ask once for the bytes that `part` lacks and append them."""
-    done = _length(part)
+    done = _length(part)  # bytes
     headers = headers | {"Accept-Encoding": "identity"}  # the bytes as they are stored
     if done:
         headers["Range"] = f"bytes={done}-"
@@ -76,11 +76,11 @@ def _receive(url, part, headers):
         if status == 416:  # there are no such bytes: start again
             part.unlink(missing_ok=True)
         if status not in (200, 206):
-            raise requests.HTTPError(f"{status} {response.reason}")
+            raise requests.HTTPError(f"{status} {response.reason}")  # try again
         if status == 200:  # the whole file, from a server without ranges
             done = 0
         length = response.headers.get("Content-Length")
-        total = done + int(length) if length else None
+        total = done + int(length) if length else None  # bytes of the whole file
         part.parent.mkdir(parents=True, exist_ok=True)
         with _naming(part), part.open("ab" if done else "wb") as file:
             # raw: requests would unpack a .tgz that is labelled Content-Encoding: gzip
@@ -94,7 +94,7 @@ def _receive(url, part, headers):
 def _with_progress(chunks, name, done, total):
     """Pass `chunks` on and print how many bytes are done, on a terminal five times a second."""
     terminal = sys.stderr.isatty()
-    next_time = 0
+    next_time = 0  # of a line, in seconds
     for chunk in chunks:
         yield chunk
         done += len(chunk)
@@ -120,6 +120,7 @@ def hub_file(repo, name, size=None, sha256=None, kind="models"):
     HF_HUB_CACHE, HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to
     transformers. size, sha256 and errors are those of `download`.
     """
+    # look in the cache of transformers and huggingface_hub
     env = os.environ
     cache = env.get("XDG_CACHE_HOME") or "~/.cache"
     home = env.get("HF_HOME") or f"{cache}/huggingface"
@@ -134,6 +135,7 @@ def hub_file(repo, name, size=None, sha256=None, kind="models"):
             if _is_finished(path, size):
                 return path
 
+    # look in ours
     path = Path(os.path.expanduser(cache)) / "nanochatgpt" / kind / repo / name
     offline = env.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     if offline and not _is_finished(path, size):
@@ -141,6 +143,7 @@ def hub_file(repo, name, size=None, sha256=None, kind="models"):
             f"{repo}/{name} is not on this machine, and HF_HUB_OFFLINE forbids downloading it\n"
             f"unset HF_HUB_OFFLINE, or place the file at {path} (or in {hub})"
         )
+    # download
     endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     folder = "datasets/" if kind == "datasets" else ""
     headers = {}
@@ -159,7 +162,7 @@ def replacing(path):
         with _naming(path):
             yield part
             with open(part, "rb+") as file:
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())  # on the disk before it gets its name
             part.replace(path)
     except (safetensors.SafetensorError, RuntimeError) as error:  # a full disk, to these and torch
         raise OSError(f"cannot write {path}: {error}") from error

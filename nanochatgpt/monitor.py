@@ -26,6 +26,7 @@ class Log:
         """first_iter: where a resumed run starts; later records are dropped, they come again."""
         path = Path(config.out_dir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
+        # keep the records of the steps that are done
         kept = ""
         if first_iter and path.exists():
             for line, record in read_log(path):
@@ -37,17 +38,17 @@ class Log:
             part.write_text(kept)
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
 
+        # a run at Weights & Biases, named after out_dir
         self.wandb = None
         if config.wandb_log:
             import wandb
 
             project = os.environ.get("WANDB_PROJECT", "nanochatgpt")
-            name = os.environ.get("WANDB_NAME", Path(config.out_dir).name)
+            name = os.environ.get("WANDB_NAME", path.parent.name)
             try:
                 self.wandb = wandb.init(project=project, name=name, config=asdict(config))
             except wandb.Error as error:
-                remedy = "run `wandb login`, or set WANDB_MODE=offline"
-                raise ValueError(f"wandb: {error}; {remedy}") from error
+                raise ValueError(f"{error}: run `wandb login`, or WANDB_MODE=offline") from error
 
     def __call__(self, **record):
         # JSON has no NaN and no infinity: a diverging loss, the gradient of a step float16 skips
@@ -78,11 +79,10 @@ class DivergenceCheck:
         self.history = defaultdict(lambda: deque(maxlen=100))
 
     def check(self, name, value, it, usual=None):
-        """Raise ValueError if the value is NaN or far above the usual one, by default the median of
-        the last 100 (once there are 10)."""
+        """Raise ValueError if the value is NaN or far above the usual one: the median of 100."""
         history = self.history[name]
         if usual is None:
-            usual = statistics.median(history) if len(history) >= 10 else math.inf
+            usual = statistics.median(history) if len(history) >= 10 else math.inf  # too few yet
         factor, offset = LIMITS[name]
         if not value < factor * usual + offset:
             before = f", {usual:.4g} before" if usual < math.inf else ""
@@ -99,11 +99,12 @@ class StopSignal:
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, kill
             signal.signal(number, self._ask)
 
     def _ask(self, number, _frame):
         self.asked = True
+        # the second signal has the default effect
         default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, default)
 
@@ -116,7 +117,7 @@ class Timer:
 
     def restart(self, it):
         self.it = it
-        self.time = time.perf_counter()
+        self.time = time.perf_counter()  # seconds
 
     def seconds_per_step(self, it):
         """Return the mean over the steps up to `it`, and restart."""
