@@ -1,10 +1,9 @@
 """
-Linear layers for inference on a CPU: the weights in 16 or 8 bits, what goes in and comes out in float32.
+Linear layers for inference on a CPU: weights in 16 or 8 bits, inputs and outputs in float32.
 
-Decoding reads all weights for each token, so its speed is that of the memory, and half the bytes are twice the speed.
-What a row gives does not depend on the rows beside it, up to rounding.
-
-All are made of a weight (n_out, n_in) and a bias (n_out,), float32, which they copy, and take (..., rows, n_in).
+Decoding reads all weights for each token: half the bytes are twice the speed. Up to rounding, a row
+gives the same whatever the other rows are. All layers copy a weight (n_out, n_in) and a bias
+(n_out,), both float32, and map inputs (..., n_in) to outputs (..., n_out).
 """
 
 import math
@@ -34,7 +33,7 @@ class Float16Linear(nn.Module):
 
 
 class BFloat16Linear(nn.Module):
-    """Weights and what they are multiplied with in bfloat16: for long prompts the fastest where the CPU has AMX."""
+    """Weights and inputs in bfloat16: the fastest for long prompts if the CPU has AMX."""
 
     def __init__(self, weight, bias=None):
         super().__init__()
@@ -45,7 +44,7 @@ class BFloat16Linear(nn.Module):
         rows = x.bfloat16().flatten(0, -2)  # (rows, n_in)
         if len(rows) > 1:
             y = F.linear(rows, self.weight, self.bias)
-        elif self.bias is None:  # a matrix-vector product: 0.7 of F.linear's time for one row
+        elif self.bias is None:  # for one row, a matrix-vector product takes 0.7 of the time
             y = self.weight.mv(rows[0])[None]
         else:
             y = self.bias.addmv(self.weight, rows[0])[None]
@@ -53,12 +52,12 @@ class BFloat16Linear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """Weights in int8 with a scale for each output; each row that goes in is rounded to 8 bits between its extremes.
+    """Weights in int8 with a scale for each output; each input row in 8 bits between its extremes.
 
-    Sums are of integers, so they are exact, and a row gives the same alone and among others.
+    The sums are of integers, hence exact: a row gives the same alone and among others.
     """
 
-    # FBGEMM adds pairs of products in 16 bits where the CPU lacks VNNI: then a row gets 7 bits, lest they overflow
+    # Without VNNI, FBGEMM adds pairs of products in 16 bits: inputs get 7 bits, lest they overflow
     REDUCED = not torch.cpu._is_vnni_supported()
     LEVELS = 127 if REDUCED else 255
 
@@ -66,70 +65,58 @@ class Int8Linear(nn.Module):
         super().__init__()
         scale = torch.linalg.vector_norm(weight, math.inf, 1).clamp(min=1e-30) / 127  # (n_out,)
         rounded = torch.empty(weight.shape, dtype=torch.int8)
-        sums = []
-        for part, rows, s in zip(
-            rounded.split(4096), weight.split(4096), scale.split(4096), strict=True
-        ):
-            part.copy_(
-                (rows / s[:, None]).round()
-            )  # in parts: the head's weights are 154 MB in float32
-            sums.append(part.float().sum(1) * s)
-        with (
-            warnings.catch_warnings()
-        ):  # deprecated, but in the pinned version nothing else is as fast for one row
-            warnings.simplefilter("ignore")
+        self.sums = torch.empty(len(weight))  # (n_out,): sum of the rounded weights
+        # in parts: the head's weights are 154 MB in float32
+        for start in range(0, len(weight), 4096):
+            part = slice(start, start + 4096)
+            rounded[part] = (weight[part] / scale[part, None]).round()
+            self.sums[part] = rounded[part].float().sum(1) * scale[part]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated, but the fastest there is for one row
             weight = torch._make_per_channel_quantized_tensor(
                 rounded, scale.double(), torch.zeros_like(scale).long(), 0
             )
         self.bias = bias if bias is None else bias.clone()
         self.packed = quantized.linear_prepack(weight, self.bias)
-        self.sums = torch.cat(sums)  # (n_out,)
 
     def forward(self, x):
-        if x.numel() == x.size(-1):
+        if x.numel() == x.size(-1):  # one row
             return quantized.linear_dynamic(x, self.packed, self.REDUCED)
-        # linear_dynamic would round all rows between common extremes; this is what it does, row by row
-        low, high = (
-            x.amin(-1, keepdim=True).clamp_(max=0),
-            x.amax(-1, keepdim=True).clamp_(min=0),
-        )  # (..., 1) each
+
+        # linear_dynamic rounds all rows between common extremes. Do what it does row by row:
+        # x is about (q - zero) * scale with integers q, so y = (q W - zero sum(W)) * scale + bias.
+        low = x.amin(-1, keepdim=True).clamp_(max=0)  # (..., 1)
+        high = x.amax(-1, keepdim=True).clamp_(min=0)
         scale = ((high - low) / self.LEVELS).clamp(min=6.1e-5)  # FBGEMM's smallest
         zero = (-low / scale).round()
-        y = quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            (x / scale).add_(zero), 1.0, 0, self.packed
-        )
+        q = (x / scale).add_(zero)  # the kernel rounds it
+        y = quantized.linear_with_input_q_dq_qweight_dq_output_fp32(q, 1.0, 0, self.packed)
         if self.bias is None:
             return y.addcmul_(zero, self.sums, value=-1).mul_(scale)
         y.sub_(self.bias).addcmul_(zero, self.sums, value=-1)
         return torch.addcmul(self.bias, y, scale)
 
 
-LAYERS = {
-    torch.bfloat16: BFloat16Linear,
-    torch.float16: Float16Linear,
-    torch.int8: Int8Linear,
-}
+LAYERS = {torch.bfloat16: BFloat16Linear, torch.float16: Float16Linear, torch.int8: Int8Linear}
 
 
 def pack(model, read, dtype):
-    """Fill a GPT or RewardModel on the meta device with weights of `dtype`, each linear layer
-    packed; return it. read(name) -> tensor gives each weight once, so there is never a second copy.
-    """
+    """Fill a model on the meta device (a GPT or RewardModel) with weights of `dtype`, its matrices
+    in the layers above; return it. read(name) -> tensor is called once for each weight."""
     Linear = LAYERS[dtype]
     # give freed memory back at once: loading GPT-2 as int8 peaks at 640 MB instead of 660 to 890
     mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
-    # the head and the token embedding
+    # the head, and the token embedding in at least 16 bits
     tensors = {}
     embedding = read("transformer.wte.weight").float()
     if hasattr(model, "lm_head"):
         model.lm_head = Linear(embedding)
-    tensors["transformer.wte.weight"] = embedding.to(
-        torch.float16 if dtype == torch.int8 else dtype
-    )
+    embedding_dtype = torch.float16 if dtype == torch.int8 else dtype
+    tensors["transformer.wte.weight"] = embedding.to(embedding_dtype)
     del embedding
 
-    # the layers' matrices, then what is left in float32: biases, LayerNorms, positions
+    # the matrices of the blocks, then the rest in float32: biases, LayerNorms, positions
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             weight = read(f"{name}.weight").float()
