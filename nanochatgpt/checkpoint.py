@@ -16,39 +16,18 @@ import torch
 from safetensors.torch import save_file
 
 from model import GPT, PRESETS, Conv1D, GPTConfig
+from nanochatgpt import huggingface
 from nanochatgpt.device import FBGEMM
 from nanochatgpt.files import hub_file, replacing
-from nanochatgpt.huggingface import (
-    config_files,
-    open_weights,
-    read_config,
-    read_tokenizer,
-    tokenizer_files,
-)
 from nanochatgpt.tokenizer import Tokenizer
 
-# short name -> repository, sha256 of its model.safetensors
+# short name -> sha256 of its model.safetensors
 HUB = {
-    "gpt2": (
-        "openai-community/gpt2",
-        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
-    ),
-    "gpt2-medium": (
-        "openai-community/gpt2-medium",
-        "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd",
-    ),
-    "gpt2-large": (
-        "openai-community/gpt2-large",
-        "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce",
-    ),
-    "gpt2-xl": (
-        "openai-community/gpt2-xl",
-        "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
-    ),
-    "distilgpt2": (
-        "distilbert/distilgpt2",
-        "e1ff18884359fe8beb795a5f414feb85a6ce3d929ad019c0d958c039d2b94a1b",
-    ),
+    "gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+    "gpt2-medium": "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd",
+    "gpt2-large": "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce",
+    "gpt2-xl": "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
+    "distilgpt2": "e1ff18884359fe8beb795a5f414feb85a6ce3d929ad019c0d958c039d2b94a1b",
 }
 NANO = Path(__file__).parents[1] / "assets" / "nano"  # the model in the box; see its README.md
 
@@ -59,28 +38,31 @@ def load_model(
 ):
     """Return (model, Tokenizer) of `init_from` (see above), with weights in `dtype` on `device`.
 
-    inference: on an x86 CPU, pack bfloat16, float16 and int8 weights into the layers of quantize.py,
-    which are the fastest for one row and can be neither trained nor saved. model_class: GPT, or
-    RewardModel for a model that scores. Raises FileNotFoundError or ConnectionError if there is no
-    such model, ValueError if it is damaged or its arithmetic is not GPT-2's.
+    inference: on an x86 CPU, pack bfloat16, float16 and int8 weights into the fast layers of
+    quantize.py, which can be neither trained nor saved. model_class: GPT or RewardModel.
+    Raises FileNotFoundError or ConnectionError if there is no such model, ValueError if it is
+    damaged or not a GPT-2.
     """
     # find
     path, config, tokenizer = find(init_from)
-    read = open_weights(path, config, model_class)
+    if config.vocab_size < tokenizer.n_vocab:
+        sizes = f"{config.vocab_size} tokens, but its tokenizer makes {tokenizer.n_vocab}"
+        raise ValueError(f"{init_from} knows {sizes}: they do not belong together")
 
     # build, without memory for the weights
     config.dropout = dropout
     with torch.device("meta"):
         model = model_class(config)
 
-    # fill, one tensor at a time, so that there is never a second copy of all of them
+    # fill, one tensor at a time, so that there is never a second copy of the model
+    read = huggingface.open_weights(path, model)
     if inference and FBGEMM and torch.device(device).type == "cpu" and dtype != torch.float32:
         from nanochatgpt.quantize import pack
 
         return pack(model, read, dtype), tokenizer
     tensors = {}
     for name in model.state_dict().keys() - {"lm_head.weight"}:
-        # a copy: a mapped file need not be 64-byte aligned, and then the last bits may differ
+        # a copy is 64-byte aligned, a mapped tensor may not be, and sums then end in other bits
         tensors[name] = read(name).to(device, dtype, copy=True)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
@@ -88,22 +70,21 @@ def load_model(
 
 
 def save_model(model, tokenizer, directory):
-    """Write `model` and `tokenizer` as a Hugging Face GPT-2 directory; if that fails, the old files
-    stay whole.
-
-    Raises ValueError for a model that was packed for inference.
-    """
+    """Write a Hugging Face GPT-2 directory. If that fails, the old files stay whole. Raises
+    ValueError for a model that was packed for inference."""
     if not isinstance(model.transformer.h[0].mlp.c_fc, Conv1D):
         raise ValueError("a model loaded for inference is packed and cannot be saved")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"  # tied to the embedding
-    }
-    texts = tokenizer_files(tokenizer.template) | config_files(model, tokenizer)
-    with contextlib.ExitStack() as stack:  # write all files before the first takes its place
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":  # tied to the embedding
+            tensors[name] = tensor.detach().cpu().contiguous()
+    texts = huggingface.config_files(model, tokenizer)
+    texts |= huggingface.tokenizer_files(tokenizer.template)
+
+    # write all files before the first replaces an old one
+    with contextlib.ExitStack() as stack:
         for name, text in texts.items():
             path = stack.enter_context(replacing(directory / name))
             path.write_text(text, encoding="utf-8")
@@ -124,8 +105,8 @@ def find(init_from):
     if Path(init_from).is_dir():
         return _find_local(Path(init_from))
     if init_from in HUB:
-        repo, sha256 = HUB[init_from]
-        path = hub_file(repo, "model.safetensors", sha256=sha256)
+        owner = "distilbert" if init_from == "distilgpt2" else "openai-community"
+        path = hub_file(f"{owner}/{init_from}", "model.safetensors", sha256=HUB[init_from])
         return path, GPTConfig(**PRESETS[init_from]), Tokenizer()
     # out/NAME is where train.py writes: never ask the hub for it
     local = init_from.startswith("out/") or Path(init_from).parent.is_dir()
@@ -140,23 +121,23 @@ def find(init_from):
 def _find_local(directory):
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (directory / name).is_file():
-            config = read_config(directory / "config.json")
-            return directory / name, config, read_tokenizer(directory)
+            config = huggingface.read_config(directory / "config.json")
+            return directory / name, config, huggingface.read_tokenizer(directory)
     raise FileNotFoundError(f"{directory} has neither model.safetensors nor pytorch_model.bin")
 
 
 def _find_on_hub(repo):
+    def fetch(name):
+        """Return the path of the repository's file, None if it has none of that name."""
+        with contextlib.suppress(FileNotFoundError):
+            return hub_file(repo, name)
+
     config = hub_file(repo, "config.json")
-    folder = config.parent
-    for name in ("tokenizer.json", "vocab.json", "added_tokens.json"):
-        with contextlib.suppress(FileNotFoundError):  # a repository has the first, or the others
-            folder = hub_file(repo, name).parent
-            if name == "tokenizer.json":
-                break
-    with contextlib.suppress(FileNotFoundError):
-        hub_file(repo, "tokenizer_config.json")  # says which template it talks in
-    try:
-        weights = hub_file(repo, "model.safetensors")
-    except FileNotFoundError:
-        weights = hub_file(repo, "pytorch_model.bin")
-    return weights, read_config(config), read_tokenizer(folder)
+    fetch("tokenizer_config.json")  # has the chat template
+    tokenizer = fetch("tokenizer.json")
+    if not tokenizer:  # older repositories have two files instead
+        tokenizer = fetch("vocab.json")
+        fetch("added_tokens.json")
+    weights = fetch("model.safetensors") or hub_file(repo, "pytorch_model.bin")
+    tokenizer = huggingface.read_tokenizer((tokenizer or config).parent)
+    return weights, huggingface.read_config(config), tokenizer
