@@ -100,10 +100,13 @@ def default_model():
 
 def find(init_from):
     """Return (path of the weights, GPTConfig, Tokenizer)."""
+    # on this machine
     if init_from == "nano":
         return _find_local(NANO)
     if Path(init_from).is_dir():
         return _find_local(Path(init_from))
+
+    # on the hub
     if init_from in HUB:
         owner = "distilbert" if init_from == "distilgpt2" else "openai-community"
         path = hub_file(f"{owner}/{init_from}", "model.safetensors", sha256=HUB[init_from])

@@ -53,11 +53,13 @@ def read_config(path):
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
+    # same arithmetic
     for name, value in SUPPORTED.items():
         if config.get(name, value) != value:
             given = f"{name}={short_repr(config[name])}"
             raise ValueError(f"{path}: {given} is not supported, only {value!r}")
 
+    # sizes that a GPT can have
     sizes = {}
     for name, largest in LARGEST.items():
         value = config.get(name)
@@ -78,13 +80,13 @@ def config_files(model, tokenizer):
     """Return {name: text} of config.json and generation_config.json."""
     c = model.config
     config = {name: value for name, value in SUPPORTED.items() if value is not None}
-    config["architectures"] = [model.architecture]
+    config["architectures"] = [model.architecture]  # the class that transformers makes
     config["dtype"] = str(model.transformer.wpe.weight.dtype).removeprefix("torch.")
     config |= {"vocab_size": c.vocab_size, "n_positions": c.block_size}
     config["n_ctx"] = c.block_size  # OpenAI's name for it, which llama.cpp's converter reads
     config |= {"n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
     config |= {"embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "resid_pdrop": c.dropout}
-    if model.architecture == "GPT2ForSequenceClassification":
+    if model.architecture == "GPT2ForSequenceClassification":  # a reward model: one label
         config |= {"id2label": {0: "kept"}, "label2id": {"kept": 0}}
     ids = {"bos_token_id": END_OF_TEXT, "eos_token_id": tokenizer.eos_id}
     ids["pad_token_id"] = tokenizer.pad_id
@@ -104,7 +106,8 @@ def open_weights(path, model):
     Raises ValueError if the file is damaged, or its names, shapes or dtypes are not the model's;
     NoScore if it lacks a reward model's score.
     """
-    open(path, "rb").close()  # safetensors calls a file that may not be read missing
+    # 1. what the file has
+    open(path, "rb").close()  # raises PermissionError, where safetensors says there is no such file
     stored = {}  # name in the file -> (shape, dtype)
     try:
         if path.suffix == ".safetensors":
@@ -114,19 +117,19 @@ def open_weights(path, model):
                     stored[name] = (tuple(tensor.get_shape()), tensor.get_dtype())
 
             def read(name):
-                # map the file anew each time, so that the pages of other tensors can go
+                # map the file anew for each tensor, so that earlier ones do not stay in memory
                 with safetensors.safe_open(path, framework="pt") as file:
                     return file.get_tensor(name)
 
         else:
-            tensors = dict(load_tensors(path))
+            tensors = load_tensors(path)
             for name, tensor in tensors.items():
                 stored[str(name)] = (tuple(tensor.shape), str(tensor.dtype))
-            read = tensors.pop
-    except (safetensors.SafetensorError, AttributeError, TypeError, ValueError) as error:
+            read = tensors.pop  # lets go of what was read
+    except (safetensors.SafetensorError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or no state dict; save it again ({error})") from error
 
-    # Base models are saved without the prefix. The causal mask and the tied head are not weights.
+    # 2. names: base models are saved without the prefix; masks and the tied head are no weights
     stored_name = {}  # name in model.py -> name in the file
     for name in stored:
         if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
@@ -134,6 +137,7 @@ def open_weights(path, model):
         prefix = "" if name == SCORE else "transformer."
         stored_name[prefix + name.removeprefix("transformer.")] = name
 
+    # 3. compare with the model
     expected = model.state_dict()
     expected.pop("lm_head.weight", None)
     if SCORE in expected and SCORE not in stored_name:
@@ -161,6 +165,7 @@ def open_weights(path, model):
 def tokenizer_files(template):
     """Return {name: text} of the files from which transformers makes the same tokenizer."""
     tokenizer = Tokenizer(template)
+    # the vocabulary, in the format of the tokenizers library
     lines = vocab_file("vocab.bpe").read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines[1:-1]]  # the first line is the format's version
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -176,6 +181,7 @@ def tokenizer_files(template):
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": gpt2_vocab(), "merges": merges},
     }
+    # what transformers adds: roles of special tokens, and the chat template
     config = {
         "tokenizer_class": "GPT2Tokenizer",
         "bos_token": "<|endoftext|>",
@@ -233,6 +239,7 @@ def read_tokenizer(directory):
     if any(vocab.get(token) != i for token, i in gpt2_vocab().items()):
         raise ValueError(f"{path} is not GPT-2's vocabulary; only models that use it can be loaded")
 
+    # a template with special tokens is known by its end token, others by their chat template
     added = {"<|endoftext|>": END_OF_TEXT} | added
     for name, template in TEMPLATES.items():
         if template.specials and template.end in added:

@@ -32,9 +32,9 @@ class Template:
     """Each turn is written {opener}{before}{content}{after}, and {end} follows a reply."""
 
     openers: dict  # role -> text that opens its turn; the first turn goes without the newline
-    before: str = " "
-    after: str = ""
-    end: str = "<|endoftext|>"  # a special token
+    before: str = " "  # between an opener and the content
+    after: str = ""  # after the content
+    end: str = "<|endoftext|>"  # the special token that ends a reply
     specials: tuple = ()  # tokens added to GPT-2's vocabulary, from id 50257 on
 
 
@@ -106,7 +106,7 @@ class Tokenizer:
         self.special_ids = {token: self._bpe.encode_single_token(token) for token in specials}
         self.n_vocab = END_OF_TEXT + len(specials)
         self.eos_id = self.special_ids[t.end]
-        self.pad_id = self.special_ids[(t.specials or specials)[0]]
+        self.pad_id = self.special_ids[(t.specials or specials)[0]]  # [PAD], else <|endoftext|>
         self.stop_ids = tuple(self.special_ids.values())
         self.stop_strings = tuple(opener.strip() for opener in t.openers.values())
 
@@ -150,6 +150,7 @@ class Tokenizer:
         ids = []
         mask = []
         for message in messages:
+            # opener, content, and the end token of a reply
             opener = (self._later if ids else self._first)[message["role"]]
             text = self._template.before + message["content"] + self._template.after
             body = self._escape_markers(self.encode(text))
@@ -159,6 +160,7 @@ class Tokenizer:
             ids += opener + body
             mask += [0] * len(opener) + [int(supervised)] * len(body)
 
+        # the reply that is to be generated
         if add_generation_prompt:
             opener = (self._later if ids else self._first)["assistant"]
             ids += opener
@@ -174,9 +176,11 @@ class Tokenizer:
         for opener in self._later.values():
             if opener[-1] not in ids:  # the usual case; text never encodes to a special token
                 continue
+            # the opener's last token, character by character
             spelled = []
             for character in self.decode(opener[-1:]):
                 spelled += self.encode(character)
+            # copy the ids, and replace the end of each opener
             escaped = []
             for token in ids:
                 escaped.append(token)
@@ -191,7 +195,7 @@ class Tokenizer:
         last_tokens = {opener[-1] for opener in self._later.values()}
         turns = []
         for pos, token in enumerate(ids):
-            if token not in last_tokens:
+            if token not in last_tokens:  # spares the slices below at most positions
                 continue
             openers = self._later if turns else self._first
             for role, opener in openers.items():
@@ -201,8 +205,7 @@ class Tokenizer:
         return [*turns, (None, len(ids), len(ids))]
 
     def parse(self, ids):
-        """Return the messages that `render` made `ids` from. The last reply may lack its end token;
-        an opener without content is no message.
+        """Return the messages that `render` made `ids` from; the last reply may lack its end token.
 
         Raises ValueError for ids that are not a conversation in this template.
         """
@@ -215,7 +218,7 @@ class Tokenizer:
                 body = body[:-1]
             if self.eos_id in body:
                 outside = True
-            if body:
+            if body:  # an opener alone is a generation prompt
                 text = self.decode(body).removeprefix(self._template.before)
                 text = text.removesuffix(self._template.after)
                 messages.append({"role": role, "content": text})
@@ -238,7 +241,7 @@ class Tokenizer:
         itself loses its end.
         """
         # An exchange begins after the persona, and where a user's turn follows the end of a reply
-        borders = []
+        borders = []  # where exchanges begin, and the end of the last
         for role, start, _ in self._turns(ids):
             if not borders:
                 new = role != "system"
@@ -248,11 +251,12 @@ class Tokenizer:
                 borders.append(start)
         n = borders[0]
 
+        # Take whole exchanges, borders[first] to borders[last], until the next does not fit
         pieces = []
         first = 0
         while first < len(borders) - 1:
             start = borders[first]
-            if first > 0 and n == 0:  # its opener becomes that of a first turn: skip the newline
+            if first > 0 and n == 0:  # this turn becomes the first of a piece: skip its newline
                 start += len(self._later["user"]) - len(self._first["user"])
             last = first + 1
             while last + 1 < len(borders) and n + borders[last + 1] - start <= room:
@@ -274,7 +278,7 @@ def fit_context(tokenizer, messages, room, start=0):
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns = messages[len(system) :]
-    newest = max(len(turns) - 1, 0)
+    newest = max(len(turns) - 1, 0)  # index of the last turn
     start = min(start, newest)  # turns may have been taken back
 
     def render(turns):

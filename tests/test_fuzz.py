@@ -437,7 +437,7 @@ BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F4": 4, "I64
 def checkpoint(tmp_path_factory):
     """A tiny model without tokenizer.json, which takes long to read, and its files' contents."""
     directory = tmp_path_factory.mktemp("model")
-    save_model(GPT(GPTConfig(16, 50, 2, 2, 8)), Tokenizer(), directory)
+    save_model(GPT(GPTConfig(16, 50257, 2, 2, 8)), Tokenizer(), directory)
     (directory / "tokenizer.json").unlink()
     return directory, {path.name: path.read_bytes() for path in directory.iterdir()}
 
@@ -479,7 +479,7 @@ def safetensors_files(draw, whole):
 @given(data=st.data(), inference=st.booleans())
 def test_any_checkpoint(checkpoint, data, inference):
     directory, files = checkpoint
-    sizes = {"n_positions": 16, "vocab_size": 50, "n_layer": 2, "n_head": 2, "n_embd": 8}
+    sizes = {"n_positions": 16, "vocab_size": 50257, "n_layer": 2, "n_head": 2, "n_embd": 8}
     config = json.loads(files["config.json"])
     others = st.dictionaries(st.sampled_from([*sizes]), numbers | st.integers(1, 64), max_size=2)
     configs = as_json(others.map(lambda sizes: config | sizes)) | as_json(spoilt(config))
