@@ -318,7 +318,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
 
     path = tmp_path / "pytorch_model.bin"
     torch.save({"transformer.wte.weight": Malicious()}, path)
-    assert_refused_as("run code", path)
+    assert_refused_as(r"pytorch_model\.bin", path)
     assert_refused_as(r"pytorch_model\.bin", path, pickle.dumps(Malicious(), protocol=2))
     assert not (tmp_path / "it ran").exists()
 
