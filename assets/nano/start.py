@@ -1,67 +1,95 @@
-"""
-Heads that copy, set by hand: a small GPT that starts from scratch then remembers what was said from its first steps on.
+"""Write the start of the model in the box, a GPT whose heads can copy: python assets/nano/start.py
 
-To repeat a name it was told, a transformer needs two kinds of heads (induction heads: Elhage et al. 2021, Olsson et al.
-2022, arXiv 2209.11895). In layer 0 a head looks at the token before and notes which one that was; in layer 1 another
-looks for the place whose note says what the current token is, and copies what stands there: after "my name is Bo ...
-your name is", Bo. Training finds them by itself, but late: with 11.5M parameters and 0.9M tokens of recall
-(prepare/recall.py) half of the questions for what was said three exchanges ago were answered, from weights drawn at
-random one in fifty. Nothing is fixed: training may keep these heads or change them.
+To repeat a name that it was told, a transformer needs two kinds of heads (induction heads: Elhage
+et al. 2021, Olsson et al. 2022, arXiv 2209.11895). A head in layer 0 notes which token comes before
+each token. A head in layer 1 looks for the place whose note is the current token, and copies the
+token there: after "my name is Bo ... your name is", Bo. Training finds such heads by itself, but
+much later; README.md compares.
 """
 
 import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+
+from model import GPT, GPTConfig
+from nanochatgpt.checkpoint import save_model
+from nanochatgpt.configurator import run
+from nanochatgpt.tokenizer import Tokenizer
+
+
+@dataclass
+class Config:
+    out_dir: str = "out/start"  # the checkpoint to write
+    n_layer: int = 4  # layers, at least 2
+    n_head: int = 6  # attention heads per layer, at least 3
+    n_embd: int = 192  # width; that of a head must be even
+    block_size: int = 512  # the model's context in tokens
+    seed: int = 1337  # for the random weights
 
 
 @torch.no_grad()
 def set_induction_heads(model):
-    """Set the embeddings of a new GPT, a third of layer 0's heads and two thirds of layer 1's to copy.
+    """Set the embeddings, a third of layer 0's heads and two thirds of layer 1's."""
+    c = model.config
+    C = c.n_embd
+    hs = C // c.n_head  # size of a head
+    n_pairs = c.n_head // 3
+    norm = math.sqrt(C / 2)  # of the position's and of the token's part, after a LayerNorm
 
-    The first hs dimensions carry the position alone, as sines and cosines, the others the token. Raises ValueError for
-    a shape without room: fewer than two layers or three heads, or heads of an odd width.
-    """
-    c, parts = model.config, model.transformer
-    C, hs, n_looking = c.n_embd, c.n_embd // c.n_head, c.n_head // 3
-    if c.n_layer < 2 or n_looking < 1 or hs % 2:
-        shape = f"n_layer={c.n_layer}, n_head={c.n_head}, n_embd={c.n_embd}"
-        raise ValueError(
-            f"induction_heads needs two layers, three heads and heads of an even width, not {shape}"
-        )
-    norm = math.sqrt(
-        C / 2
-    )  # of a position's and of a token's half of the residual stream, behind a LayerNorm
-
-    # what a position and a token look like: vectors of norm 1, in dimensions of their own
-    frequencies = 2.5 * 0.003 ** (torch.arange(hs // 2) / (hs // 2))
+    # embeddings of norm 1: positions as waves in hs dimensions, tokens as noise in the others
+    frequencies = 2.5 * 0.003 ** (torch.arange(hs // 2) / (hs // 2))  # (hs / 2,)
     angles = torch.arange(c.block_size)[:, None] * frequencies  # (block_size, hs / 2)
-    parts.wpe.weight.zero_()
-    parts.wpe.weight[:, :hs] = torch.cat([angles.cos(), angles.sin()], 1) / math.sqrt(hs / 2)
-    parts.wte.weight.normal_(std=(C - hs) ** -0.5)
-    parts.wte.weight[:, :hs] = 0
+    wpe = model.transformer.wpe.weight.zero_()  # (block_size, C)
+    wpe[:, :hs] = torch.cat([angles.cos(), angles.sin()], 1) / math.sqrt(hs / 2)
+    wte = model.transformer.wte.weight.normal_(std=(C - hs) ** -0.5)  # (V, C)
+    wte[:, :hs] = 0
 
-    def code():
-        """Return (C, hs): a projection of the token's half to the width of a head."""
+    def random_code():
+        """Return (C, hs): a random orthogonal projection of the token's part to a head's size."""
         return torch.cat([torch.zeros(hs, hs), torch.linalg.qr(torch.randn(C - hs, hs))[0]])
 
     def set_head(layer, head, query, key, value, output):
         """query, key, value: (C, hs); output: (hs, C)."""
-        attn, at = parts.h[layer].attn, head * hs
+        attn = model.transformer.h[layer].attn
+        start = head * hs
         for i, weight in enumerate((query, key, value)):
-            attn.c_attn.weight[:, i * C + at : i * C + at + hs] = weight
-        attn.c_proj.weight[at : at + hs] = output
+            attn.c_attn.weight[:, i * C + start : i * C + start + hs] = weight
+        attn.c_proj.weight[start : start + hs] = output
 
-    # layer 0: a key is its position, a query its position turned back by one step; the score is 40 where they meet
-    cos, sin = torch.diag(frequencies.cos()), torch.diag(frequencies.sin())
+    # layer 0: the query is the position turned back by one, the key the position, the score 40
+    cos = frequencies.cos().diag()
+    sin = frequencies.sin().diag()
     back = torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])  # (hs, hs)
     position = torch.eye(C, hs) * math.sqrt(40 * math.sqrt(hs)) / norm
-    tokens, notes = [code() for _ in range(n_looking)], [code() for _ in range(n_looking)]
-    for head, (token, note) in enumerate(zip(tokens, notes, strict=True)):
-        set_head(0, head, position @ back, position, token, 1.5 / norm * note.T)
+    tokens = [random_code() for _ in range(n_pairs)]
+    notes = [random_code() for _ in range(n_pairs)]
+    for head in range(n_pairs):
+        set_head(0, head, position @ back, position, tokens[head], 1.5 / norm * notes[head].T)
 
-    # layer 1: a key is the note, a query the token, in the same code; the value is the token there
-    sharp = math.sqrt(5 * math.sqrt(hs) * (C - hs) / hs) / norm
-    for head in range(2 * n_looking):
-        copied = code()
-        token, note = tokens[head % n_looking], notes[head % n_looking]
-        set_head(1, head, sharp * token, sharp * note, copied, 2 / norm * copied.T)
+    # layer 1: the query is the current token, the key the note; copy the token at that place
+    sharpness = math.sqrt(5 * math.sqrt(hs) * (C - hs) / hs) / norm
+    for head in range(2 * n_pairs):
+        query = sharpness * tokens[head % n_pairs]
+        key = sharpness * notes[head % n_pairs]
+        value = random_code()
+        set_head(1, head, query, key, value, 2 / norm * value.T)
+
+
+def main(config):
+    if config.n_layer < 2 or config.n_head < 3 or config.n_embd // config.n_head % 2:
+        raise ValueError("copying needs n_layer >= 2, n_head >= 3 and n_embd / n_head even")
+    torch.manual_seed(config.seed)
+    shape = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
+    model = GPT(GPTConfig(config.block_size, **shape))
+    set_induction_heads(model)
+    save_model(model, Tokenizer(), config.out_dir)
+    print(f"wrote {config.out_dir}: {model.num_parameters():,} parameters")
+
+
+if __name__ == "__main__":
+    run(main, Config)
