@@ -1,7 +1,7 @@
-# distilgpt2 on eli5_category, with the recipe of the model gpt2-finetuned-eli5. First:
+# Train distilgpt2 on the text of eli5_category, with the recipe of gpt2-finetuned-eli5. First:
 #   python prepare/eli5.py --mask=all --max_examples=5000 --out_dir=data/eli5-text
-# To answer questions rather than to write more of what was written: python prepare/eli5.py, and here
-#   --dataset=eli5 --block_size=1024
+# It learns to continue text. To answer questions: python prepare/eli5.py, then
+#   python train.py config/finetune_eli5.py --dataset=eli5 --block_size=1024
 init_from = "distilgpt2"
 out_dir = "out/eli5"
 dataset = "eli5-text"

@@ -1,7 +1,9 @@
-# The small chat model in assets/nano/, from scratch on two CPU cores. First:
-#   python prepare/recall.py --conversations=150000 && python prepare/personachat.py && python prepare/spc.py
-#   python prepare/text.py --source=FOLDER, of TinyStories and some of Project Gutenberg's books as .txt
-init_from = "out/start"  # python assets/nano/start.py
+# Train the small chat model in assets/nano/ on two CPU cores. First:
+#   python assets/nano/start.py
+#   python prepare/recall.py --conversations=150000
+#   python prepare/personachat.py && python prepare/spc.py
+#   python prepare/text.py --source=FOLDER  (.txt files: TinyStories, books of Project Gutenberg)
+init_from = "out/start"  # random weights with heads that copy
 out_dir = "out/nano"
 dataset = "recall:0.25,personachat,spc:0.5,text"
 
@@ -13,7 +15,7 @@ block_size = 512
 
 batch_size = 8
 gradient_accumulation_steps = 1
-max_iters = 10_500  # 42M tokens; out/nano/last has what comes of all of them
+max_iters = 10_500  # 42M tokens; out/nano/last has the weights after all of them
 learning_rate = 2e-3
 min_lr = 1e-4
 warmup_iters = 100

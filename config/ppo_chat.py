@@ -1,4 +1,5 @@
-# A chat model made of GPT-2 124M, trained for the reward of out/reward, on one GPU with 12 GB (by estimate). First:
+# Train a chat model of 124M parameters for the reward of out/reward, on one GPU with 12 GB
+# (estimated). First:
 #   python prepare/personachat.py && python prepare/eli5.py && python prepare/chitchat.py
 #   python train.py config/finetune_chat.py
 #   python prepare/retry.py --source=saved.jsonl && python train_reward.py config/train_reward.py

@@ -1,4 +1,4 @@
-# The model in the box, trained for the reward of out/reward, on two CPU cores. First:
+# Train the model in the box for the reward of out/reward, on two CPU cores. First:
 #   python prepare/personachat.py && python train_reward.py config/train_reward_nano.py
 init_from = "nano"
 reward = "out/reward"
@@ -13,4 +13,4 @@ max_iters = 60
 learning_rate = 2e-4
 kl_horizon = 1000
 eval_interval = 10
-dtype = "float32"  # in which the README's figures were measured
+dtype = "float32"  # the figures in docs/course.md were measured in it

@@ -1,5 +1,6 @@
-# The model in the box to a reward model, in minutes on two CPU cores. First:
-#   python prepare/retry.py --source=dailydialogpp_dev.jsonl     # https://github.com/iitmnlp/DailyDialog-plusplus
+# Turn the model in the box into a reward model, in minutes on two CPU cores. First, with a file of
+# https://github.com/iitmnlp/DailyDialog-plusplus:
+#   python prepare/retry.py --source=dailydialogpp_dev.jsonl
 init_from = "nano"
 out_dir = "out/reward"
 dataset = "retry"
