@@ -1,91 +1,115 @@
-"""
-What choosing the best of several replies costs, beside one reply, and how much better it is.
-"""
+"""What the best of N replies costs, compared with one reply, and how much better it scores:
+python benchmarks/best_of.py [--png=best_of.png]"""
 
+import importlib.util
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from benchmarks.common import resolve, run_benchmark
 from nanochatgpt.checkpoint import load_model
 from nanochatgpt.configurator import at_least
 from nanochatgpt.device import pick_device, pick_dtype
 from nanochatgpt.engine import Engine
+from nanochatgpt.files import replacing
 from nanochatgpt.generate import generate
-from nanochatgpt.sampling import ChatSampling, for_template, options_of
+from nanochatgpt.sampling import ChatSampling, for_template
 from nanochatgpt.shards import find_shards, open_shard, sample_prompts
-from rlhf.reward import best_of, scores_behind
-from rlhf.reward_model import load_reward_model
+from rlhf.reward_model import RewardModel, load_reward_model
+from rlhf.scoring import best_of, score_replies
 
 
 @dataclass
 class Config(ChatSampling):
-    init_from: str = "nano"  # as for chat.py
-    reward: str = "out/reward"  # a reward model, as for chat.py
-    n: int = 8  # replies to choose from
-    most: int = 16  # the curve of rewards goes up to the best of so many
-    data_dir: str = "data"  # where the shards are
-    dataset: str = "personachat"  # whose held-out people are replied to: this data set's val*.bin
-    prompts: int = 50  # so many of them
+    init_from: str = "nano"  # as for chat.py, or random:NAME: that shape, random weights
+    reward: str = "out/reward"  # a reward model, as for chat.py, or random:NAME
+    n: int = 8  # replies to choose from, in the timing
+    most: int = 16  # draw the curve up to the best of N replies
+    data_dir: str = "data"  # where the datasets are
+    dataset: str = "personachat"  # reply to conversations of this dataset's val*.bin
+    prompts: int = 50  # conversations to reply to
+    png: str = ""  # draw the curve into this file; needs matplotlib
     dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
 def measure(config):
-    """Return the time of the best of `n` replies, their scores included, as a multiple of that of one reply (`ratio`),
-    and the mean reward of the best of 1, 2, 4, ... replies (`rewards`), with the standard deviation of one."""
+    """Return the time of the best of n replies, scores included; `ratio`, that time divided by the
+    time of one reply; `rewards`, the mean reward of the best of 1, 2, 4, ... replies; `std`, the
+    standard deviation of one reward."""
     at_least(1, config, "n", "most", "prompts")
+    if config.png and not importlib.util.find_spec("matplotlib"):
+        raise ValueError("png needs matplotlib: pip install matplotlib")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device, inference=True)
-    model, tokenizer = load_model(config.init_from, device, dtype, inference=True)
-    reward_model = load_reward_model(config.reward, tokenizer, device, dtype=dtype, inference=True)
+    model, tokenizer = load_model(resolve(config.init_from), device, dtype, inference=True)
+    reward = resolve(config.reward, RewardModel)
+    reward_model = load_reward_model(reward, tokenizer, device, dtype=dtype, inference=True)
     shards = [open_shard(path) for path, _ in find_shards(config.data_dir, config.dataset, "val")]
     room = model.config.block_size - config.max_new_tokens
     prompts, _ = sample_prompts(shards, tokenizer, config.prompts, room, 0)
     if not prompts:
-        raise ValueError(
-            f"no reply in {config.dataset} has a prompt of at most {room} tokens: lower max_new_tokens"
-        )
-    options = options_of(for_template(config, tokenizer.template))
-    options |= {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
-    engines = [
-        Engine(model, rows, n_vocab=tokenizer.n_vocab) for rows in (1, config.n, config.most)
-    ]
-    seconds, drawn, n_tokens = [0.0, 0.0], [], 0
-    for number, prompt in enumerate([prompts[0], *prompts]):  # the first time does not count
+        raise ValueError(f"{config.dataset} has no prompt of {room} tokens: lower max_new_tokens")
+
+    sampling = for_template(config, tokenizer.template)
+    stops = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
+    sizes = (1, config.n, config.most)
+    one, few, many = (Engine(model, rows, n_vocab=tokenizer.n_vocab) for rows in sizes)
+
+    def reply(engine, prompt, seed):
+        """Return as many replies to a prompt as the engine has rows."""
+        copies = [prompt] * len(engine.rows)
+        options = {"tokenizer": tokenizer, "engine": engine, "seed": seed}
+        return generate(model, copies, sampling, **options, **stops)
+
+    # time one reply and the best of n, then draw the replies of the curve
+    seconds = 0.0
+    seconds_of_one = 0.0
+    n_tokens = 0
+    rewards = []
+    for number, prompt in enumerate([prompts[0], *prompts]):  # the first time is a warm-up
         seed = number * config.most
-        for which in (0, 1) if number % 2 else (1, 0):
-            t0 = time.perf_counter()
-            if which:
-                chosen = best_of(
-                    engines[1], reward_model, tokenizer, prompt, config.n, seed=seed, **options
-                )
-                n_tokens += sum(len(ids) for _, ids in chosen) * (number > 0)
-            else:
-                generate(
-                    model, [prompt], engine=engines[0], tokenizer=tokenizer, seed=seed, **options
-                )
-            seconds[which] += (time.perf_counter() - t0) * (number > 0)
-        if not number:
-            continue
-        replies = generate(
-            model,
-            [prompt] * config.most,
-            engine=engines[2],
-            tokenizer=tokenizer,
-            seed=seed,
-            **options,
-        )
-        drawn.append(scores_behind(reward_model, tokenizer, prompt, replies))
-        print(f"{number} prompts", file=sys.stderr)
-    drawn = torch.stack(drawn)  # (prompts, most)
-    best = drawn.cummax(1).values.mean(0).tolist()
+        t0 = time.perf_counter()
+        reply(one, prompt, seed)
+        t1 = time.perf_counter()
+        best = best_of(few, reward_model, tokenizer, prompt, config.n, sampling, seed=seed, **stops)
+        t2 = time.perf_counter()
+        if number > 0:
+            seconds_of_one += t1 - t0
+            seconds += t2 - t1
+            n_tokens += sum(len(ids) for _, ids in best)
+            replies = reply(many, prompt, seed)
+            rewards.append(score_replies(reward_model, tokenizer, prompt, replies))
+            print(f"{number} prompts", file=sys.stderr)
+    rewards = torch.stack(rewards)  # (prompts, most)
+    means = rewards.cummax(1).values.mean(0).tolist()  # of the best of 1, 2, 3, ... replies
+    curve = {2**k: round(means[2**k - 1], 4) for k in range(config.most.bit_length())}
+
+    if config.png:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 3.3), dpi=110, layout="constrained")
+        axes = figure.subplots()
+        axes.semilogx(list(curve), list(curve.values()), "o-", base=2)
+        axes.set_xticks(list(curve), list(curve))
+        axes.set(xlabel="replies to choose from", ylabel="mean reward of the best")
+        axes.grid(alpha=0.3)
+        with replacing(Path(config.png)) as part:
+            figure.savefig(part, format="png")
     return {
-        "tokens_per_s": n_tokens / seconds[1],
-        "seconds": seconds[1],
-        "seconds_of_one": seconds[0],
-        "ratio": seconds[1] / seconds[0],
-        "rewards": {2**k: round(best[2**k - 1], 4) for k in range(config.most.bit_length())},
-        "std": drawn.std().item(),
+        "tokens_per_s": n_tokens / seconds,
+        "seconds": seconds,
+        "seconds_of_one": seconds_of_one,
+        "ratio": seconds / seconds_of_one,
+        "rewards": curve,
+        "std": rewards.std().item(),
     }
+
+
+if __name__ == "__main__":
+    run_benchmark(measure, Config)

@@ -1,89 +1,90 @@
-"""
-How fast a model reads prompts and writes: tokens a second, bytes of weights a second, memory, start-up.
-"""
+"""How fast a model reads prompts and writes new tokens: python benchmarks/decode.py"""
 
 import random
 import statistics
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.common import device_name, peak_memory, resolve, run_benchmark
 from nanochatgpt.checkpoint import load_model
 from nanochatgpt.configurator import at_least
-from nanochatgpt.device import peak_memory, pick_device, pick_dtype
+from nanochatgpt.device import pick_device, pick_dtype
 from nanochatgpt.engine import Engine
 from nanochatgpt.sampling import Sampling
-
-ITEMSIZE = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.int8: 1}
 
 
 @dataclass
 class Config:
-    init_from: str = (
-        "random:gpt2"  # as for chat.py; random:gpt2 has that shape and needs no weights
-    )
+    init_from: str = "random:gpt2"  # as for chat.py, or random:NAME: that shape, random weights
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
-    rows: int = 1  # prompts at once
-    prompt_len: int = 128  # tokens in a prompt
-    new_tokens: int = 128  # tokens that follow it
-    repeats: int = 5  # measurements, after one that does not count; the median is given
-    record: bool = True  # replay steps without Python: by CUDA graphs, on a CPU by a trace
+    rows: int = 1  # prompts decoded together
+    prompt_len: int = 128  # tokens per prompt
+    new_tokens: int = 128  # tokens generated after each prompt
+    repeats: int = 5  # measurements after a warm-up; the result is their median
+    record: bool = True  # replay steps without Python: CUDA graphs, on a CPU a trace
     compile: bool = False  # torch.compile the step
 
 
 def measure(config):
-    """Return tokens a second for prompts (`prompt_tokens_per_s`), what follows (`new_tokens_per_s`) and both together
-    (`tokens_per_s`: new tokens by the whole time, as the peers are measured)."""
+    """Return the figures. tokens_per_s are new tokens over the whole time, prompts included."""
     at_least(1, config, "rows", "prompt_len", "new_tokens", "repeats")
+    init_from = resolve(config.init_from)
     start = time.perf_counter()
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device, inference=True)
-    model, _ = load_model(config.init_from, device, dtype, inference=True)
-    size, vocab_size = config.prompt_len + config.new_tokens, model.config.vocab_size
-    if size > model.config.block_size:
-        raise ValueError(
-            f"prompt_len={config.prompt_len} and new_tokens={config.new_tokens} are more than the context of "
-            f"{model.config.block_size} tokens"
-        )
+    model, _ = load_model(init_from, device, dtype, inference=True)
+    c = model.config
+    size = config.prompt_len + config.new_tokens
+    if size > c.block_size:
+        lengths = f"prompt_len={config.prompt_len} and new_tokens={config.new_tokens}"
+        raise ValueError(f"{lengths} exceed the model's context of {c.block_size} tokens")
     engine = Engine(model, config.rows, size, record=config.record, compile=config.compile)
     sampling = Sampling(max_new_tokens=config.new_tokens, top_k=50)
-    choose, seconds, started = random.Random(0), [], 0.0
+
+    draw = random.Random(0)
+    prompt_seconds = []
+    new_seconds = []
     for repeat in range(config.repeats + 1):
+        # read new prompts, of which nothing is cached, and draw the first tokens
         t0 = time.perf_counter()
-        for row in range(
-            config.rows
-        ):  # another prompt each time: none can be taken over from the one before
-            engine.add(
-                [choose.randrange(vocab_size) for _ in range(config.prompt_len)], sampling, seed=row
-            )
-        engine.step()  # the prompts, and a token each; the ids on the host say that the device is done
+        for row in range(config.rows):
+            prompt = [draw.randrange(c.vocab_size) for _ in range(config.prompt_len)]
+            engine.add(prompt, sampling, seed=row)
+        engine.step()  # returns ids, so the device is done
         t1 = time.perf_counter()
+
+        # draw the other tokens
         while engine.step():
             pass
         t2 = time.perf_counter()
-        started = started or t1 - start
-        seconds.append((t1 - t0, t2 - t1))
+        if repeat == 0:
+            first_token = t1 - start
+        prompt_seconds.append(t1 - t0)
+        new_seconds.append(t2 - t1)
         print(f"{repeat}: prompt {t1 - t0:.3f} s, new tokens {t2 - t1:.3f} s", file=sys.stderr)
-    prompt, new = (statistics.median(s) for s in zip(*seconds[1:], strict=True))
+
+    prompt = statistics.median(prompt_seconds[1:])
+    new = statistics.median(new_seconds[1:])
     steps = config.new_tokens - 1
-    c = model.config
-    weights = (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd) * ITEMSIZE[
-        dtype
-    ]  # that a step multiplies with
+    weights = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd  # factors of a step's products
     return {
         "tokens_per_s": config.rows * config.new_tokens / (prompt + new),
         "seconds": prompt + new,
         "prompt_tokens_per_s": config.rows * config.prompt_len / prompt,
         "new_tokens_per_s": config.rows * steps / new if steps else None,
-        "weights_gb_per_s": weights * steps / new / 1e9 if steps else None,
-        "first_token_s": started,  # since the imports, with loading and whatever is set up at first use
-        "warm_up_s": sum(seconds[0]) - prompt - new,
+        "weights_gb_per_s": weights * dtype.itemsize * steps / new / 1e9 if steps else None,
+        "first_token_s": first_token,  # from before the weights are loaded
+        "warm_up_s": prompt_seconds[0] + new_seconds[0] - prompt - new,
         "peak_memory_mb": peak_memory(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device)
-        if torch.device(device).type == "cuda"
-        else device,
+        "device": device_name(device),
     }
+
+
+if __name__ == "__main__":
+    run_benchmark(measure, Config)

@@ -1,6 +1,4 @@
-"""
-How fast conversations become a shard, beside tiktoken alone, and in how much memory.
-"""
+"""How fast conversations become a shard, compared with tiktoken: python benchmarks/prepare.py"""
 
 import contextlib
 import os
@@ -10,8 +8,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import peak_memory, run_benchmark
 from nanochatgpt.configurator import at_least
-from nanochatgpt.device import peak_memory
 from nanochatgpt.shards import open_shard
 from nanochatgpt.tokenizer import gpt2_encoding
 from prepare import chitchat, corpus
@@ -19,43 +19,50 @@ from prepare import chitchat, corpus
 
 @dataclass
 class Config:
-    megabytes: int = 64  # of text: chitchat's conversations, again and again
+    megabytes: int = 64  # of text: chitchat's conversations, over and over
 
 
 def measure(config):
-    """Return how fast conversations become a shard, how fast tiktoken alone encodes the same text, and peak memory.
-
-    The conversations are chitchat's, again and again; of tiktoken the first 64 MB are measured, and of ours all.
-    """
+    """Return both rates and the peak memory. tiktoken encodes at most 64 MB of the text."""
     at_least(1, config, "megabytes")
-    talk = [messages for _, messages in chitchat.read(chitchat.packaged())]
-    size = (
-        sum(len(message["content"].encode()) for messages in talk for message in messages)
-        / len(talk)
-        / 1e6
-    )
-    total = max(2, round(config.megabytes / size))
-    before = peak_memory("cpu")
-    conversations = (("train" if i else "val", talk[i % len(talk)]) for i in range(total))
+    conversations = [messages for _, messages in chitchat.read(chitchat.packaged())]
+    size = 0
+    for messages in conversations:
+        size += sum(len(message["content"].encode()) for message in messages)
+    size /= 1e6 * len(conversations)  # MB per conversation
+    n = max(2, round(config.megabytes / size))
+    memory = peak_memory("cpu")
+
+    # to a shard: the first conversation to val, the others to train
+    def divided():
+        for i in range(n):
+            yield ("train" if i else "val"), conversations[i % len(conversations)]
+
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         start = time.perf_counter()
-        corpus.prepare(corpus.Config(out_dir=folder), "bench", conversations)
+        corpus.prepare(corpus.Config(out_dir=folder), "bench", divided())
         seconds = time.perf_counter() - start
         tokens = sum(len(open_shard(path).tokens) for path in Path(folder).glob("*.bin"))
     peak = peak_memory("cpu")
-    texts = [
-        "\n".join(m["content"] for m in talk[i % len(talk)])
-        for i in range(min(total, round(64 / size)))
-    ]
+
+    # tiktoken alone
+    texts = []
+    for i in range(min(n, round(64 / size))):
+        messages = conversations[i % len(conversations)]
+        texts.append("\n".join(message["content"] for message in messages))
     start = time.perf_counter()
     gpt2_encoding().encode_ordinary_batch(texts, num_threads=os.cpu_count())
-    alone = len(texts) * size / (time.perf_counter() - start)
+    tiktoken_seconds = time.perf_counter() - start
     return {
         "tokens_per_s": tokens / seconds,
         "seconds": seconds,
-        "megabytes": total * size,
-        "megabytes_per_s": total * size / seconds,
-        "tiktoken_megabytes_per_s": alone,
+        "megabytes": n * size,
+        "megabytes_per_s": n * size / seconds,
+        "tiktoken_megabytes_per_s": len(texts) * size / tiktoken_seconds,
         "peak_memory_mb": peak,
-        "peak_memory_before_mb": before,  # with chitchat in memory
+        "peak_memory_before_mb": memory,  # with chitchat in memory
     }
+
+
+if __name__ == "__main__":
+    run_benchmark(measure, Config)

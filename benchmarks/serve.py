@@ -1,8 +1,7 @@
-"""
-What many clients of serve.py get at once, beside one: tokens a second, time to the first, memory.
-"""
+"""What many clients of serve.py get, compared with one alone: python benchmarks/serve.py"""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import random
@@ -12,176 +11,179 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import process_memory, resolve, run_benchmark
 from nanochatgpt.configurator import at_least
 
-SERVE = Path(__file__).parents[1] / "serve.py"
+SERVE = Path(__file__).resolve().parents[1] / "serve.py"
+OPTIONS = {
+    "temperature": 0,
+    "frequency_penalty": 0,
+    "logit_bias": {"50256": -100},  # never end
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
+TIE = 0.05  # nats between two tokens that rounding may swap
 
 
 @dataclass
 class Config:
-    init_from: str = "random:gpt2"  # as for serve.py
+    init_from: str = "random:gpt2"  # as for serve.py, or random:NAME: that shape, random weights
     dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    clients: int = 16  # that ask at once
-    prompt_len: int = 16  # tokens in a prompt
-    new_tokens: int = 64  # tokens in a reply
-    rounds: int = 3  # of one client and all of them in turn; the medians are given
-    soak: int = 1000  # requests of all clients after that, with replies of 16 tokens; then each once more alone
+    clients: int = 16  # clients that ask together
+    prompt_len: int = 16  # tokens per prompt
+    new_tokens: int = 64  # tokens per reply
+    rounds: int = 3  # rounds of one client, then all; the result is their median
+    soak: int = 1000  # requests of all clients after that, then again from one client
+
+
+@dataclass
+class Reply:
+    """What a client got for a request."""
+
+    client: int  # its number
+    text: str = ""
+    n_tokens: int = 0  # by the server's count, 0 after an error
+    first_token: float = 0.0  # seconds from the request to the first piece of text
+    top_logprobs: list = field(default_factory=list)  # (token, {likely token: logprob}) of each
 
 
 def measure(config):
-    """Return the tokens a second of many clients (`tokens_per_s`), as a multiple of what one client gets (`ratio`), the
-    times to the first token, the server's memory before and after the soak, and how many of its greedy replies were
-    lost, or not what the server says to the same prompt alone (`mixed_up`; `tied` where rounding decided)."""
+    """Return tokens_per_s of all clients and `ratio`, that rate divided by one client's; times to
+    the first token; the server's memory before and after the soak; and how many replies of the soak
+    were lost, differ from the reply to one client alone (mixed_up) or only after a tie (tied)."""
     at_least(1, config, "clients", "prompt_len", "new_tokens", "rounds", "soak")
     draw = random.Random(0)
 
-    def requests(n, new_tokens=config.new_tokens):
-        options = {
-            "max_tokens": new_tokens,
-            "temperature": 0,
-            "frequency_penalty": 0,
-            "logit_bias": {"50256": -100},
-        }
-        return [
-            options | {"prompt": draw.choices(range(50256), k=config.prompt_len)} for _ in range(n)
-        ]
+    def make_requests(n, **options):
+        prompts = [draw.choices(range(50256), k=config.prompt_len) for _ in range(n)]
+        return [{"prompt": prompt, **options, **OPTIONS} for prompt in prompts]
 
+    with running_server(config) as (pid, port):
+        # a warm-up, then the rounds
+        drive(port, make_requests(4 * config.clients, max_tokens=config.new_tokens), config.clients)
+        one_rates = []
+        rates = []
+        first_tokens = [[] for _ in range(config.clients)]
+        for _ in range(config.rounds):
+            _, rate = drive(port, make_requests(8, max_tokens=config.new_tokens), 1)
+            one_rates.append(rate)
+            requests = make_requests(8 * config.clients, max_tokens=config.new_tokens)
+            replies, rate = drive(port, requests, config.clients)
+            rates.append(rate)
+            for reply in replies:
+                first_tokens[reply.client].append(reply.first_token)
+
+        # the soak, then the same requests from one client
+        memory = process_memory("VmRSS", pid)
+        requests = make_requests(config.soak, max_tokens=16, logprobs=5)
+        together, _ = drive(port, requests, config.clients)
+        memory_after = process_memory("VmRSS", pid)
+        alone, _ = drive(port, requests, 1)
+
+    mixed_up = 0
+    tied = 0
+    for a, b in zip(alone, together, strict=True):
+        if not same(a, b):
+            mixed_up += 1
+        elif a.text != b.text:
+            tied += 1
+    all_first_tokens = list(itertools.chain(*first_tokens))
+    one_rate = statistics.median(one_rates)
+    rate = statistics.median(rates)
+    return {
+        "tokens_per_s": rate,
+        "seconds": 1 / rate,
+        "one_tokens_per_s": one_rate,
+        "ratio": rate / one_rate,
+        "first_token_s": statistics.median(all_first_tokens),
+        "slowest_clients_first_token_s": max(map(statistics.mean, first_tokens)),
+        "longest_first_token_s": max(all_first_tokens),
+        "memory_mb": memory,
+        "memory_after_soak_mb": memory_after,
+        "lost": [reply.n_tokens for reply in together + alone].count(0),
+        "mixed_up": mixed_up,
+        "tied": tied,
+    }
+
+
+@contextlib.contextmanager
+def running_server(config):
+    """Run serve.py; yield its process id and port."""
     command = [sys.executable, str(SERVE), "--port=0", f"--max_rows={config.clients}"]
-    command += [f"--{name}={getattr(config, name)}" for name in ("init_from", "dtype", "device")]
+    command += [f"--init_from={resolve(config.init_from)}", f"--dtype={config.dtype}"]
+    command += [f"--device={config.device}"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         url = re.search(r"http://[\d.]+:(\d+)", server.stdout.readline())
         if not url:
-            raise ValueError("serve.py did not start; it says why above")
-        threading.Thread(target=server.stdout.read, daemon=True).start()  # a line a request
-
-        def ask(requests, clients):
-            heard, seconds = asyncio.run(drive("127.0.0.1", int(url[1]), requests, clients))
-            tokens = sum(each.tokens for each in heard)
-            print(f"{clients} clients: {tokens / seconds:.1f} tokens/s", file=sys.stderr)
-            return heard, tokens / seconds
-
-        ask(requests(4 * config.clients), config.clients)
-        rates, firsts = ([], []), defaultdict(list)
-        for _ in range(config.rounds):
-            rates[0].append(ask(requests(8), 1)[1])
-            heard, rate = ask(requests(8 * config.clients), config.clients)
-            rates[1].append(rate)
-            for each in heard:
-                firsts[each.client].append(each.first)
-        memory = [resident_memory(server.pid)]
-        asked = [request | {"logprobs": 5} for request in requests(config.soak, 16)]
-        together, _ = ask(asked, config.clients)
-        memory.append(resident_memory(server.pid))
-        alone, _ = ask(asked, 1)
+            raise ValueError("the server did not start: it says why above")
+        threading.Thread(target=server.stdout.read, daemon=True).start()  # drain its log
+        yield server.pid, int(url[1])
     finally:
         server.terminate()
         server.wait()
-    one, many = map(statistics.median, rates)
-    return {
-        "tokens_per_s": many,
-        "seconds": 1 / many,
-        "one_tokens_per_s": one,
-        "ratio": many / one,
-        "first_token_s": statistics.median(itertools.chain(*firsts.values())),
-        "slowest_clients_first_token_s": max(map(statistics.mean, firsts.values())),
-        "longest_first_token_s": max(itertools.chain(*firsts.values())),
-        "memory_mb": memory[0],
-        "memory_after_soak_mb": memory[1],
-        "lost": sum(each.status != 200 or not each.tokens for each in (*together, *alone)),
-        "mixed_up": sum(not same(a, b) for a, b in zip(alone, together, strict=True)),
-        "tied": sum(same(a, b) and a.text != b.text for a, b in zip(alone, together, strict=True)),
-    }
 
 
-def resident_memory(pid):
-    """Return what a process has in memory, in MB; None where there is no /proc."""
-    status = Path(f"/proc/{pid}/status")
-    return (
-        int(re.search(r"VmRSS:\s*(\d+) kB", status.read_text())[1]) * 1024 / 1e6
-        if status.exists()
-        else None
-    )
+def drive(port, requests, n_clients):
+    """Return ([Reply], tokens per second) of clients that share the requests; each sends its next
+    one when it has the reply to the last."""
+    replies = [None] * len(requests)
+    remaining = iter(enumerate(requests))
+
+    async def client(number):
+        for i, request in remaining:
+            replies[i] = await send(port, request, number)
+
+    async def all_clients():
+        await asyncio.gather(*(client(number) for number in range(n_clients)))
+
+    start = time.perf_counter()
+    asyncio.run(all_clients())
+    rate = sum(reply.n_tokens for reply in replies) / (time.perf_counter() - start)
+    print(f"{n_clients} clients: {rate:.1f} tokens/s", file=sys.stderr)
+    return replies, rate
 
 
-@dataclass
-class Heard:
-    """An answer as its client got it. Times in seconds from when it was asked for."""
+async def send(port, request, client):
+    """Send a request on a new connection; return the Reply."""
+    start = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    body = json.dumps(request)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write((head + body).encode())
 
-    status: int
-    text: str
-    tokens: int  # of the reply, by the server's count
-    first: float  # until the first of it came
-    seconds: float
-    client: int = 0  # which of them it was
-    # for each token (itself, {it and others: log-probability}), where the request wants logprobs
-    likeliest: list = field(default_factory=list)
-
-
-async def ask(host, port, request):
-    """Send a request for a streamed completion over a connection of its own; return what was Heard."""
-    began = time.perf_counter()
-    reader, writer = await asyncio.open_connection(host, port)
-    body = json.dumps(
-        request | {"stream": True, "stream_options": {"include_usage": True}}
-    ).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    status, first, events = int((await reader.readline()).split()[1]), None, []
-    while line := await reader.readline():
-        if line.startswith(
-            b"data: {"
-        ):  # to be read when there is time: the server has the same cores
-            first = first or time.perf_counter() - began
-            events.append(line)
-    seconds = time.perf_counter() - began
+    # collect the events and parse them at the end: the server needs the same cores now
+    reply = Reply(client)
+    events = []
+    async for line in reader:
+        if line.startswith(b"data: {"):
+            events.append(line.removeprefix(b"data: "))
+            reply.first_token = reply.first_token or time.perf_counter() - start
     writer.close()
-    parts = [json.loads(line.removeprefix(b"data: ")) for line in events]
-    text = "".join(choice["text"] for part in parts for choice in part.get("choices", ()))
-    logprobs = [
-        choice["logprobs"]
-        for part in parts
-        for choice in part.get("choices", ())
-        if choice["logprobs"]
-    ]
-    likeliest = [
-        pair
-        for found in logprobs
-        for pair in zip(found["tokens"], found["top_logprobs"], strict=True)
-    ]
-    usage = parts[-1].get("usage") if parts else None
-    return Heard(
-        status,
-        text,
-        usage["completion_tokens"] if usage else 0,
-        first or seconds,
-        seconds,
-        likeliest=likeliest,
-    )
+    for event in map(json.loads, events):
+        for choice in event.get("choices", ()):
+            reply.text += choice["text"]
+            if logprobs := choice["logprobs"]:
+                reply.top_logprobs += zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True)
+        if event.get("usage"):
+            reply.n_tokens = event["usage"]["completion_tokens"]
+    return reply
 
 
-def same(a, b, tie=0.05):
-    """Return whether two greedy replies to one prompt are the same, up to where two tokens were as likely: their
-    log-probabilities differ by less than `tie`, and rounding decides."""
-    for (token, likeliest), (other, _) in zip(a.likeliest, b.likeliest, strict=False):
+def same(a, b):
+    """Return whether two greedy replies to a prompt agree, at least up to a tie of two tokens."""
+    for (token, logprobs), (other, _) in zip(a.top_logprobs, b.top_logprobs, strict=False):
         if token != other:
-            return other in likeliest and likeliest[token] - likeliest[other] < tie
+            return other in logprobs and logprobs[token] - logprobs[other] < TIE
     return a.text == b.text
 
 
-async def drive(host, port, requests, clients):
-    """Return ([Heard] of the requests, in their order, seconds), asked for by so many clients, each one by one."""
-    heard, left = [None] * len(requests), iter(enumerate(requests))
-
-    async def client(me):
-        for number, request in left:
-            heard[number] = replace(await ask(host, port, request), client=me)
-
-    began = time.perf_counter()
-    await asyncio.gather(*(client(me) for me in range(clients)))
-    return heard, time.perf_counter() - began
+if __name__ == "__main__":
+    run_benchmark(measure, Config)
