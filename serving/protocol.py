@@ -1,23 +1,30 @@
 """
-OpenAI's requests and answers, as far as a GPT-2 speaks them: what a request may hold, and what is said in return.
+OpenAI's request and response types, as far as GPT-2 can serve them; other fields are refused.
 
-https://platform.openai.com/docs/api-reference/chat and .../completions. What is not here is refused, never ignored.
+https://platform.openai.com/docs/api-reference/chat and .../completions
 """
 
 import codecs
 import time
 import uuid
 from collections import defaultdict
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-MANY = 1000  # messages, parts of one, prompts: what a person could mean, and is checked in no time
+T = TypeVar("T")
+MAX_ITEMS = 1000  # messages, parts of a message, prompts, biases: keeps validation quick
+# fail_fast: report the first bad item, not a thousand
+Items = Annotated[list[T], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+Count = Annotated[int, Field(ge=1, le=128)]
+MaxTokens = Annotated[int, Field(ge=1, le=10**9)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Id = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,6}$")]
-# what is not supported, and the values of it that clients send though they ask for nothing
-NOTHING = {
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,6}$")]  # keys of JSON are strings
+
+# unsupported fields, and the values that clients send although they ask for nothing
+NO_OPS = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -34,7 +41,23 @@ NOTHING = {
 
 
 class Strict(BaseModel):
+    # strict: "3" is no number
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+
+
+class Nullable(Strict):
+    """A field that is null or asks for nothing counts as left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_no_ops(cls, values):
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for name, value in values.items():
+            if value is not None and value not in NO_OPS.get(name, ()):
+                kept[name] = value
+        return kept
 
 
 class StreamOptions(Strict):
@@ -42,10 +65,11 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] = False
 
 
-class Options(Strict):
-    """What both kinds of request have in common; where a knob of sampling is None, the server's own value counts."""
+class Options(Nullable):
+    """The fields of both kinds of requests. None for a sampling option means the server's own."""
 
     model: str | None = None
+    # sampling
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=10**6)] | None = None
@@ -53,34 +77,28 @@ class Options(Strict):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    # length, number, randomness
+    max_tokens: MaxTokens | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] = 1
-    best_of: Annotated[int, Field(ge=1, le=128)] | None = (
-        None  # the n with the highest reward of so many
-    )
-    logit_bias: Annotated[
-        dict[Id, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MANY)
-    ] = {}
+    n: Count = 1
+    best_of: Count | None = None  # generate this many, return the n that the reward model prefers
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_ITEMS)] = {}
+    # the response
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: str = ""  # for the client's own books, as metadata is
-    metadata: dict[str, str] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def drop_nothing(cls, values):
-        """Leave out what is null or asks for nothing."""
-        if not isinstance(values, dict):
-            return values
-        given = {name: value for name, value in values.items() if value is not None}
-        return {name: value for name, value in given.items() if value not in NOTHING.get(name, ())}
+    user: str = ""  # ignored: for the client's own use
+    metadata: dict[str, str] = {}  # ignored too
 
     @property
-    def stops(self):
+    def n_replies(self):
+        """Replies to generate per prompt."""
+        return self.best_of or self.n
+
+    @property
+    def stop_strings(self):
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(stop for stop in stops if stop)
+        return tuple(filter(None, stops))
 
 
 class TextPart(Strict):
@@ -88,59 +106,44 @@ class TextPart(Strict):
     text: str
 
 
-class Message(Strict):
-    """A message; the name is for the client's own books."""
-
+class Message(Nullable):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MANY, fail_fast=True)]
-    name: str = ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def drop_null(cls, values):
-        """Leave out what is null, such as the refusal that is sent back with each reply."""
-        return (
-            {k: v for k, v in values.items() if v is not None}
-            if isinstance(values, dict)
-            else values
-        )
+    content: str | Items[TextPart]
+    name: str = ""  # ignored
 
     @property
     def text(self):
-        return (
-            self.content
-            if isinstance(self.content, str)
-            else "".join(part.text for part in self.content)
-        )
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
 
 
 def conversation(messages):
-    """Return Messages as Tokenizer.render takes them. Raises ValueError where a system message does not come first."""
-    roles = [message.role.replace("developer", "system") for message in messages]
-    n = next((n for n, role in enumerate(roles) if role != "system"), len(roles))
-    if n == len(roles) or "system" in roles[n:]:
-        raise ValueError(
-            "messages must begin with those of the system, if any, and go on with the user's"
-        )
-    system = "\n".join(message.text for message in messages[:n])
-    turns = [
-        {"role": role, "content": message.text}
-        for role, message in zip(roles[n:], messages[n:], strict=True)
-    ]
-    return [{"role": "system", "content": system}] * bool(system) + turns
+    """Return Messages as Tokenizer.render takes them, with the system messages joined."""
+    system = []  # texts
+    turns = []  # {"role", "content"}
+    for message in messages:
+        if message.role in ("user", "assistant"):
+            turns.append({"role": message.role, "content": message.text})
+        elif not turns:
+            system.append(message.text)
+        else:
+            raise ValueError("messages of the system must come before all others")
+    if not turns:
+        raise ValueError("messages must have one that is not of the system")
+    persona = "\n".join(system)
+    return [{"role": "system", "content": persona}, *turns] if persona else turns
 
 
 class ChatRequest(Options):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MANY, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    messages: Items[Message]
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
-    truncation: Literal["auto", "disabled"] = (
-        "disabled"  # auto: of what is too long, the oldest turns are dropped
-    )
+    truncation: Literal["auto", "disabled"] = "disabled"  # auto: drop the oldest turns if too long
 
     @model_validator(mode="after")
-    def fits_together(self):
+    def check(self):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         conversation(self.messages)
@@ -152,12 +155,7 @@ class ChatRequest(Options):
 
 
 class CompletionRequest(Options):
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MANY, fail_fast=True)]
-        | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=MANY, fail_fast=True)]
-    ) = ""  # texts or ids; of none it is <|endoftext|>
+    prompt: str | Items[str] | Ids | Items[Ids] = ""  # texts or ids; "" is <|endoftext|>
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
@@ -166,89 +164,69 @@ class CompletionRequest(Options):
 
 
 class Feedback(Strict):
-    """A conversation up to a reply, and whether this was liked."""
+    """A conversation that ends in a reply, and whether the reader liked the reply."""
 
-    messages: Annotated[list[Message], Field(min_length=2, max_length=MANY, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=2, max_length=MAX_ITEMS, fail_fast=True)]
     label: Literal[0, 1]
 
     @model_validator(mode="after")
-    def ends_in_a_reply(self):
+    def check(self):
         if conversation(self.messages)[-1]["role"] != "assistant":
-            raise ValueError("messages must end in the reply that is judged")
+            raise ValueError("messages must end with the reply that was rated")
         return self
 
 
-def error(message, kind="invalid_request_error", param=None, code=None):
-    """Return OpenAI's form of an error."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+class ResponseFormat:
+    """Builds the JSON of a response, whole or in chunks."""
 
+    def __init__(self, model, tokenizer, n_logprobs):
+        """n_logprobs: alternatives to list for each token; None: no log-probabilities at all."""
+        self.tokenizer = tokenizer
+        self.n_logprobs = n_logprobs
+        response_id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.head = {"id": response_id, "created": int(time.time()), "model": model}
 
-def usage(prompt_tokens, completion_tokens):
-    total = prompt_tokens + completion_tokens
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": total,
-    }
-
-
-class Answer:
-    """The parts of an answer: chunks of a stream, or all of it. `texts` are [(text, Tokens, finish_reason)]."""
-
-    def __init__(self, model, tokenizer, logprobs):
-        self.head = {
-            "id": f"{self.prefix}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-        self.tokenizer, self.logprobs = tokenizer, logprobs
-
-    def whole(self, texts, usage):
-        choices = [self.choice(index, *text) for index, text in enumerate(texts)]
+    def whole(self, replies, usage):
+        """replies: [(text, Tokens, finish reason)]."""
+        choices = []
+        for index, (text, tokens, finish_reason) in enumerate(replies):
+            choices.append(self.choice(index, self.message(text), tokens, finish_reason))
         return self.head | {"object": self.kind, "choices": choices, "usage": usage}
 
-    def chunk(self, *choices, usage=None):
-        return (
-            self.head
-            | {"object": self.chunk_kind, "choices": choices}
-            | ({"usage": usage} if usage else {})
-        )
+    def chunk(self, index, content, tokens=None, finish_reason=None):
+        choice = self.choice(index, content, tokens or None, finish_reason)
+        return self.head | {"object": self.chunk_kind, "choices": [choice]}
+
+    def usage_chunk(self, usage):
+        return self.head | {"object": self.chunk_kind, "choices": [], "usage": usage}
+
+    def choice(self, index, content, tokens, finish_reason):
+        logprobs = None if self.n_logprobs is None else self.logprobs(index, tokens)
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-class ChatAnswer(Answer):
-    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+class ChatFormat(ResponseFormat):
+    prefix = "chatcmpl"
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
 
-    def choice(self, index, text, tokens, reason):
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": self.probabilities(tokens),
-            "finish_reason": reason,
-        }
+    def opening(self):
+        """Return the content of the first chunk, None if there is no special one."""
+        return {"delta": {"role": "assistant", "content": ""}}
 
-    def opening(self, index):
-        """Return the chunk that opens a choice."""
-        delta = {"role": "assistant", "content": ""}
-        return self.chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
+    def message(self, text):
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def piece(self, index, text, tokens, reason):
-        delta, logprobs = (
-            {"content": text} if text else {},
-            self.probabilities(tokens) if tokens else None,
-        )
-        return self.chunk(
-            {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        )
+    def delta(self, text):
+        return {"delta": {"content": text} if text else {}}
 
-    def probabilities(self, tokens):
-        if self.logprobs is None:
+    def logprobs(self, _, tokens):
+        if tokens is None:
             return None
-        content = [
-            self.token(token.id, token.logprob)
-            | {"top_logprobs": [self.token(*pair) for pair in token.top]}
-            for token in tokens
-        ]
+        content = []
+        for token in tokens:
+            top = [self.token(*pair) for pair in token.top]
+            content.append(self.token(token.id, token.logprob) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
 
     def token(self, token, logprob):
@@ -256,53 +234,40 @@ class ChatAnswer(Answer):
         return {"token": text, "logprob": logprob, "bytes": list(self.tokenizer.token_bytes(token))}
 
 
-class CompletionAnswer(Answer):
-    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+class CompletionFormat(ResponseFormat):
+    prefix = "cmpl"
+    kind = chunk_kind = "text_completion"
 
-    def __init__(self, *of):
-        super().__init__(*of)
-        self.decoders = defaultdict(
-            lambda: codecs.getincrementaldecoder("utf-8")("replace")
-        )  # of each choice
-        self.lengths = defaultdict(int)  # of its text so far
+    def __init__(self, model, tokenizer, n_logprobs):
+        super().__init__(model, tokenizer, n_logprobs)
+        decoder = codecs.getincrementaldecoder("utf-8")
+        self.decoders = defaultdict(lambda: decoder("replace"))  # index of a choice -> decoder
+        self.offsets = defaultdict(int)  # index of a choice -> characters so far
 
-    def choice(self, index, text, tokens, reason):
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": self.probabilities(index, tokens),
-            "finish_reason": reason,
-        }
-
-    def opening(self, index):
+    def opening(self):
         return None
 
-    def piece(self, index, text, tokens, reason):
-        return self.chunk(self.choice(index, text, tokens, reason))
+    def message(self, text):
+        return {"text": text}
 
-    def probabilities(self, index, tokens):
-        if self.logprobs is None:
-            return None
-        offsets = []
-        for token in tokens:
-            offsets.append(self.lengths[index])
-            self.lengths[index] += len(
-                self.decoders[index].decode(self.tokenizer.token_bytes(token.id))
-            )
-        return {
-            "tokens": [self.name(token.id) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [
-                {self.name(i): logprob for i, logprob in (*token.top, (token.id, token.logprob))}
-                for token in tokens
-            ],
-            "text_offset": offsets,
-        }
+    delta = message
+
+    def logprobs(self, index, tokens):
+        lists = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token in tokens or ():
+            pairs = [*token.top, (token.id, token.logprob)]
+            lists["tokens"].append(self.name(token.id))
+            lists["token_logprobs"].append(token.logprob)
+            lists["top_logprobs"].append({self.name(i): logprob for i, logprob in pairs})
+            lists["text_offset"].append(self.offsets[index])
+            data = self.tokenizer.token_bytes(token.id)
+            self.offsets[index] += len(self.decoders[index].decode(data))
+        return lists
 
     def name(self, token):
-        """Return the text of a token, or where it is no whole characters its bytes: bytes:\\xe2\\x80."""
-        of_token = self.tokenizer.token_bytes(token)
+        """Return the text of a token; if it is not whole characters, its bytes: bytes:\\xe2."""
+        data = self.tokenizer.token_bytes(token)
         try:
-            return of_token.decode()
+            return data.decode()
         except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in of_token)
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

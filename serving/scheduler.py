@@ -1,228 +1,217 @@
 """
-Many people, one engine: each hands in a Job and hears of its text; between two steps jobs come and go.
+Many clients, one engine: jobs come and go between two decoding steps.
 
-The engine's steps are taken in a thread of their own; whoever hands in jobs never waits for one. All that computes has
-to be done in that thread, loading the model too: where two threads have used OpenMP its workers sleep between any two
-products, and on two cores a step takes twice as long.
+Everything that computes runs in the scheduler's thread, loading the model too. If a second thread
+used OpenMP, the workers would sleep between any two products, and a step would take twice as long.
 """
 
+import math
 import threading
 import time
 import traceback
 from collections import deque
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from nanochatgpt.sampling import Sampling
 from nanochatgpt.stream import TextStream, overlap
+from nanochatgpt.tokenizer import Tokenizer
 
-# seconds between two deliveries, for each job that runs: of a token those who hear of it make 52 µs, with 0.002 73
-PAUSE = 0.004
+# seconds between two deliveries, per running job: a token then costs the event loop 52 µs, with
+# 0.002 it costs 73 µs
+DELIVERY_INTERVAL = 0.004
 
 
 class Piece(NamedTuple):
-    """What is new of a job: text, the Tokens it consists of, and at the end how it ended.
-
-    ended: None while it goes on; "stop" by itself, "length" where its room or its time was over, "late" where its time
-    was over before it began, "error" where something broke.
-    """
+    """The next part of a job's text. `end` is None until the last piece; then it is "stop" (a stop
+    id or string), "length" (no room or time left), "late" (no time left to start) or "error"."""
 
     text: str
-    tokens: list
-    ended: str | None
+    tokens: list  # the Tokens that the text consists of
+    end: str | None
 
 
 class Full(Exception):
-    """So many jobs wait already that another one is refused."""
+    """The queue has no room for the jobs."""
 
 
+@dataclass(eq=False)
 class Job:
-    """One reply to be generated. `hear(piece)` is called where the scheduler's `deliver` calls it."""
+    """One reply to generate. The fields without a comment are arguments of Engine.add."""
 
-    def __init__(self, hear, prompt, options, tokenizer, *, stop_strings=(), seconds=None, **add):
-        """prompt, options, add: as for Engine.add; stop_strings: what ends the text, besides; seconds: the time it has,
-        waiting included."""
-        self.hear, self.prompt, self.options, self.add = hear, prompt, options, add
-        self.text = TextStream(tokenizer, stop_strings)
-        self.held = []  # [(token, length of the text with it)] of tokens whose text is held back
-        self.given = 0  # characters
-        self.n_tokens = 0  # that were generated, the end not counted
-        self.n_cached = 0  # tokens of the prompt that had been computed before
-        self.deadline = time.monotonic() + seconds if seconds else float("inf")
+    on_piece: Callable  # the scheduler's `deliver` calls it with each Piece
+    prompt: list
+    options: Sampling
+    tokenizer: Tokenizer
+    seed: int | None = None
+    stop_ids: tuple = ()
+    stop_strings: tuple = ()  # the text ends before the first of them
+    logit_bias: dict | None = None
+    logprobs: int | None = None
+    seconds: float = math.inf  # time limit, waiting included
+
+    def __post_init__(self):
+        self.deadline = time.monotonic() + self.seconds
+        self.text = TextStream(self.tokenizer, self.stop_strings)
+        self.n_characters = 0  # in the pieces so far
+        self.held = []  # [(Token, length of the text with it)], not in a piece yet
+        self.n_tokens = 0  # generated, without the end token
+        self.n_cached = 0  # tokens of the prompt that the engine had in its cache
 
     def push(self, token, full):
-        """Take the next Token, after which the row is `full` or not; return a Piece."""
+        """Add the next Token, the last one if the row is `full`; return a Piece."""
         self.n_tokens += 1
         text = self.text.push(token.id)
         self.held.append((token, self.text.length + self.text.within_character))
         if self.text.stopped_at is not None:
             return self._piece(text, "stop")
-        if not full:
-            return self._piece(text, None)
-        first, last = self._piece(text, None), self.end("length")
-        return Piece(first.text + last.text, first.tokens + last.tokens, "length")
+        return self.finish("length", text) if full else self._piece(text, None)
 
-    def end(self, how):
-        """Return the last Piece of a job that ends after the tokens it has."""
+    def finish(self, end, text=""):
+        """Return the last Piece: `text` and what TextStream holds back."""
         rest = self.text.rest()
-        if (
-            how != "stop"
-        ):  # what is held back might have become the opener of a turn: no part of it is shown
-            markers = [s for s in self.text.stop_strings if s in self.text.tokenizer.stop_strings]
-            rest = rest[: len(rest) - max((overlap(rest, marker) for marker in markers), default=0)]
-        return self._piece(rest, how)
+        n_marker = 0  # characters at the end that may be half a turn marker: do not show them
+        for marker in self.tokenizer.stop_strings if end != "stop" else ():
+            if marker in self.stop_strings:
+                n_marker = max(n_marker, overlap(rest, marker))
+        return self._piece(text + rest[: len(rest) - n_marker], end)
 
-    def _piece(self, text, ended):
-        self.given += len(text)
-        n = next(
-            (n for n, (_, length) in enumerate(self.held) if length > self.given), len(self.held)
-        )
-        tokens, self.held = [token for token, _ in self.held[:n]], self.held[n:]
-        return Piece(text, tokens, ended)
+    def _piece(self, text, end):
+        self.n_characters += len(text)
+        tokens = []
+        while self.held and self.held[0][1] <= self.n_characters:
+            tokens.append(self.held.pop(0)[0])
+        return Piece(text, tokens, end)
 
 
 class Scheduler:
-    """Runs the jobs that are handed in, as many at once as the engine has rows, in the order in which they came."""
+    """Runs jobs in the order in which they come, as many at once as the engine has rows."""
 
     def __init__(self, load, max_queue, deliver=None):
-        """Both functions are called in the scheduler's thread: load() returns the Engine, whatever it raises is raised
-        here; deliver(pieces) gets [(job, Piece)] of what is new, and must not take long. max_queue: so many jobs may
-        wait for a row."""
-        self.max_queue, self.deliver = max_queue, deliver
-        self.waiting, self.running, self.calls = deque(), {}, deque()  # running: row -> job
-        self.cancelled = set()
-        self.changed = threading.Condition()
-        self.closed = False
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        engine = self.call(load)
-        self.thread.start()
-        try:
-            self.engine = engine.result()
-        except BaseException:  # Ctrl-C too: a process must not end while a thread of it computes
-            self.close()
-            raise
+        """load() returns the Engine; what it raises is raised here. deliver([(job, Piece)]) must be
+        quick. The scheduler calls both in its thread. max_queue: jobs that may wait."""
+        self.max_queue = max_queue
+        self.deliver = deliver
+        self.waiting = deque()  # jobs
+        self.running = {}  # row of the engine -> job
+        self.undelivered = {}  # job -> Piece
+        self.last_delivery = 0.0  # time.monotonic()
+        self.lock = threading.Lock()  # for `waiting` and `next_step`
+        self.next_step = None  # Future of the step that runs now or comes next
+        self.executor = ThreadPoolExecutor(max_workers=1)
+        self.call = self.executor.submit  # a function, between two steps; returns a Future
+        self.engine = self.call(load).result()
 
     def add(self, *jobs):
-        """Hand in jobs. Raises Full where there is neither a row nor a place in the queue for all of them."""
-        with self.changed:
-            room = len(self.engine.rows) - len(self.running) + self.max_queue - len(self.waiting)
-            if len(jobs) > room:
+        """Queue jobs. Raises Full unless there is a row or a place in the queue for all of them."""
+        with self.lock:
+            free_rows = len(self.engine.rows) - len(self.running)
+            if len(jobs) > free_rows + self.max_queue - len(self.waiting):
                 raise Full
             self.waiting.extend(jobs)
-            self.changed.notify()
+            if self.next_step is None:
+                self.next_step = self.call(self._step)
 
     def cancel(self, *jobs):
-        """Give up jobs: they have their row no longer than to the end of the step that is being taken."""
-        with self.changed:
-            for job in jobs:
-                if job in self.waiting:
-                    self.waiting.remove(job)
-                else:
-                    self.cancelled.add(job)
-            self.changed.notify()
+        """Let jobs run out of time: before the next step they end with the text they have."""
+        for job in jobs:
+            job.deadline = 0
 
-    def call(self, function):
-        """Return a Future of what a function returns that is called between two steps: one that computes, too."""
-        with self.changed:
-            self.calls.append((future := Future(), function))
-            self.changed.notify()
-        return future
+    def cancel_all(self):
+        with self.lock:
+            self.cancel(*self.waiting, *self.running.values())
 
-    def hurry(self):
-        """Let the time of all jobs be over: those that run end with what they have."""
-        with self.changed:
-            for job in (*self.waiting, *list(self.running.values())):
-                job.deadline = 0
+    def is_alive(self):
+        """Return whether the thread is ready for jobs: False after a bug ended it."""
+        step = self.next_step
+        return step is None or not step.done() or step.exception() is None
 
     def close(self):
-        """End the thread."""
-        with self.changed:
-            self.closed = True
-            self.changed.notify()
-        self.thread.join()
+        """End the thread after the step in progress."""
+        self.executor.shutdown(cancel_futures=True)
 
-    def _run(self):
-        held, delivered = {}, 0.0  # what is not delivered yet, {job: Piece}, and when the last was
-        while True:
-            with self.changed:
-                while not (self.waiting or self.running or self.calls or self.closed):
-                    self.cancelled.clear()
-                    self.changed.wait()
-                if self.closed:
-                    return
-                calls = [self.calls.popleft() for _ in range(len(self.calls))]
-                pieces = self._make_room()
-            for future, function in calls:
-                if future.set_running_or_notify_cancel():  # else nobody waits for it any more
-                    try:
-                        future.set_result(function())
-                    except Exception as error:
-                        future.set_exception(error)
-            try:
-                pieces += self._step() if self.running else []
-            except Exception:  # out of memory, say: who is running hears of it, and the next ones may have better luck
-                traceback.print_exc()
-                pieces += [(job, job.end("error")) for job in self.running.values()]
-                self._end(*self.running)
-            held = _join(held, pieces)
-            pressing = any(
-                piece.ended or len(piece.tokens) == job.n_tokens for job, piece in held.items()
-            )
-            if held and (pressing or time.monotonic() > delivered + PAUSE * len(self.running)):
-                self.deliver(list(held.items()))
-                held, delivered = {}, time.monotonic()
+    def _step(self):
+        """Advance all jobs by one step, then queue the next step, after the calls that wait."""
+        with self.lock:
+            pieces = self._update_rows()
+        try:
+            pieces += self._decode()
+        except Exception:  # out of memory, say: fail the running jobs, the next ones may fit
+            traceback.print_exc()
+            for row in list(self.running):
+                job = self._end(row)
+                pieces.append((job, job.finish("error")))
+        self._deliver(pieces)
+        with self.lock:
+            busy = self.waiting or self.running
+            self.next_step = self.call(self._step) if busy else None
 
-    def _make_room(self):
-        """End the jobs that were cancelled or whose time is over, and give rows to those that wait; return Pieces."""
-        now, pieces = time.monotonic(), []
+    def _update_rows(self):
+        """End the jobs that are out of time, and give free rows to waiting jobs; return
+        [(job, Piece)] of those that ended."""
+        now = time.monotonic()
+        pieces = []
+        # out of time
         for row, job in list(self.running.items()):
-            if job in self.cancelled:
+            if job.deadline < now:
                 self._end(row)
-            elif job.deadline < now:
-                pieces.append((job, job.end("length")))
-                self._end(row)
-        self.cancelled.clear()
-        late = [job for job in self.waiting if job.deadline < now]
-        for job in late:
-            self.waiting.remove(job)
-            pieces.append((job, job.end("late")))
+                pieces.append((job, job.finish("length")))
+        for job in list(self.waiting):
+            if job.deadline < now:
+                self.waiting.remove(job)
+                pieces.append((job, job.finish("late")))
+
+        # a free row
         while self.waiting and len(self.running) < len(self.engine.rows):
             job = self.waiting.popleft()
+            options = {"stop_ids": job.stop_ids, "logit_bias": job.logit_bias}
+            options |= {"seed": job.seed, "logprobs": job.logprobs}
             try:
-                row = self.engine.add(job.prompt, job.options, **job.add)
-            except ValueError:
+                row = self.engine.add(job.prompt, job.options, **options)
+            except ValueError:  # a request that the service should have refused
                 traceback.print_exc()
-                pieces.append((job, job.end("error")))
+                pieces.append((job, job.finish("error")))
                 continue
             job.n_cached = self.engine.rows[row].n_found
             self.running[row] = job
         return pieces
 
-    def _end(self, *rows):
-        for row in list(rows):
-            self.engine.end(row)
-            del self.running[row]
-
-    def _step(self):
-        """Take a step; return [(job, Piece)] of the jobs that have something new."""
+    def _decode(self):
+        """Decode a token per row; return [(job, Piece)] of the jobs that have something new."""
         pieces = []
         for token in self.engine.step():
             job = self.running[token.row]
-            piece = job.push(token, not self.engine.rows[token.row].running)
-            pieces.append((job, piece))
-            if piece.ended:
+            piece = job.push(token, full=not self.engine.rows[token.row].running)
+            if piece.text or piece.tokens or piece.end:
+                pieces.append((job, piece))
+            if piece.end:
                 self._end(token.row)
-        running = set(self.engine.running)
-        for row in (
-            self.running.keys() - running
-        ):  # a stop id ended it, which is no token of the text
-            pieces.append((self.running[row], self.running[row].end("stop")))
-            self._end(row)
-        return [(job, piece) for job, piece in pieces if piece.text or piece.tokens or piece.ended]
+        # the other rows that no longer run drew a stop id, which is not given as a Token
+        for row in self.running.keys() - set(self.engine.running):
+            job = self._end(row)
+            pieces.append((job, job.finish("stop")))
+        return pieces
 
+    def _end(self, row):
+        """Free a row and return its job."""
+        self.engine.end(row)
+        return self.running.pop(row)
 
-def _join(held, pieces):
-    """Return {job: Piece} with what is new of each behind what is held."""
-    for job, new in pieces:
-        old = held.get(job, Piece("", [], None))
-        held[job] = Piece(old.text + new.text, old.tokens + new.tokens, new.ended)
-    return held
+    def _deliver(self, pieces):
+        """Hand over pieces at once if a job starts or ends, else collect them for a while."""
+        # join each job's new piece with what is not delivered yet
+        for job, new in pieces:
+            old = self.undelivered.get(job, Piece("", [], None))
+            self.undelivered[job] = Piece(old.text + new.text, old.tokens + new.tokens, new.end)
+        # the first token and the end are urgent
+        urgent = False
+        for job, piece in self.undelivered.items():
+            urgent = urgent or piece.end or len(piece.tokens) == job.n_tokens
+        now = time.monotonic()
+        due = now > self.last_delivery + DELIVERY_INTERVAL * len(self.running)
+        if self.undelivered and (urgent or due):
+            self.deliver(list(self.undelivered.items()))
+            self.undelivered = {}
+            self.last_delivery = now

@@ -212,26 +212,20 @@ class Serving:
     """serve.py as a process, with the model in the box unless told otherwise."""
 
     def __init__(self, folder, *args, env=None):
-        self.feedback, self.printed = Path(folder) / "feedback.jsonl", Path(folder) / "printed"
-        command = [
-            sys.executable,
-            str(ROOT / "serve.py"),
-            "--port=0",
-            "--device=cpu",
-            f"--feedback={self.feedback}",
-        ]
+        self.feedback = Path(folder) / "feedback.jsonl"
+        self.log = Path(folder) / "log"
+        command = [sys.executable, str(ROOT / "serve.py"), "--port=0", "--device=cpu"]
+        command += [f"--feedback={self.feedback}", *args]
         env = os.environ | {"HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""} | (env or {})
-        with open(self.printed, "w") as out:
-            self.process = subprocess.Popen(
-                [*command, *args], stdout=out, stderr=subprocess.STDOUT, env=env
-            )
-        deadline = time.monotonic() + 60
-        while not (at := re.search(r"http://[\d.]+:(\d+)/", self.printed.read_text())):
-            assert self.process.poll() is None and time.monotonic() < deadline, (
-                self.printed.read_text()
-            )
+        with open(self.log, "w") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
+        deadline = time.monotonic() + 120
+        while not (url := re.search(r"http://[\d.]+:(\d+)/", self.log.read_text())):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline
             time.sleep(0.05)
-        self.port, self.url = int(at[1]), at[0].rstrip("/")
+        self.port = int(url[1])
+        self.url = url[0].rstrip("/")
 
     def stop(self, number=signal.SIGTERM, timeout=30):
         """End it by a signal; return its exit status."""
@@ -250,8 +244,8 @@ def serving(tmp_path_factory):
         try:
             yield server
             if server.process.poll() is None:
-                assert server.stop() == 0, server.printed.read_text()
-            assert "Traceback" not in server.printed.read_text(), server.printed.read_text()
+                assert server.stop() == 0, server.log.read_text()
+            assert "Traceback" not in server.log.read_text(), server.log.read_text()
         finally:
             server.process.kill()
             server.process.wait()

@@ -1,4 +1,4 @@
-"""Jobs come and go between steps: each gets the text it would get alone; how many wait, and how long, is bounded."""
+"""Jobs come and go between steps; each gets the text it gets alone, within bounds of time."""
 
 import queue
 import threading
@@ -15,10 +15,8 @@ from nanochatgpt.tokenizer import Tokenizer
 from serving.scheduler import Full, Job, Scheduler
 
 TOKENIZER = Tokenizer()
-PROMPTS = [
-    TOKENIZER.encode(text)
-    for text in ("hello there", "how are you today?", "i like tea", "what? " * 20)
-]
+TEXTS = ("hello there", "how are you today?", "i like tea", "what? " * 20)
+PROMPTS = [TOKENIZER.encode(text) for text in TEXTS]
 
 
 @pytest.fixture(scope="module")
@@ -27,152 +25,204 @@ def model():
     return GPT(GPTConfig(128, 50257, 2, 2, 32))
 
 
-@pytest.fixture
-def start(model):
-    """Start a Scheduler: start(rows, max_queue) -> (scheduler, what each job has heard so far)."""
-    started = []
+class Listener:
+    """A Scheduler, and the pieces that each job has received."""
 
-    def make(rows=2, max_queue=100):
-        heard = {}
-
-        def deliver(pieces):
-            for job, piece in pieces:
-                heard.setdefault(job, queue.Queue()).put(piece)
+    def __init__(self, model, rows, max_queue):
+        self.queues = {}  # job -> Queue of Pieces
 
         def load():
             return Engine(model, rows, n_vocab=TOKENIZER.n_vocab, prefill_tokens=8)
 
-        started.append(Scheduler(load, max_queue, deliver))
-        return started[-1], heard
+        self.scheduler = Scheduler(load, max_queue, self.deliver)
+
+    def deliver(self, pieces):
+        for job, piece in pieces:
+            self.queues.setdefault(job, queue.Queue()).put(piece)
+
+    def add(self, *jobs):
+        self.scheduler.add(*jobs)
+
+    def wait_for_first(self, job, timeout=30):
+        deadline = time.monotonic() + timeout
+        while job not in self.queues:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def result(self, job):
+        """Wait for the end of a job; return (text, ids, end, number of pieces)."""
+        self.wait_for_first(job)
+        text, ids, n_pieces, end = "", [], 0, None
+        while end is None:
+            piece = self.queues[job].get(timeout=30)
+            text += piece.text
+            ids += [token.id for token in piece.tokens]
+            n_pieces += 1
+            end = piece.end
+        assert self.queues[job].empty()  # nothing comes after the end
+        return text, ids, end, n_pieces
+
+    def end(self, job):
+        return self.result(job)[2]
+
+
+@pytest.fixture
+def start(model):
+    """Start a Scheduler: start(rows, max_queue) -> Listener."""
+    listeners = []
+
+    def make(rows=2, max_queue=100):
+        listeners.append(Listener(model, rows, max_queue))
+        return listeners[-1]
 
     yield make
-    for scheduler in started:
-        scheduler.close()
-        assert not scheduler.thread.is_alive()
+    for listener in listeners:
+        listener.scheduler.close()
 
 
 def job(prompt, n=10, seed=0, **options):
     return Job(None, prompt, Sampling(n, 1.0, top_k=50), TOKENIZER, seed=seed, **options)
 
 
-def result(heard, job, timeout=30):
-    """Return (text, Tokens, how it ended) of a job, and how many pieces it came in."""
-    deadline, text, tokens, n = time.monotonic() + timeout, "", [], 0
-    while True:
-        while job not in heard:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        piece = heard[job].get(timeout=timeout)
-        text, tokens, n = text + piece.text, tokens + piece.tokens, n + 1
-        if piece.ended:
-            assert heard[job].empty()  # nothing comes behind the end
-            return text, tokens, piece.ended, n
-
-
 def alone(model, prompt, n=10, seed=0, **options):
-    return generate(
-        model, [prompt], max_new_tokens=n, top_k=50, seed=seed, tokenizer=TOKENIZER, **options
-    )[0]
+    options = {"max_new_tokens": n, "top_k": 50, "seed": seed, "tokenizer": TOKENIZER} | options
+    return generate(model, [prompt], **options)[0]
 
 
-def test_of_many_jobs_each_gets_what_it_would_get_alone(model, start):
-    scheduler, heard = start(rows=3)
+def test_each_of_many_jobs_gets_what_it_gets_alone(model, start):
+    listener = start(rows=3)
     jobs = [job(PROMPTS[i % 4], n=3 + i, seed=i) for i in range(20)]
-    scheduler.add(*jobs[:12])
+    listener.add(*jobs[:12])
     for each in jobs[12:]:
         time.sleep(0.01)
-        scheduler.add(each)
+        listener.add(each)
     for i, each in enumerate(jobs):
-        text, tokens, ended, _ = result(heard, each)
+        text, ids, end, _ = listener.result(each)
         expected = alone(model, PROMPTS[i % 4], n=3 + i, seed=i)
-        assert [token.id for token in tokens] == expected and ended == "length"
-        assert text == TOKENIZER.decode(expected).rstrip("\ufffd") or text == TOKENIZER.decode(
-            expected
-        )
-        assert each.n_tokens == 3 + i
+        assert ids == expected and end == "length" and each.n_tokens == 3 + i
+        decoded = TOKENIZER.decode(expected)
+        assert text in (decoded, decoded.rstrip("\ufffd"))
 
 
-def test_a_stop_string_ends_a_job_before_it_and_takes_its_tokens(model, start):
+def test_a_stop_string_ends_a_job_and_takes_its_tokens(model, start):
     ids = alone(model, PROMPTS[0], n=40, seed=3)
     stop = TOKENIZER.decode(ids)[30:36]
-    scheduler, heard = start()
-    scheduler.add(each := job(PROMPTS[0], n=40, seed=3, stop_strings=(stop,)))
-    text, tokens, ended, _ = result(heard, each)
-    assert ended == "stop" and text == TOKENIZER.decode(ids).partition(stop)[0]
-    assert [token.id for token in tokens] == alone(
-        model, PROMPTS[0], n=40, seed=3, stop_strings=(stop,)
-    )
+    listener = start()
+    each = job(PROMPTS[0], n=40, seed=3, stop_strings=(stop,))
+    listener.add(each)
+    text, new, end, _ = listener.result(each)
+    assert end == "stop" and text == TOKENIZER.decode(ids).partition(stop)[0]
+    assert new == alone(model, PROMPTS[0], n=40, seed=3, stop_strings=(stop,))
 
 
-def test_a_stop_id_ends_a_job_with_what_was_held_back(model, start):
+def test_a_stop_id_ends_a_job_and_releases_what_was_held_back(model, start):
     ids = alone(model, PROMPTS[1], n=20, seed=4)
-    scheduler, heard = start()
-    stops = {"stop_ids": (ids[10],), "stop_strings": (TOKENIZER.decode(ids[9:10])[-1:] + "never",)}
-    scheduler.add(each := job(PROMPTS[1], n=20, seed=4, **stops))
-    text, tokens, ended, _ = result(heard, each)
-    first = ids.index(ids[10])
-    assert ended == "stop" and [token.id for token in tokens] == ids[:first]
-    assert text == TOKENIZER.decode(ids[:first])
+    half_stop = TOKENIZER.decode(ids[9:10])[-1:] + "never"
+    listener = start()
+    each = job(PROMPTS[1], n=20, seed=4, stop_ids=(ids[10],), stop_strings=(half_stop,))
+    listener.add(each)
+    text, new, end, _ = listener.result(each)
+    expected = ids[: ids.index(ids[10])]
+    assert end == "stop" and new == expected and text == TOKENIZER.decode(expected)
+
+
+def test_a_cut_reply_does_not_end_in_half_a_marker(start):
+    listener = start()
+    stops = (TOKENIZER.stop_strings[0], "iXX")
+    for text, expected in (("[", ""), ("i", "i")):
+        bias = {TOKENIZER.encode(text)[0]: 100}
+        each = job(PROMPTS[0], n=1, logit_bias=bias, stop_strings=stops)
+        listener.add(each)
+        assert listener.result(each)[0] == expected
 
 
 def test_the_queue_is_bounded_and_cancelled_jobs_make_room(start):
-    scheduler, heard = start(rows=1, max_queue=2)
-    running, waiting = job(PROMPTS[0], n=120), [job(PROMPTS[1]) for _ in range(2)]
-    scheduler.add(running)
-    while running not in heard:
-        time.sleep(0.001)
-    scheduler.add(*waiting)
+    listener = start(rows=1, max_queue=2)
+    running = job(PROMPTS[0], n=120)
+    waiting = [job(PROMPTS[1]) for _ in range(2)]
+    listener.add(running)
+    listener.wait_for_first(running)
+    listener.add(*waiting)
     with pytest.raises(Full):
-        scheduler.add(job(PROMPTS[2]))
-    scheduler.cancel(waiting[0])
-    scheduler.add(last := job(PROMPTS[2]))
-    scheduler.cancel(running)
-    assert result(heard, last)[2] == result(heard, waiting[1])[2] == "length"
-    assert waiting[0] not in heard and running.n_tokens < 100
-    with pytest.raises(Full):  # more than could ever have a place together
-        scheduler.add(*(job(PROMPTS[0]) for _ in range(4)))
+        listener.add(job(PROMPTS[2]))
+    listener.scheduler.cancel(waiting[0])
+    assert listener.end(waiting[0]) == "late"
+    last = job(PROMPTS[2])
+    listener.add(last)
+    listener.scheduler.cancel(running)
+    assert listener.end(last) == listener.end(waiting[1]) == "length"
+    assert running.n_tokens < 100
+    with pytest.raises(Full):  # more than could ever have room together
+        listener.add(*(job(PROMPTS[0]) for _ in range(4)))
 
 
-def test_a_job_whose_time_is_over_ends_with_what_it_has_or_before_it_began(start, monkeypatch):
-    scheduler, heard = start(rows=1)
+def test_a_job_ends_with_what_it_has_when_its_time_is_over(start, monkeypatch):
+    listener = start(rows=1)
     step = Engine.step
-    monkeypatch.setattr(Engine, "step", lambda engine: (time.sleep(0.02), step(engine))[1])
-    running, waiting = job(PROMPTS[0], n=120, seconds=0.2), job(PROMPTS[1], seconds=0.1)
-    scheduler.add(running, waiting)
-    _, tokens, ended, _ = result(heard, running)
-    assert ended == "length" and 1 <= len(tokens) < 20
-    assert result(heard, waiting)[1:3] == ([], "late")
-    scheduler.add(running := job(PROMPTS[0], n=120))
-    while running not in heard:
-        time.sleep(0.001)
-    scheduler.hurry()
-    assert result(heard, running)[2] == "length" and running.n_tokens < 60
 
-
-def test_what_breaks_is_heard_by_those_who_run_and_the_next_ones_go_on(start, monkeypatch, capsys):
-    scheduler, heard = start(rows=2)
-    step, broken = Engine.step, threading.Event()
-
-    def breaks(engine):
-        if not broken.is_set() and len(engine.running) == 2:
-            broken.set()
-            raise RuntimeError("out of memory")
+    def slow_step(engine):
+        time.sleep(0.02)
         return step(engine)
 
-    monkeypatch.setattr(Engine, "step", breaks)
+    monkeypatch.setattr(Engine, "step", slow_step)
+    running = job(PROMPTS[0], n=120, seconds=0.2)
+    waiting = job(PROMPTS[1], seconds=0.1)
+    listener.add(running, waiting)
+    _, ids, end, _ = listener.result(running)
+    assert end == "length" and 1 <= len(ids) < 20
+    assert listener.result(waiting)[1:3] == ([], "late")
+
+    running = job(PROMPTS[0], n=120)
+    listener.add(running)
+    listener.wait_for_first(running)
+    listener.scheduler.cancel_all()
+    assert listener.end(running) == "length" and running.n_tokens < 60
+
+
+def test_an_error_fails_the_running_jobs_and_the_next_ones_go_on(start, monkeypatch, capsys):
+    listener = start(rows=2)
+    step = Engine.step
+    errors = [RuntimeError("out of memory")]
+
+    def break_once(engine):
+        if errors and len(engine.running) == 2:
+            raise errors.pop()
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", break_once)
     jobs = [job(PROMPTS[i]) for i in range(3)]
-    scheduler.add(*jobs)
-    assert [result(heard, each)[2] for each in jobs] == ["error", "error", "length"]
-    assert "out of memory" in capsys.readouterr().err
+    listener.add(*jobs)
+    assert [listener.end(each) for each in jobs] == ["error", "error", "length"]
+    assert "out of memory" in capsys.readouterr().err and listener.scheduler.is_alive()
 
 
-def test_what_is_called_between_steps_is_called_in_the_engines_thread(start):
-    scheduler, heard = start()
-    scheduler.add(each := job(PROMPTS[0]))
-    assert scheduler.call(threading.current_thread).result(10) is scheduler.thread
+def test_a_prompt_that_is_too_long_and_an_abandoned_call_stop_nothing(start):
+    listener = start()
+    listener.scheduler.call(lambda: time.sleep(0.2))
+    assert listener.scheduler.call(lambda: 1).cancel()
+    long = job([5] * 500)
+    short = job(PROMPTS[0])
+    listener.add(long, short)
+    assert listener.end(long) == "error" and listener.end(short) == "length"
+
+
+def test_calls_happen_between_steps_in_the_thread_of_the_engine(start, monkeypatch):
+    threads = set()
+    step = Engine.step
+
+    def noting_step(engine):
+        threads.add(threading.current_thread())
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", noting_step)
+    listener = start()
+    each = job(PROMPTS[0], n=100)
+    listener.add(each)
+    thread = listener.scheduler.call(threading.current_thread).result(10)
+    assert each.n_tokens < 100  # it did not have to wait for the end
     with pytest.raises(ZeroDivisionError):
-        scheduler.call(lambda: 1 / 0).result(10)
-    assert result(heard, each)[2] == "length"
+        listener.scheduler.call(lambda: 1 / 0).result(10)
+    assert listener.end(each) == "length" and threads == {thread}
 
 
 def test_what_loading_raises_is_raised():
@@ -183,29 +233,10 @@ def test_what_loading_raises_is_raised():
         Scheduler(load, 1)
 
 
-def test_the_more_jobs_run_the_more_of_each_is_told_at_once(model, start, monkeypatch):
-    monkeypatch.setattr("serving.scheduler.PAUSE", 10.0)
-    scheduler, heard = start(rows=2)
-    scheduler.add(each := job(PROMPTS[0], n=20, seed=1))
-    _, tokens, _, pieces = result(heard, each)
-    assert pieces == 2  # the first token at once, the others with the end
-    assert [token.id for token in tokens] == alone(model, PROMPTS[0], n=20, seed=1)
-
-
-def test_a_call_that_nobody_waits_for_any_more_and_a_prompt_that_is_too_long_stop_nothing(start):
-    scheduler, heard = start()
-    scheduler.call(lambda: time.sleep(0.2))
-    assert scheduler.call(lambda: 1).cancel()
-    scheduler.add(long := job([5] * 500), short := job(PROMPTS[0]))
-    assert result(heard, long)[2] == "error" and result(heard, short)[2] == "length"
-
-
-def test_where_a_reply_is_cut_only_what_may_be_a_marker_is_held_back(start):
-    scheduler, heard = start()
-    stops = (TOKENIZER.stop_strings[0], "iXX")
-    jobs = [
-        job(PROMPTS[0], n=1, logit_bias={TOKENIZER.encode(t)[0]: 100}, stop_strings=stops)
-        for t in ("[", "i")
-    ]
-    scheduler.add(*jobs)
-    assert [result(heard, each)[0] for each in jobs] == ["", "i"]
+def test_pieces_between_the_first_and_the_last_are_collected(model, start, monkeypatch):
+    monkeypatch.setattr("serving.scheduler.DELIVERY_INTERVAL", 10.0)
+    listener = start()
+    each = job(PROMPTS[0], n=20, seed=1)
+    listener.add(each)
+    _, ids, _, n_pieces = listener.result(each)
+    assert n_pieces == 2 and ids == alone(model, PROMPTS[0], n=20, seed=1)
