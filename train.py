@@ -176,21 +176,12 @@ def main(config):
     steps_per_epoch = loaders["train"].n_rows / rows_per_step
     if config.max_epochs:
         config.max_iters = max(1, round(config.max_epochs * steps_per_epoch))
-    if state["iter"] > config.max_iters:
-        raise ValueError(
-            f"{training_run.last} is at iter {state['iter']}, beyond max_iters={config.max_iters}: "
-            "raise it"
-        )
 
     # 4. the model on many devices, the optimizer
     model = compiled(raw_model) if config.compile else raw_model
     model = distribute(model, raw_model, distributed, sharded)
     optimizer = make_adamw(raw_model, config.learning_rate, config.weight_decay, config.beta2)
-    training_run.tokenizer = tokenizer
-    training_run.model = raw_model
-    training_run.optimizer = optimizer
-    training_run.scaler = scaler
-    training_run.restore(state)
+    training_run.restore(state, tokenizer, raw_model, optimizer, scaler)
 
     # 5. the log
     stop = StopSignal()

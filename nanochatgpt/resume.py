@@ -20,7 +20,7 @@ from nanochatgpt.tokenizer import Tokenizer
 
 @dataclass
 class Run:
-    """The parts of a training run. A script fills in the last four before it calls restore or save.
+    """The parts of a training run; `restore` fills in the last four.
 
     script: the name of the script; only that script can resume the run. must_match: knobs that a
     resumed run must share with the original.
@@ -84,16 +84,28 @@ class Run:
                 )
         return state
 
-    def restore(self, state):
-        """Load the optimizer's moments and the gradient scaler from `state`, if they are there. The
-        knobs stay those of this call."""
-        if moments := state.pop("optimizer", None):
-            groups = get_optimizer_state_dict(self.model, self.optimizer)
-            set_optimizer_state_dict(
-                self.model, self.optimizer, groups | {"state": moments}, options=FULL_STATE_DICT
+    def restore(self, state, tokenizer, model, optimizer, scaler):
+        """Fill in the parts of the run; load the optimizer's moments and the gradient scaler from
+        `state`, if they are there. The knobs stay those of this call.
+
+        Raises ValueError for a state beyond max_iters.
+        """
+        self.tokenizer = tokenizer
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler
+        if state["iter"] > self.config.max_iters:
+            raise ValueError(
+                f"{self.last} is at iter {state['iter']}, beyond "
+                f"max_iters={self.config.max_iters}: raise it"
             )
-        if scaler := state.pop("scaler", None):
-            self.scaler.load_state_dict(scaler)
+        if moments := state.pop("optimizer", None):
+            groups = get_optimizer_state_dict(model, optimizer)
+            set_optimizer_state_dict(
+                model, optimizer, groups | {"state": moments}, options=FULL_STATE_DICT
+            )
+        if scaling := state.pop("scaler", None):
+            scaler.load_state_dict(scaling)
 
     def save(self, published, weights, **progress):
         """Write last/: a checkpoint for others, and state.pt with everything a resumed run needs.

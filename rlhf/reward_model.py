@@ -53,9 +53,9 @@ class RewardModel(GPT):
 
 
 def load_reward_model(name, tokenizer, device, dtype=torch.float32, inference=False):
-    """Return the RewardModel of that name, to score what this tokenizer writes.
+    """Return the RewardModel of that name, ready to score texts of this tokenizer.
 
-    Raises ValueError if it is not a reward model or has another vocabulary.
+    Raises ValueError if it is not a reward model or has another template.
     """
     if dtype == torch.float16 and device == "cpu" and torch.cpu._is_avx512_bf16_supported():
         dtype = torch.bfloat16  # scoring reads many tokens at once: 0.75 of float16's time
@@ -64,14 +64,11 @@ def load_reward_model(name, tokenizer, device, dtype=torch.float32, inference=Fa
             name, device, dtype, inference=inference, model_class=RewardModel
         )
     except (FileNotFoundError, NoScore) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        reason = reason.partition(";")[0].removeprefix(f"init_from={name}: ")
-        raise ValueError(f"reward={name}: {reason}. Make one with train_reward.py") from error
-    n_vocab = model.config.vocab_size
-    if its_tokenizer.template != tokenizer.template or n_vocab < tokenizer.n_vocab:
+        problem = "is not a reward model" if isinstance(error, NoScore) else "does not exist"
+        raise ValueError(f"reward={name} {problem}; make one with train_reward.py") from error
+    if its_tokenizer.template != tokenizer.template:
         raise ValueError(
-            f"reward={name} knows {n_vocab} tokens in template {its_tokenizer.template}; the model "
-            f"that talks knows {tokenizer.n_vocab} in template {tokenizer.template}. Train one on "
-            f"shards in template {tokenizer.template}"
+            f"reward={name} is for template {its_tokenizer.template}, the chat model for "
+            f"{tokenizer.template}: train one on shards in that template"
         )
     return model.eval()

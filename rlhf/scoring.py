@@ -1,0 +1,91 @@
+"""
+Scores of a reward model: of many texts, of many replies to one prompt; and the best of N replies.
+"""
+
+import torch
+
+from nanochatgpt.branches import hidden_of_branches
+from nanochatgpt.generate import generate
+
+BATCH_TOKENS = 4096  # tokens in a forward pass, padding included
+
+
+def scored_ids(ids, tokenizer, block_size):
+    """Return the part of a text that is scored: the last block_size ids, without the end token if
+    rows are padded with it, as in transformers and for Chai's model."""
+    if len(ids) > 1 and ids[-1] == tokenizer.pad_id:
+        ids = ids[:-1]
+    return ids[-block_size:]
+
+
+def pad(rows, device="cpu"):
+    """Return (idx (B, T) int64, padded on the right; lengths (B,) int64) of rows of ids."""
+    lengths = torch.tensor(list(map(len, rows)))
+    idx = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    for b, row in enumerate(rows):
+        idx[b, : len(row)] = torch.as_tensor(row)
+    return idx.to(device), lengths.to(device)
+
+
+@torch.no_grad()
+def score_texts(model, texts):
+    """Return the scores (n,) float32, on the CPU, of texts, each what scored_ids returns."""
+    device = model.transformer.wpe.weight.device
+    scores = torch.empty(len(texts))
+    # batch texts of similar length, the longest first
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    while order:
+        size = max(1, BATCH_TOKENS // len(texts[order[-1]]))
+        batch = order[-size:]
+        order = order[:-size]
+        idx, lengths = pad([texts[i] for i in batch], device)
+        scores[batch] = model(idx, lengths).cpu()
+    return scores
+
+
+@torch.no_grad()
+def score_replies(model, tokenizer, prompt, replies):
+    """Return the scores (n,) float32, on the CPU, of n replies to one prompt, which is read once.
+
+    replies: ids without the end token. If a text is too long, the beginning of the prompt is left
+    out, then the beginning of the reply.
+    """
+    # the attention mask is quadratic in the tokens of a pass: split what is too long
+    n_tokens = len(prompt) + sum(map(len, replies))
+    if n_tokens > BATCH_TOKENS and len(replies) > 1:
+        half = len(replies) // 2
+        first = score_replies(model, tokenizer, prompt, replies[:half])
+        second = score_replies(model, tokenizer, prompt, replies[half:])
+        return torch.cat([first, second])
+
+    # cut as scored_ids cuts whole texts
+    end = [] if tokenizer.eos_id == tokenizer.pad_id else [tokenizer.eos_id]
+    block_size = model.config.block_size
+    replies = [(ids + end)[1 - block_size :] for ids in replies]
+    longest = max(map(len, replies))
+    prompt = prompt[longest - block_size :]
+
+    # score the last token of each text; an empty reply has the prompt's
+    hidden = hidden_of_branches(model, prompt, replies)  # (T, C)
+    last = []  # (n,) positions in T
+    stop = len(prompt)
+    for ids in replies:
+        stop += len(ids)
+        last.append(stop - 1 if ids else len(prompt) - 1)
+    return model.score_of(hidden[last]).cpu()
+
+
+def best_of(
+    engine, reward_model, tokenizer, prompt, n, sampling, *, seed=None, stop_ids=(), stop_strings=()
+):
+    """Return [(score, ids)] of n replies to a prompt, the best first. The engine must be idle.
+
+    The prompt is read once; the replies are decoded together and scored together.
+    """
+    options = {"seed": seed, "stop_ids": stop_ids, "stop_strings": stop_strings}
+    prompts = [prompt] * n
+    replies = generate(
+        engine.model, prompts, sampling, tokenizer=tokenizer, engine=engine, **options
+    )
+    scores = score_replies(reward_model, tokenizer, prompt, replies).tolist()
+    return sorted(zip(scores, replies, strict=True), key=lambda pair: -pair[0])
