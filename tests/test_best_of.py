@@ -1,39 +1,51 @@
-"""Best-of-N: the candidates are those of the engine, the scores those of the reward model, and the best one is said."""
+"""Best of N: the engine draws candidates, the reward model scores them, the best one is said."""
 
 import io
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
 import chat
 from model import GPT, GPTConfig
-from nanochatgpt import generate
+from nanochatgpt import engine
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.engine import Engine
+from nanochatgpt.generate import generate
 from nanochatgpt.sampling import Sampling
 from nanochatgpt.tokenizer import Tokenizer
-from rlhf.reward import best_of, scored, scores
 from rlhf.reward_model import RewardModel
+from rlhf.scoring import best_of, score_texts, scored_ids
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
 HI = [{"role": "user", "content": "hi there, how are you today?"}]
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """In a folder with a GPT, and a reward model whose scores differ widely, in each template."""
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder with a GPT, and a reward model whose scores differ widely, in each template."""
+    home = tmp_path_factory.mktemp("best_of")
     for template in ("human_bot", "user_assistant"):
         tokenizer = Tokenizer(template)
         torch.manual_seed(0)
-        save_model(GPT(GPTConfig(128, tokenizer.n_vocab, **SHAPE)), tokenizer, f"gpt-{template}")
+        policy = GPT(GPTConfig(128, tokenizer.n_vocab, **SHAPE))
+        save_model(policy, tokenizer, home / f"gpt-{template}")
         reward_model = RewardModel(GPTConfig(96, tokenizer.n_vocab, **SHAPE))
         with torch.no_grad():
             reward_model.score.weight.normal_()
-        save_model(reward_model, tokenizer, f"reward-{template}")
+        save_model(reward_model, tokenizer, home / f"reward-{template}")
+    return home
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, shared, monkeypatch):
+    """The current folder, with what is shared."""
+    monkeypatch.chdir(tmp_path)
+    for path in shared.iterdir():
+        Path(path.name).symlink_to(path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield tmp_path
     torch.set_num_threads(threads)
 
@@ -45,37 +57,27 @@ def loaded(template="human_bot"):
 
 
 def knobs(**given):
-    options = {
-        "init_from": "gpt-human_bot",
-        "device": "cpu",
-        "dtype": "float32",
-        "max_new_tokens": 12,
-        "seed": 3,
-    }
-    return chat.Config(
-        **options
-        | {"best_of": 4, "reward": "reward-human_bot", "temperature": 1.0, "top_p": 1.0}
-        | given
-    )
+    options = {"init_from": "gpt-human_bot", "reward": "reward-human_bot", "best_of": 4}
+    options |= {"device": "cpu", "dtype": "float32", "max_new_tokens": 12, "seed": 3}
+    return chat.Config(**options | {"temperature": 1.0, "top_p": 1.0} | given)
 
 
 @pytest.mark.parametrize("template", ["human_bot", "user_assistant"])
-def test_the_candidates_are_drawn_as_ever_and_have_the_scores_of_whole_texts(template):
+def test_candidates_are_drawn_as_one_by_one_and_have_the_scores_of_whole_texts(template):
     policy, reward_model, tokenizer = loaded(template)
     prompt, _ = tokenizer.render(HI, add_generation_prompt=True)
-    options = {"max_new_tokens": 12, "stop_ids": tokenizer.stop_ids, "seed": 5}
-    found = best_of(Engine(policy, 4), reward_model, tokenizer, prompt, 4, **options)
-    alone = [
-        generate.generate(policy, [prompt], tokenizer=tokenizer, **options | {"seed": 5 + i})[0]
-        for i in range(4)
-    ]
-    assert (
-        sorted(ids for _, ids in found) == sorted(alone) and len({tuple(ids) for ids in alone}) == 4
-    )
-    whole = [prompt + ids + [tokenizer.eos_id] for _, ids in found]  # as training sees them
-    expected = scores(reward_model, [scored(ids, tokenizer, 96) for ids in whole])
-    assert [score for score, _ in found] == pytest.approx(expected.tolist(), abs=1e-4)
-    assert all(a >= b for (a, _), (b, _) in itertools.pairwise(found))
+    options = {"stop_ids": tokenizer.stop_ids, "seed": 5}
+    best = best_of(Engine(policy, 4), reward_model, tokenizer, prompt, 4, Sampling(12), **options)
+    alone = []
+    for i in range(4):
+        options["seed"] = 5 + i
+        alone += generate(policy, [prompt], Sampling(12), tokenizer=tokenizer, **options)
+    assert sorted(ids for _, ids in best) == sorted(alone)
+    assert len({tuple(ids) for ids in alone}) == 4
+    texts = [prompt + ids + [tokenizer.eos_id] for _, ids in best]  # as training sees them
+    expected = score_texts(reward_model, [scored_ids(ids, tokenizer, 96) for ids in texts])
+    assert [score for score, _ in best] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert all(a >= b for (a, _), (b, _) in itertools.pairwise(best))
 
 
 def test_the_prompt_is_computed_once_by_the_policy_and_once_by_the_reward_model(monkeypatch):
@@ -85,24 +87,18 @@ def test_the_prompt_is_computed_once_by_the_policy_and_once_by_the_reward_model(
 
     def count(name, model):
         hidden = model.hidden
-        monkeypatch.setattr(
-            model, "hidden", lambda idx, *rest: (add(name, idx), hidden(idx, *rest))[1]
-        )
 
-    def add(name, idx):
-        computed[name] += idx.numel()
+        def counted(idx, **rest):
+            computed[name] += idx.numel()
+            return hidden(idx, **rest)
 
-    count("policy", policy), count("reward", reward_model)
-    found = best_of(
-        Engine(policy, 8, record=False),
-        reward_model,
-        tokenizer,
-        prompt,
-        8,
-        max_new_tokens=6,
-        seed=0,
-    )
-    new = sum(len(ids) for _, ids in found)
+        monkeypatch.setattr(model, "hidden", counted)
+
+    count("policy", policy)
+    count("reward", reward_model)
+    engine = Engine(policy, 8, record=False)
+    best = best_of(engine, reward_model, tokenizer, prompt, 8, Sampling(6), seed=0)
+    new = sum(len(ids) for _, ids in best)
     assert computed["reward"] == len(prompt) + new
     assert len(prompt) + new - 8 <= computed["policy"] <= len(prompt) + 8 + new
 
@@ -120,14 +116,15 @@ def test_the_best_reply_is_said_and_the_next_turn_goes_on_from_it():
 
 
 def test_a_higher_best_of_finds_no_worse_replies():
-    few, many = chat.Chat(knobs(best_of=2)), chat.Chat(knobs(best_of=16))
-    means = []
-    for talk in (few, many):
-        for n in range(12):
-            list(talk.reply(f"message {n}"))
-            means.append(talk.choice[0][0])
-            talk.messages = []
-    assert sum(means[12:]) > sum(means[:12])
+    totals = []
+    for n in (2, 16):
+        talk = chat.Chat(knobs(best_of=n))
+        totals.append(0)
+        for message in ("hi", "and you?", "what now?"):
+            list(talk.reply(message))
+            totals[-1] += talk.choice[0][0]
+            talk.turns = []
+    assert totals[1] > totals[0]
 
 
 def test_why_shows_the_candidates(capsys):
@@ -220,40 +217,35 @@ def test_a_reply_that_is_cut_for_its_length_has_no_part_of_a_marker(monkeypatch)
     ):  # or it ended by itself
         script = iter([*ids, tokenizer.eos_id])
         monkeypatch.setattr(
-            generate, "sample", lambda *_, script=script, **__: torch.tensor([next(script)])
+            engine, "draw_token", lambda *_, script=script: torch.tensor([next(script)])
         )
         stops = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
-        (found,) = generate.generate(
-            policy, [[1]], tokenizer=tokenizer, max_new_tokens=room, **stops
-        )
+        [found] = generate(policy, [[1]], Sampling(room), tokenizer=tokenizer, **stops)
         assert tokenizer.decode(found) == expected
 
 
 def test_rows_that_run_are_not_stepped_for_somebody_else():
     policy, reward_model, tokenizer = loaded()
-    engine = Engine(policy, 4)
-    engine.add([1, 2], Sampling())
+    busy = Engine(policy, 4)
+    busy.add([1, 2], Sampling())
     with pytest.raises(ValueError, match="1 rows of the engine are running"):
-        best_of(engine, reward_model, tokenizer, [1, 2], 2)
+        best_of(busy, reward_model, tokenizer, [1, 2], 2, Sampling())
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("given", "names"),
     [
-        ({"reward": ""}, ["best_of=4 with reward=(none)", "--best_of=8 --reward="]),
-        ({"best_of": 1}, ["best_of=1 with reward=reward-human_bot"]),
-        ({"best_of": 0, "reward": ""}, ["best_of=0 is too small"]),
-        ({"reward": "gpt-human_bot"}, ["gpt-human_bot", "is no reward model"]),
-        ({"reward": "reward-user_assistant"}, ["reward-user_assistant", "another vocabulary"]),
-        (
-            {"reward": "nowhere"},
-            ["reward=nowhere: ", "there is no such directory", "train_reward.py"],
-        ),
+        ({"reward": ""}, ["best_of=4", "reward"]),
+        ({"best_of": 1}, ["best_of=1", "reward-human_bot"]),
+        ({"best_of": 0, "reward": ""}, ["best_of=0"]),
+        ({"reward": "gpt-human_bot"}, ["reward=gpt-human_bot"]),
+        ({"reward": "reward-user_assistant"}, ["reward-user_assistant", "human_bot"]),
+        ({"reward": "nowhere"}, ["reward=nowhere", "train_reward.py"]),
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused_in_a_sentence(given, words):
+def test_mistakes_are_refused_by_name(given, names):
     with pytest.raises((ValueError, FileNotFoundError)) as refused:
         chat.Chat(knobs(**given))
-    for word in words:
-        assert word in str(refused.value)
+    for name in names:
+        assert name in str(refused.value)

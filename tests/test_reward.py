@@ -1,4 +1,4 @@
-"""The reward model is Hugging Face's GPT2ForSequenceClassification: scores are compared, both ways."""
+"""The reward model is Hugging Face's GPT2ForSequenceClassification: the scores agree, both ways."""
 
 import json
 
@@ -16,8 +16,8 @@ from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.huggingface import tokenizer_files
 from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer
-from rlhf.reward import scored, scores
 from rlhf.reward_model import RewardModel
+from rlhf.scoring import score_texts, scored_ids
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
 
@@ -36,7 +36,7 @@ def ours():
 
 
 def padded_batch():
-    """Return rows of different lengths, padded on the right as Chai's model was trained, and the lengths."""
+    """Return rows, padded on the right as Chai's model was trained, and their lengths."""
     lengths = torch.tensor([20, 1, 13, 7])
     idx = torch.randint(END_OF_TEXT, (4, 20), generator=torch.Generator().manual_seed(2))
     return idx.masked_fill(torch.arange(20) >= lengths[:, None], END_OF_TEXT), lengths
@@ -56,7 +56,7 @@ def test_theirs_loads_as_ours(theirs, tmp_path):
     assert_same_scores(load_model(str(tmp_path), model_class=RewardModel)[0].eval(), theirs)
 
 
-def test_texts_that_are_too_long_lose_their_beginning_as_theirs_do(ours, tmp_path):
+def test_long_texts_lose_their_beginning_as_theirs_do(ours, tmp_path):
     """Chai's model takes texts that are cut on the left to 256 tokens and padded on the right."""
     save_model(ours, Tokenizer(), tmp_path)
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
@@ -67,12 +67,11 @@ def test_texts_that_are_too_long_lose_their_beginning_as_theirs_do(ours, tmp_pat
         f"[Human]: what is {n} times two?\n[Bot]: " + "it is a number. " * n for n in (1, 9, 0, 4)
     ]
     batch = tokenizer(texts, max_length=16, truncation=True, padding=True, return_tensors="pt")
-    rows = [scored(Tokenizer().encode(text), Tokenizer(), 16) for text in texts]
+    rows = [scored_ids(Tokenizer().encode(text), Tokenizer(), 16) for text in texts]
     assert sorted(map(len, rows))[-2:] == [16, 16] and min(map(len, rows)) < 16
     with torch.no_grad():
-        torch.testing.assert_close(
-            scores(ours, rows), theirs(**batch).logits[:, 0], atol=1e-4, rtol=0
-        )
+        expected = theirs(**batch).logits[:, 0]
+    torch.testing.assert_close(score_texts(ours, rows), expected, atol=1e-4, rtol=0)
 
 
 def test_ours_loads_as_theirs_and_comes_back(ours, tmp_path):
@@ -107,14 +106,12 @@ def test_a_packed_reward_model_has_the_scores_of_float32_up_to_rounding(ours, tm
         )
 
 
-def test_a_model_of_the_other_kind_is_refused(ours, tmp_path, script):
-    save_model(ours, Tokenizer(), tmp_path / "reward")
-    save_model(GPT(GPTConfig(64, **SHAPE)), Tokenizer(), tmp_path / "chat")
-    with pytest.raises(ValueError, match="is no reward model"):
-        load_model(str(tmp_path / "chat"), model_class=RewardModel)
-    assert_refused(
-        script("chat.py", "--init_from=reward", input="hi"), "reward", "is a reward model"
-    )
-    assert json.loads((tmp_path / "reward" / "config.json").read_text())["architectures"] == [
-        "GPT2ForSequenceClassification"
-    ]
+def test_a_model_of_the_other_kind_is_refused(ours, tmp_path, as_main, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(ours, Tokenizer(), "reward")
+    save_model(GPT(GPTConfig(64, **SHAPE)), Tokenizer(), "chat")
+    with pytest.raises(ValueError, match="reward model"):
+        load_model("chat", model_class=RewardModel)
+    assert_refused(as_main("chat.py", "--init_from=reward", input="hi"), "reward")
+    config = json.loads((tmp_path / "reward" / "config.json").read_text())
+    assert config["architectures"] == ["GPT2ForSequenceClassification"]

@@ -1,82 +1,84 @@
-"""The reward trainer: its losses and figures by hand, its batches, a run that is resumed, and what it refuses."""
+"""The reward trainer: losses and metrics by hand, batches, resuming, and what it refuses."""
 
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, StopsAfter, assert_refused, assert_same_weights, records
+from conftest import ROOT, StopsAfter, assert_same_weights, records
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import train_reward
-from evaluation.metrics import auc, calibration_error
 from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.configurator import parse
 from nanochatgpt.shards import ShardWriter
 from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer
-from rlhf.reward import scored, scores, scores_behind
+from rlhf.dataset import ReplyDataset
+from rlhf.metrics import auc, calibration_error, reward_losses, reward_metrics
 from rlhf.reward_model import RewardModel
-from train_reward import Replies, figures, losses
+from rlhf.scoring import score_replies, score_texts, scored_ids
 
 TOKENIZER = Tokenizer()
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 32}
-TINY = {
-    "init_from": "start",
-    "out_dir": "out",
-    "dataset": "retry",
-    "device": "cpu",
-    "dtype": "float32",
-    "dropout": 0.1,
-}
-TINY |= {
-    "batch_size": 8,
-    "block_size": 48,
-    "gradient_accumulation_steps": 2,
-    "max_epochs": 0.0,
-    "max_iters": 20,
-}
-TINY |= {"learning_rate": 0.01, "warmup_iters": 2, "eval_interval": 10, "log_interval": 5}
+TINY = {"init_from": "start", "out_dir": "out", "dataset": "retry", "device": "cpu"}
+TINY |= {"dtype": "float32", "dropout": 0.1, "batch_size": 8, "block_size": 48}
+TINY |= {"gradient_accumulation_steps": 2, "max_iters": 8, "learning_rate": 0.01}
+TINY |= {"warmup_iters": 2, "eval_interval": 4, "log_interval": 2}
 
 
 def replies(n, seed=0, pairs=False):
-    """Return n conversations with a label: replies that are kept are of other words, and as long."""
+    """Return n labelled conversations: kept replies have other words, but not another length."""
     draw = np.random.default_rng(seed)
-    found = []
+    labelled = []
     for i in range(n):
         kept = i % 2 == 0 if pairs else bool(draw.integers(2))
-        if not (pairs and i % 2):
-            asked = ["red", "blue", "green", "white"][draw.integers(4)]  # the same of a pair
-        said = " ".join(
-            draw.choice(["yes", "sure"] if kept else ["no", "never"], draw.integers(1, 6))
-        )
-        found.append(([("user", f"is it {asked} now"), ("assistant", said)], kept))
-    return found
+        if not (pairs and i % 2):  # the same question for both of a pair
+            question = f"is it {['red', 'blue', 'green', 'white'][draw.integers(4)]} now"
+        words = draw.choice(["yes", "sure"] if kept else ["no", "never"], draw.integers(1, 6))
+        labelled.append(([("user", question), ("assistant", " ".join(words))], kept))
+    return labelled
+
+
+def short_or_long(lengths_and_labels):
+    """Return labelled replies of these lengths."""
+    turns = [("user", "hi")]
+    return [([*turns, ("assistant", "tea " * n)], kept) for n, kept in lengths_and_labels]
 
 
 def write_replies(folder, split, labelled):
-    with ShardWriter(
-        Path(folder) / f"{split}.bin", TOKENIZER.n_vocab, TOKENIZER.template
-    ) as writer:
+    path = Path(folder) / f"{split}.bin"
+    with ShardWriter(path, TOKENIZER.n_vocab, TOKENIZER.template) as writer:
         for turns, kept in labelled:
             ids, mask = TOKENIZER.render([{"role": role, "content": text} for role, text in turns])
             writer.write([(ids, mask if kept else [0] * len(ids))])
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder with the datasets `retry`, of labels, and `pairs`, and a GPT to start from."""
+    home = tmp_path_factory.mktemp("reward")
+    for name, pairs in (("retry", False), ("pairs", True)):
+        write_replies(home / "data" / name, "train", replies(400, 1, pairs))
+        write_replies(home / "data" / name, "val", replies(80, 2, pairs))
+    torch.manual_seed(0)
+    save_model(GPT(GPTConfig(64, **SHAPE)), TOKENIZER, home / "start")
+    return home
+
+
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """In a folder with data/retry, of labels, data/pairs, and a GPT to start from."""
+def folder(tmp_path, shared, monkeypatch):
+    """The current folder, with what is shared."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    for name, pairs in (("retry", False), ("pairs", True)):
-        write_replies(f"data/{name}", "train", replies(400, 1, pairs))
-        write_replies(f"data/{name}", "val", replies(80, 2, pairs))
-    torch.manual_seed(0)
-    save_model(GPT(GPTConfig(64, **SHAPE)), TOKENIZER, "start")
+    Path("data").mkdir()
+    for name in ("data/retry", "data/pairs", "start"):
+        Path(name).symlink_to(shared / name)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield tmp_path
@@ -89,118 +91,116 @@ def fit(**knobs):
     return Path(config.out_dir)
 
 
-# ---- figures
+def dataset(path="data/retry/train.bin", loss="labels", block_size=48):
+    config = SimpleNamespace(loss=loss, block_size=block_size, batch_size=8, seed=0)
+    return ReplyDataset([(path, 1.0)], TOKENIZER, config)
 
 
-def test_auc_is_the_share_of_pairs_that_are_in_order():
+def evaluations(out):
+    return [record for record in records(out) if "val_loss" in record]
+
+
+# ---- losses and metrics
+
+
+def test_auc_is_the_share_of_pairs_in_order():
     draw = np.random.default_rng(0)
     for _ in range(20):
-        found, labels = draw.integers(0, 6, 30), draw.integers(0, 2, 30)  # with equal scores
-        good, bad = found[labels == 1], found[labels == 0]
-        in_order = np.mean([(g > b) + 0.5 * (g == b) for g in good for b in bad])
-        assert auc(found, labels) == pytest.approx(in_order)
+        scores = draw.integers(0, 6, 30)  # with ties
+        labels = draw.integers(0, 2, 30)
+        kept, others = scores[labels == 1], scores[labels == 0]
+        in_order = np.mean([(a > b) + 0.5 * (a == b) for a in kept for b in others])
+        assert auc(scores, labels) == pytest.approx(in_order)
 
 
 def test_calibration_error_by_hand():
-    # the first bin: 0.02 on average where none is kept; the last: 0.95 where half of them are
-    assert calibration_error([0.01, 0.03, 0.9, 1.0], [0, 0, 1, 0]) == pytest.approx(
-        (2 * 0.02 + 2 * 0.45) / 4
-    )
+    # first bin: 0.02 on average, none kept; last bin: 0.95, half of them kept
+    error = calibration_error([0.01, 0.03, 0.9, 1.0], [0, 0, 1, 0])
+    assert error == pytest.approx((2 * 0.02 + 2 * 0.45) / 4)
     assert calibration_error([1.0, 1.0], [1, 1]) == 0
 
 
 def test_losses_by_hand():
-    found, labels = torch.tensor([1.0, -2.0, 0.5, 0.5]), torch.tensor([1.0, 0.0, 1.0, 0.0])
-    by_label = [
-        math.log(1 + math.exp(-1)),
-        math.log(1 + math.exp(-2)),
-        math.log(1 + math.exp(-0.5)),
-    ]
-    by_label += [math.log(1 + math.exp(0.5))]
-    assert losses(found, labels, "labels").tolist() == pytest.approx(by_label)
-    assert losses(found, labels, "pairs").tolist() == pytest.approx(
-        [math.log(1 + math.exp(-3)), math.log(2)]
-    )
+    scores = torch.tensor([1.0, -2.0, 0.5, 0.5])
+    labels = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    by_label = [math.log(1 + math.exp(-x)) for x in (1, 2, 0.5, -0.5)]
+    by_pair = [math.log(1 + math.exp(-3)), math.log(2)]
+    assert reward_losses(scores, labels, "labels").tolist() == pytest.approx(by_label)
+    assert reward_losses(scores, labels, "pairs").tolist() == pytest.approx(by_pair)
 
 
-def test_figures_by_hand():
-    found, labels = torch.tensor([2.0, -1.0, -1.0, 3.0]), torch.tensor([1.0, 0.0, 1.0, 0.0])
-    by_label, by_pair = figures(found, labels, "labels"), figures(found, labels, "pairs")
+def test_metrics_by_hand():
+    scores = torch.tensor([2.0, -1.0, -1.0, 3.0])
+    labels = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    by_label = reward_metrics(scores, labels, "labels")
+    by_pair = reward_metrics(scores, labels, "pairs")
     assert (by_label["accuracy"], by_pair["accuracy"]) == (0.5, 0.5)
     assert by_label["auc"] == by_pair["auc"] == pytest.approx((1 + 0 + 0.5 + 0) / 4)
-    likelier = [1 / (1 + math.exp(-3)), 1 / (1 + math.exp(-4))]  # the one right, the other not
-    assert by_pair["ece"] == pytest.approx(
-        abs(sum(likelier) - 1) / 2, abs=1e-6
-    )  # both in the last bin
+    # both orders have a probability in the last bin; one is right
+    probabilities = [1 / (1 + math.exp(-3)), 1 / (1 + math.exp(-4))]
+    assert by_pair["ece"] == pytest.approx(abs(sum(probabilities) - 1) / 2, abs=1e-6)
 
 
-# ---- what is scored
+# ---- scores
 
 
-def test_of_a_text_the_end_is_not_scored_and_the_beginning_is_cut():
-    ids, _ = TOKENIZER.render(
-        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]
-    )
+def test_the_end_of_a_text_is_not_scored_and_the_beginning_is_cut():
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]
+    ids, _ = TOKENIZER.render(messages)
     assert ids[-1] == END_OF_TEXT
-    assert scored(ids, TOKENIZER, 100) == ids[:-1]
-    assert scored(ids, TOKENIZER, 3) == ids[-4:-1]
-    assert scored([END_OF_TEXT], TOKENIZER, 3) == [END_OF_TEXT]
-    theirs = Tokenizer("user_assistant")  # whose rows are padded with another token
-    ids, _ = theirs.render(
-        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-    )
-    assert scored(ids, theirs, 100) == ids
+    assert scored_ids(ids, TOKENIZER, 100) == ids[:-1]
+    assert scored_ids(ids, TOKENIZER, 3) == ids[-4:-1]
+    assert scored_ids([END_OF_TEXT], TOKENIZER, 3) == [END_OF_TEXT]
+    other = Tokenizer("user_assistant")  # pads rows with another token
+    ids, _ = other.render(messages)
+    assert scored_ids(ids, other, 100) == ids
 
 
 def test_many_texts_have_the_scores_that_each_has_alone():
     model = RewardModel(GPTConfig(64, **SHAPE)).eval()
-    rows = [np.random.default_rng(n).integers(0, 50256, n % 40 + 1).tolist() for n in range(300)]
-    together = scores(model, rows)
-    alone = torch.cat([scores(model, [row]) for row in rows])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    texts = [np.random.default_rng(n).integers(0, 50256, n % 40 + 1).tolist() for n in range(300)]
+    alone = torch.cat([score_texts(model, [ids]) for ids in texts])
+    torch.testing.assert_close(score_texts(model, texts), alone, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("size", [64, 20])
-def test_replies_behind_one_context_have_the_scores_of_whole_rows(size):
+@pytest.mark.parametrize(("size", "batch_tokens"), [(64, 4096), (20, 4096), (64, 20)])
+def test_replies_to_one_prompt_have_the_scores_of_whole_texts(size, batch_tokens, monkeypatch):
+    monkeypatch.setattr("rlhf.scoring.BATCH_TOKENS", batch_tokens)
     model = RewardModel(GPTConfig(size, **SHAPE)).eval()
-    context, branches = list(range(100, 115)), [[5, 6, 7], [8], [], [9] * 10]
-    room = size - 10  # that the longest leaves to the context
-    whole = scores(model, [context[-room:] + ids for ids in branches])
-    torch.testing.assert_close(
-        scores_behind(model, TOKENIZER, context, branches), whole, atol=1e-5, rtol=0
-    )
+    prompt = list(range(100, 115))
+    branches = [[5, 6, 7], [8], [], [9] * 10]
+    room = size - 10  # what the longest reply leaves to the prompt
+    whole = torch.cat([score_texts(model, [prompt[-room:] + ids]) for ids in branches])
+    scores = score_replies(model, TOKENIZER, prompt, branches)
+    torch.testing.assert_close(scores, whole, atol=1e-5, rtol=0)
 
 
 # ---- batches
 
 
-@pytest.mark.parametrize(("dataset", "pairs"), [("retry", False), ("pairs", True)])
-def test_an_epoch_has_each_reply_once_in_batches_of_about_equal_length(dataset, pairs):
-    data = Replies([f"data/{dataset}/train.bin"], 8, 48, 0, TOKENIZER, pairs)
+@pytest.mark.parametrize(("name", "loss"), [("retry", "labels"), ("pairs", "pairs")])
+def test_an_epoch_has_each_reply_once_in_batches_of_similar_length(name, loss):
+    data = dataset(f"data/{name}/train.bin", loss)
     for epoch in (0, 1):
-        batches = [data.numbers(epoch * data.n_batches + b).tolist() for b in range(data.n_batches)]
-        assert sorted(i for batch in batches for i in batch) == list(range(400))
-        if pairs:
-            assert all(
-                a % 2 == 0 and b == a + 1
-                for batch in batches
-                for a, b in zip(batch[::2], batch[1::2], strict=True)
-            )
-        lengths = [data.lengths[batch] for batch in batches]
-        padded = sum(max(n) * len(n) for n in lengths)
-        assert sum(map(sum, lengths)) / padded > 0.9
-    assert data.numbers(0).tolist() != data.numbers(data.n_batches).tolist()
+        batches = [data.indices(epoch * data.n_batches + b) for b in range(data.n_batches)]
+        assert sorted(np.concatenate(batches)) == list(range(400))
+        if loss == "pairs":
+            for batch in batches:
+                assert (batch[::2] % 2 == 0).all() and (batch[1::2] == batch[::2] + 1).all()
+        padded = sum(data.lengths[batch].max() * len(batch) for batch in batches)
+        assert data.lengths.sum() / padded > 0.9
+    assert data.indices(0).tolist() != data.indices(data.n_batches).tolist()
+
     idx, lengths, labels = data.batch(3, "cpu")
-    for row, i in enumerate(data.numbers(3)):
+    for row, i in enumerate(data.indices(3)):
         assert idx[row, : lengths[row]].tolist() == data.ids(i).tolist()
-        assert labels[row] == data.labels[i]
-        text = TOKENIZER.decode(data.ids(i).tolist())
-        assert (text.split("[Bot]: ")[1].split()[0] in ("yes", "sure")) == bool(labels[row])
+        reply = TOKENIZER.decode(data.ids(i).tolist()).split("[Bot]: ")[1]
+        assert (reply.split()[0] in ("yes", "sure")) == labels[row] == data.labels[i]
 
 
 def test_the_end_of_a_long_text_is_what_is_scored():
-    data = Replies(["data/retry/train.bin"], 8, 5, 0, TOKENIZER, False)
-    stop = data.spans[7, 1]
+    data = dataset(block_size=5)
+    _, _, stop = data.spans[7]
     assert data.ids(7).tolist() == data.shards[0].tokens[stop - 6 : stop - 1].tolist()
 
 
@@ -208,75 +208,55 @@ def test_the_end_of_a_long_text_is_what_is_scored():
 
 
 @pytest.mark.parametrize("loss", ["labels", "pairs"])
-def test_it_learns_which_replies_are_kept_and_length_does_not_tell(loss, capsys):
-    out = fit(
-        loss=loss,
-        dataset={"labels": "retry", "pairs": "pairs"}[loss],
-        max_iters=150,
-        eval_interval=50,
-    )
-    last = [r for r in records(out) if "val_loss" in r][-1]
+def test_it_learns_which_replies_are_kept(loss, capsys):
+    name = {"labels": "retry", "pairs": "pairs"}[loss]
+    out = fit(loss=loss, dataset=name, max_iters=60, eval_interval=30)
+    last = evaluations(out)[-1]
     length = last["length_auc" if loss == "labels" else "length_accuracy"]
     assert last["auc"] > 0.95 and last["accuracy"] > 0.9 and 0.5 <= length < 0.65
     assert last["val_loss"] < 0.3 < 0.68 < last["constant_loss"] < 0.7
     assert "NO BETTER" not in capsys.readouterr().out
-    # what it wrote is what others load
+
+    # transformers loads what it wrote, and gives the same scores
     theirs = AutoModelForSequenceClassification.from_pretrained(out).eval()
     ours, _ = load_model(str(out), model_class=RewardModel)
     assert ours.config.block_size == theirs.config.n_positions == 48
-    data = Replies([f"data/{TINY['dataset']}/val.bin"], 8, 48, 0, TOKENIZER, False)
-    idx, lengths, _ = data.batch(0, "cpu")
+    idx, lengths, _ = dataset("data/retry/val.bin").batch(0, "cpu")
     mask = (torch.arange(idx.size(1)) < lengths[:, None]).long()
     with torch.no_grad():
         expected = theirs(idx.masked_fill(mask == 0, END_OF_TEXT), attention_mask=mask).logits[:, 0]
         torch.testing.assert_close(ours.eval()(idx, lengths), expected, atol=1e-4, rtol=0)
 
 
-def test_a_model_that_is_no_better_than_length_is_told_so(capsys):
+def test_a_model_no_better_than_length_is_reported(capsys):
     draw = np.random.default_rng(0)
-    for split, n in (
-        ("train", 100),
-        ("val", 60),
-    ):  # kept replies are longer, and nothing is learned from 1 step
-        labelled = [
-            (
-                [("user", "hi"), ("assistant", "tea " * int(draw.integers(1, 9) + 9 * (i % 2)))],
-                i % 2,
-            )
-            for i in range(n)
-        ]
-        write_replies("data/long", split, labelled)
+    for split, n in (("train", 100), ("val", 60)):  # kept replies are longer
+        lengths = [(int(draw.integers(1, 9)) + 9 * (i % 2), i % 2) for i in range(n)]
+        write_replies("data/long", split, short_or_long(lengths))
     fit(dataset="long", max_iters=30, learning_rate=1e-4)
-    shown = capsys.readouterr().out
-    assert "NO BETTER THAN LENGTH" in shown and "chat.py" not in shown
+    printed = capsys.readouterr().out
+    assert "NO BETTER THAN LENGTH" in printed and "chat.py" not in printed
 
 
-def test_a_model_that_is_no_better_than_a_constant_is_told_so(capsys):
+def test_a_model_no_better_than_a_constant_is_reported(capsys):
     draw = np.random.default_rng(0)
-    for split, n in (("train", 60), ("val", 60)):  # nothing tells which are kept
-        labelled = [
-            ([("user", "hi"), ("assistant", f"word {draw.integers(1000)}")], i % 2)
-            for i in range(n)
-        ]
-        write_replies("data/noise", split, labelled)
+    for split in ("train", "val"):  # the labels are noise
+        words = [f"word {draw.integers(1000)}" for _ in range(60)]
+        noise = [([("user", "hi"), ("assistant", text)], i % 2) for i, text in enumerate(words)]
+        write_replies("data/noise", split, noise)
     fit(dataset="noise", max_iters=1, learning_rate=1e-9)
-    shown = capsys.readouterr().out
-    assert "NO BETTER THAN" in shown and "chat.py" not in shown
-    assert "60 replies in an evaluation say little" in shown
+    printed = capsys.readouterr().out
+    assert "NO BETTER THAN" in printed and "chat.py" not in printed
+    assert "only 60 replies" in printed
 
 
-def test_of_pairs_the_baseline_is_the_longer_or_the_shorter_of_each(capsys):
-    for split, n in (
-        ("train", 40),
-        ("val", 20),
-    ):  # the chosen one is longer but for every fifth pair, which is even
-        lengths = [(2, 2) if pair % 5 == 4 else (pair % 3 + 2, pair % 3 + 1) for pair in range(n)]
-        labelled = [
-            ([("user", "hi"), ("assistant", "tea " * k)], i == 0)
-            for pair in lengths
-            for i, k in enumerate(pair)
-        ]
-        write_replies("data/long", split, labelled)
+def test_the_baseline_of_pairs_is_the_longer_or_shorter_reply_of_each():
+    for split, n in (("train", 40), ("val", 20)):  # every fifth pair is a tie, else it is longer
+        lengths = []
+        for pair in range(n):
+            chosen, rejected = (2, 2) if pair % 5 == 4 else (pair % 3 + 2, pair % 3 + 1)
+            lengths += [(chosen, True), (rejected, False)]
+        write_replies("data/long", split, short_or_long(lengths))
     out = fit(dataset="long", loss="pairs", max_iters=1, learning_rate=1e-9)
     assert records(out)[-1]["length_accuracy"] == pytest.approx(0.8 + 0.2 / 2)
 
@@ -284,137 +264,106 @@ def test_of_pairs_the_baseline_is_the_longer_or_the_shorter_of_each(capsys):
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(monkeypatch):
     whole = fit(out_dir="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(train_reward, "StopSignal", lambda: StopsAfter(7))
+        patch.setattr(train_reward, "StopSignal", lambda: StopsAfter(3))
         halves = fit(out_dir="halves")
-    assert torch.load(halves / "last" / "state.pt", weights_only=True)["iter"] == 7
+    assert torch.load(halves / "last" / "state.pt", weights_only=True)["iter"] == 3
     fit(out_dir="halves", init_from="resume")
     assert_same_weights(whole, halves)
     assert_same_weights(whole / "last", halves / "last")
-
-    def evaluations(out):
-        return [record for record in records(out) if "val_loss" in record]
-
     assert evaluations(whole) == evaluations(halves)
 
 
 def test_two_processes_are_one_process_with_the_same_global_batch():
     whole = fit(dropout=0.0)
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    knobs = [
-        f"--{name}={value}" for name, value in (TINY | {"dropout": 0.0, "out_dir": "two"}).items()
-    ]
-    done = subprocess.run(
-        [*run, ROOT / "train_reward.py", *knobs], capture_output=True, text=True, timeout=120
-    )
+    knobs = TINY | {"dropout": 0.0, "out_dir": "two"}
+    run += [ROOT / "train_reward.py", *(f"--{name}={value}" for name, value in knobs.items())]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    ones, twos = (load_file(f"{out}/last/model.safetensors") for out in (whole, "two"))
-    for name in ones:
-        if not name.endswith("c_attn.bias"):  # of the keys' biases the gradient is rounding
-            torch.testing.assert_close(ones[name], twos[name], atol=2e-3, rtol=0)
-    assert [r["auc"] for r in records(whole) if "auc" in r] == pytest.approx(
-        [r["auc"] for r in records(Path("two")) if "auc" in r], abs=0.02
-    )
+    one = load_file(whole / "last" / "model.safetensors")
+    two = load_file("two/last/model.safetensors")
+    for name in one:
+        if not name.endswith("c_attn.bias"):  # the gradient of the keys' biases is rounding
+            torch.testing.assert_close(one[name], two[name], atol=2e-3, rtol=0)
+    aucs = [[record["auc"] for record in evaluations(out)] for out in (whole, "two")]
+    assert aucs[0] == pytest.approx(aucs[1], abs=0.02)
 
 
 def test_a_reward_model_can_be_trained_further():
     first = fit()
-    again = fit(
-        init_from=str(first), out_dir="again", max_iters=1, learning_rate=1e-9, warmup_iters=0
-    )
-    losses_of = [[r["val_loss"] for r in records(out) if "val_loss" in r] for out in (first, again)]
-    assert losses_of[1][0] == pytest.approx(min(losses_of[0]), abs=1e-6)
+    again = fit(init_from=str(first), out_dir="again", max_iters=1, warmup_iters=0)
+    best = min(record["val_loss"] for record in evaluations(first))
+    assert evaluations(again)[0]["val_loss"] == pytest.approx(best, abs=1e-6)
+
+
+def test_another_template_with_more_tokens_grows_the_vocabulary():
+    config = train_reward.Config(**TINY | {"template": "user_assistant"})
+    distributed = train_reward.init_distributed(config)
+    model, tokenizer = train_reward.make_model(config, None, distributed)
+    assert tokenizer.n_vocab == len(model.transformer.wte.weight) > TOKENIZER.n_vocab
 
 
 # ---- refusals
 
 
-@pytest.mark.parametrize(
-    ("many", "says"),
-    [
-        ([([11, 60000], [0, 0]), ([11, 12], [0, 1])], r"train\.bin has token 60000"),
-        (
-            [([11, 12], [0, 1]), ([], []), ([11, 12], [0, 0])],
-            r"train\.bin has a reply without tokens",
-        ),
-    ],
-    ids=["beyond the vocabulary", "empty"],
-)
-def test_a_shard_with_a_reply_that_cannot_be_scored_is_refused(tmp_path, many, says):
+def test_a_shard_with_unknown_tokens_is_refused(tmp_path):
     with ShardWriter(tmp_path / "train.bin", TOKENIZER.n_vocab, "human_bot") as writer:
-        writer.write(many)
-    with pytest.raises(ValueError, match=says):
-        Replies([tmp_path / "train.bin"], 4, 8, 0, TOKENIZER, False).batch(0, "cpu")
+        writer.write([([11, 60000], [0, 0]), ([11, 12], [0, 1])])
+    with pytest.raises(ValueError, match="60000"):
+        dataset(tmp_path / "train.bin").batch(0, "cpu")
 
 
 @pytest.mark.parametrize(
-    ("knobs", "words"),
+    ("knobs", "names"),
     [
-        ({"loss": "both"}, ["loss=both is not one of labels, pairs"]),
+        ({"loss": "both"}, ["loss=both", "labels", "pairs"]),
         ({"lr_schedule": "step"}, ["lr_schedule=step"]),
-        ({"batch_size": 0}, ["batch_size=0 is too small"]),
-        ({"batch_size": 7, "loss": "pairs"}, ["batch_size=7 has half a pair"]),
-        ({"block_size": 65}, ["block_size=65", "context is 64"]),
-        ({"loss": "pairs"}, ["has not a chosen and a rejected reply in turn", "--loss=labels"]),
-        ({"dataset": "nowhere"}, ["no data/nowhere/train*.bin"]),
-        ({"dataset": "text"}, ["plain text without labels", "prepare/retry.py"]),
-        ({"dataset": "kept"}, ["replies of one kind only"]),
-        ({"dataset": "empty"}, ["data/empty/train.bin is empty: prepare it again"]),
-        (
-            {"dataset": "sorted", "eval_iters": 1, "batch_size": 2},
-            ["all of one label: raise eval_iters"],
-        ),
-        ({"init_from": "resume"}, ["out/last/state.pt to resume from"]),
-        ({"init_from": "nowhere"}, ["no such directory"]),
+        ({"batch_size": 0}, ["batch_size=0"]),
+        ({"batch_size": 7, "loss": "pairs"}, ["batch_size=7"]),
+        ({"block_size": 65}, ["block_size=65", "64"]),
+        ({"loss": "pairs"}, ["data/retry/train.bin", "loss=labels"]),
+        ({"dataset": "nowhere"}, ["data/nowhere/train*.bin"]),
+        ({"dataset": "text"}, ["data/text/train.bin", "prepare/retry.py"]),
+        ({"dataset": "kept"}, ["data/kept/train.bin"]),
+        ({"init_from": "resume"}, ["out/last/state.pt"]),
+        ({"init_from": "nowhere"}, ["nowhere"]),
         ({"template": "user_assistant"}, ["--template=user_assistant"]),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_cannot_be_is_refused_in_a_sentence(knobs, words):
-    Path("data/text").mkdir()
-    Path("data/empty").mkdir()
-    for split in ("train", "val"):
-        np.arange(1000, dtype=np.uint16).tofile(f"data/text/{split}.bin")
-        Path(f"data/empty/{split}.bin").touch()
-        write_replies("data/kept", split, [(turns, True) for turns, _ in replies(20)])
-        talk = [
-            ([("user", "hi"), ("assistant", "tea " * (1 + 9 * kept))], kept)
-            for kept in (0, 0, 1, 1)
-        ]
-        write_replies("data/sorted", split, talk)  # batches of about equal length
+def test_mistakes_are_refused_by_name(knobs, names):
+    if knobs.get("dataset") == "text":
+        Path("data/text").mkdir()
+        np.arange(1000, dtype=np.uint16).tofile("data/text/train.bin")
+        np.arange(1000, dtype=np.uint16).tofile("data/text/val.bin")
+    if knobs.get("dataset") == "kept":
+        for split in ("train", "val"):
+            write_replies("data/kept", split, [(turns, True) for turns, _ in replies(20)])
     with pytest.raises((ValueError, FileNotFoundError)) as refused:
         fit(**knobs)
-    for word in words:
-        assert word in str(refused.value)
+    for name in names:
+        assert name in str(refused.value)
 
 
-def test_a_run_is_resumed_with_its_own_block_size():
+def test_a_run_is_not_overwritten_and_resumes_with_its_own_knobs_only():
     fit(max_iters=1)
-    with pytest.raises(ValueError, match="block_size=32, but the run in out is for 48"):
-        fit(init_from="resume", block_size=32)
+    for knobs, names in (
+        ({}, "out/last"),
+        ({"init_from": "resume", "block_size": 32, "max_iters": 1}, "block_size=32.*48"),
+        ({"init_from": "resume", "max_iters": 0}, "iter 1.*max_iters=0"),
+    ):
+        with pytest.raises(ValueError, match=names):
+            fit(**knobs)
 
 
-def test_scores_that_are_no_numbers_end_the_run_and_the_checkpoint_stays(monkeypatch):
+def test_a_diverging_run_ends_and_its_checkpoint_stays():
     with pytest.raises(ValueError, match="diverges"):
         fit(learning_rate=1e30, warmup_iters=0, grad_clip=0.0)
     load_model("out/last", model_class=RewardModel)
 
 
 def test_the_config_for_the_model_in_the_box_runs():
-    given = ["--max_epochs=0", "--max_iters=1", "--batch_size=4", "--eval_iters=5", "--device=cpu"]
-    train_reward.main(
-        parse(train_reward.Config, [str(ROOT / "config" / "train_reward_nano.py"), *given])
-    )
+    knobs = ["--max_epochs=0", "--max_iters=1", "--batch_size=4", "--eval_iters=5", "--device=cpu"]
+    config = ROOT / "config" / "train_reward_nano.py"
+    train_reward.main(parse(train_reward.Config, [str(config), *knobs]))
     assert load_model("out/reward", model_class=RewardModel)[0].config.block_size == 256
-
-
-def test_a_run_is_not_overwritten_by_another():
-    fit(max_iters=1)
-    with pytest.raises(ValueError, match="holds a run: --init_from=resume"):
-        fit()
-
-
-def test_a_mistake_ends_in_a_sentence_and_status_2(script):
-    assert_refused(
-        script("train_reward.py", "--init_from=start", "--block_size=48", "--dataset=nowhere"),
-        "nowhere",
-    )
