@@ -15,11 +15,11 @@ from nanochatgpt.configurator import at_least, run
 from nanochatgpt.device import pick_device, pick_dtype
 from nanochatgpt.engine import Engine
 from nanochatgpt.generate import stream
-from nanochatgpt.sampling import ChatSampling, for_template, options_of
+from nanochatgpt.sampling import ChatSampling, Sampling, for_template, options_of
 from nanochatgpt.stream import Trim
 from nanochatgpt.tokenizer import fit_context
-from rlhf.reward import best_of
 from rlhf.reward_model import load_reward_model
+from rlhf.scoring import best_of
 
 COMMANDS = """\
 /help            this list
@@ -123,11 +123,10 @@ class Chat:
     def choose(self, prompt, **stops):
         """Yield the best reply to a prompt, whole; another one than those that were taken back, if there is one."""
         c = self.config
-        options = options_of(c) | stops
+        sampling = Sampling(**options_of(c))
         seed = c.seed + self.replies * c.best_of
-        found = best_of(
-            self.engine, self.reward_model, self.tokenizer, prompt, c.best_of, seed=seed, **options
-        )
+        models = (self.engine, self.reward_model, self.tokenizer)
+        found = best_of(*models, prompt, c.best_of, sampling, seed=seed, **stops)
         turns = sum(m["role"] != "system" for m in self.messages)
         before = {retried["content"] for retried in self.retried if retried["before"] == turns}
         texts = [(score, self.tokenizer.decode(ids)) for score, ids in found]
