@@ -64,12 +64,12 @@ class Service:
         dtype = pick_dtype(config.dtype, device, inference=True)
         model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
         if config.reward:
-            from rlhf.reward import scores_behind
+            from rlhf.scoring import score_replies
             from rlhf.reward_model import load_reward_model
 
             options = {"dtype": dtype, "inference": True}
             reward_model = load_reward_model(config.reward, self.tokenizer, device, **options)
-            self.score = functools.partial(scores_behind, reward_model, self.tokenizer)
+            self.score = functools.partial(score_replies, reward_model, self.tokenizer)
         self.config = for_template(config, self.tokenizer.template)
         self.context = model.config.block_size  # tokens
         # long prompts are read in chunks, so that other replies do not stall
