@@ -1,0 +1,127 @@
+"""
+Charts as SVG, without a drawing library: the loss of training runs, lengths of replies, any curves.
+"""
+
+import math
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from nanochatgpt.monitor import read_log
+
+COLORS = ("#2f6fde", "#d9731a", "#3a9d5d", "#9b59b6")  # legible on white and on black
+GRAY = "#777"  # axes and labels
+WIDTH = 640  # of a chart, in pixels
+HEIGHT = 300
+MARGIN = 46  # on each side
+
+
+def pick_colors(names):
+    """Return {name: color}."""
+    return {name: COLORS[i % len(COLORS)] for i, name in enumerate(dict.fromkeys(names))}
+
+
+class Chart:
+    """Two axes, and the curves between them; x starts at 0."""
+
+    def __init__(self, x_label, y_label, x_max, y_max, y_min=0.0):
+        self.x_max = x_max or 1  # not 0 for a run that has only begun
+        self.y_max = y_max
+        self.y_range = (y_max - y_min) or 1
+        self.parts = []  # SVG elements
+        self._text(WIDTH - MARGIN, HEIGHT - 10, x_label)
+        self._text(2, 14, y_label, anchor="start")
+        for i in range(5):  # the ticks
+            x = self.x_max * i / 5
+            y = y_min + self.y_range * i / 4
+            self._text(self._x(x), HEIGHT - 28, f"{x:,.0f}", anchor="middle")
+            self._text(MARGIN - 6, self._y(y) + 4, f"{y:.3g}")
+            self.line([0, self.x_max], [y, y], GRAY, width=0.3)
+
+    def line(self, xs, ys, color, width=1.5):
+        points = [f"{self._x(x):.1f},{self._y(y):.1f}" for x, y in zip(xs, ys, strict=True)]
+        stroke = f'fill="none" stroke="{color}" stroke-width="{width}"'
+        self.parts.append(f'<polyline points="{" ".join(points)}" {stroke}/>')
+
+    def dots(self, xs, ys, color):
+        for x, y in zip(xs, ys, strict=True):
+            center = f'cx="{self._x(x):.1f}" cy="{self._y(y):.1f}"'
+            self.parts.append(f'<circle {center} r="3.5" fill="{color}"/>')
+
+    def svg(self, label, colors):
+        """Return the chart as text. label: for screen readers; colors: {name: color}, the
+        legend."""
+        for i, (name, color) in enumerate(colors.items()):
+            self._text(WIDTH - MARGIN, 14 + 13 * i, f"● {name}", color)
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}"'
+        size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
+        body = "\n".join(self.parts)
+        return f'{head} {size} font-family="sans-serif" font-size="12">\n{body}\n</svg>\n'
+
+    # values to pixels
+    def _x(self, value):
+        return MARGIN + value / self.x_max * (WIDTH - 2 * MARGIN)
+
+    def _y(self, value):
+        return MARGIN + (self.y_max - value) / self.y_range * (HEIGHT - 2 * MARGIN)
+
+    def _text(self, x, y, text, color=GRAY, anchor="end"):
+        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+        self.parts.append(f'<text {place} fill="{color}">{escape(text)}</text>')
+
+
+def read_run(out_dir):
+    """Return the curves of a run of train.py: {"loss": {iter: nats}, "val_loss": {iter: nats}},
+    without NaN. Raises FileNotFoundError without metrics.jsonl, ValueError without losses."""
+    path = Path(out_dir) / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give the out_dir of a run of train.py")
+    curves = {"loss": {}, "val_loss": {}}
+    for _, record in read_log(path):
+        for name, curve in curves.items():
+            value = record.get(name)
+            if value is not None and math.isfinite(value):
+                curve[record["iter"]] = value
+    if not curves["loss"] and not curves["val_loss"]:
+        raise ValueError(f"{path} has no losses: train for longer, or lower log_interval")
+    return curves
+
+
+def loss_chart(runs, colors):
+    """Return the curves of {name: curves of read_run} as SVG: a thin line for single steps, a thick
+    one for their moving mean, dots for the validation loss."""
+    # the axes
+    iters = []
+    losses = []
+    for curves in runs.values():
+        for curve in curves.values():
+            iters += curve.keys()
+            losses += curve.values()
+    chart = Chart("iter", "loss (nats)", max(iters), max(losses), min(losses))
+
+    # the curves
+    for name, curves in runs.items():
+        iters = list(curves["loss"])
+        losses = list(curves["loss"].values())
+        if losses:
+            n = 1 + len(losses) // 50  # steps in a mean
+            means = np.convolve(losses, np.ones(n) / n, "valid")
+            chart.line(iters, losses, colors[name], width=0.4)
+            chart.line(iters[n - 1 :], means, colors[name])
+        chart.dots(curves["val_loss"].keys(), curves["val_loss"].values(), colors[name])
+    return chart.svg("loss curves", {name: colors[name] for name in runs})
+
+
+def length_chart(lengths, colors, bins=20):
+    """Return the distribution of {name: [tokens of a reply]} as SVG."""
+    longest = max(max(tokens) for tokens in lengths.values())
+    edges = np.arange(bins + 1) * (longest // bins + 1)  # tokens
+    percents = {}
+    for name, tokens in lengths.items():
+        percents[name] = np.histogram(tokens, edges)[0] * 100 / len(tokens)  # (bins,)
+    highest = max(percent.max() for percent in percents.values())
+    chart = Chart("tokens", "% of replies", edges[-1], highest)
+    for name, percent in percents.items():
+        chart.line((edges[:-1] + edges[1:]) / 2, percent, colors[name])
+    return chart.svg("lengths of replies", {name: colors[name] for name in lengths})
