@@ -1,73 +1,121 @@
 """
-ConvAI2's own convai2_metrics on PersonaChat: which of 20 candidates a model would say, and its perplexity.
+ConvAI2's metrics (arXiv 1902.00098) on PersonaChat's validation set: F1 of the model's own replies,
+Hits@1 of 20 candidates, perplexity. After python prepare/personachat.py, which fetches the archive:
 
-Dinan et al. 2019, arXiv 1902.00098. PUBLISHED: TransferTransfo (arXiv 1901.08149), a GPT of 117M parameters with a head
-of its own for ranking, on the hidden test set; its authors' code, transfer-learning-conv-ai, on the validation set.
-Their perplexities are a word of ConvAI2's dictionary, without the end; ours a token of GPT-2's, with it.
+    python evaluation/convai2.py --init_from=out/chat
+
+The published numbers are for ConvAI2's edition, http://parl.ai/downloads/convai2/convai2_fix_723.tgz
+(430 MB): pass that as --source.
 """
 
-import torch
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
-from evaluation.metrics import perplexity
-from nanochatgpt.branches import hidden_of_branches
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from evaluation.metrics import f1, perplexity
+from evaluation.ranking import continuation, loglikelihoods
+from evaluation.replies import reply_to
+from evaluation.report import print_table, progress, table, write_json
+from nanochatgpt.checkpoint import default_model, load_model
+from nanochatgpt.configurator import at_least, run
+from nanochatgpt.device import pick_device, pick_dtype
+from nanochatgpt.sampling import ChatSampling, for_template
 from nanochatgpt.tokenizer import fit_context
+from prepare.personachat import examples
 
+ROWS = {  # metric -> its label and format in the table
+    "f1": ("F1", ".1%"),
+    "hits_1": ("Hits@1 of 20 candidates", ".1%"),
+    "persona_perplexity": ("perplexity with the persona", ".2f"),
+    "plain_perplexity": ("perplexity without", ".2f"),
+}
 PUBLISHED = {
+    # arXiv 1901.08149: a GPT of 117M parameters with a ranking head, on the hidden test set
     "TransferTransfo": {"persona_perplexity": 16.28, "hits_1": 0.807, "f1": 0.195},
+    # the same authors' transfer-learning-conv-ai, on the validation set
     "conv-ai": {"persona_perplexity": 20.5, "hits_1": 0.79, "f1": 0.165},
 }
 
 
-@torch.no_grad()
-def loglikelihoods(model, context, continuations):
-    """Return [log-likelihood in nats] of continuations (a list of ids each) behind the ids of a context.
+@dataclass
+class Config(ChatSampling):
+    max_new_tokens: int = 100  # new tokens in a reply, at most
+    init_from: str = default_model()  # the model: nano, a directory, gpt2, ..., org/name
+    source: str = "data/downloads/personachat.tgz"  # the archive, its folder or its valid file
+    max_dialogs: int = 0  # use the first N dialogs (0 = all)
+    json: str = ""  # write the metrics to this file too
+    seed: int = 1337  # of the replies
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8; auto = the fastest here
 
-    Raises ValueError where they do not fit into the model's context.
+
+def with_persona(persona, messages):
+    """Return the messages with the persona, if there is one, as a system message."""
+    return [{"role": "system", "content": persona}, *messages] if persona else messages
+
+
+def rank(model, tokenizer, lines):
+    """Return {hits_1, persona_perplexity, plain_perplexity} of lines (persona, messages, reply,
+    candidates).
+
+    hits_1: how often the reply has the highest mean log-likelihood per token of the candidates, as
+    ParlAI ranks with a generative model; None if no line has candidates. Older turns are left out
+    if a line is too long.
     """
-    longest = len(context) + max(map(len, continuations)) - 1
-    if longest > model.config.block_size:
-        raise ValueError(f"{longest} tokens, but the model has {model.config.block_size} positions")
-    # the last token of each is only a target
-    hidden = hidden_of_branches(model, context, [ids[:-1] for ids in continuations])  # (T, C)
-    at, first = [], len(context)
-    for ids in continuations:  # where each of its tokens is predicted
-        at += [len(context) - 1, *range(first, first + len(ids) - 1)]
-        first += len(ids) - 1
-    targets = torch.tensor([token for ids in continuations for token in ids], device=hidden.device)
-    logprobs = model.lm_head(hidden[at]).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    return [part.sum().item() for part in logprobs.split([len(ids) for ids in continuations])]
-
-
-def continuation(tokenizer, text):
-    """Return the ids of a reply behind its opener, its end among them."""
-    ids, mask = tokenizer.render([{"role": "assistant", "content": text}])
-    return [token for token, supervised in zip(ids, mask, strict=True) if supervised]
-
-
-def convai2_metrics(model, tokenizer, lines, context, shown):
-    """Return {hits_1, persona_perplexity, plain_perplexity} over lines as prepare/personachat.py's `examples` has them.
-
-    hits_1: the share of lines whose reply has the highest log-likelihood a token of the candidates, which is how ParlAI
-    ranks with a model that generates; None where no line has candidates. Perplexity is that of the replies' tokens of
-    GPT-2's vocabulary, the end token too, with the persona before the conversation and without it. context: tokens that
-    a line may have at most, older turns are left out. shown(n) is called behind each line.
-    """
-    hits = ranked = n = 0
-    nll = {"persona_perplexity": 0.0, "plain_perplexity": 0.0}
-    for number, (persona, said, reply, candidates) in enumerate(lines, 1):
+    nll = 0.0  # nats, over all replies
+    nll_plain = 0.0  # without the persona
+    n_tokens = 0
+    hits = []  # whether the reply is ranked first
+    for persona, messages, reply, candidates in progress(lines, "ranking"):
         replies = [continuation(tokenizer, text) for text in [*candidates[:-1], reply]]
-        room = context - max(map(len, replies)) + 1
-        system = [{"role": "system", "content": persona}] if persona else []
-        scores = loglikelihoods(model, fit_context(tokenizer, system + said, room)[0], replies)
-        nll["persona_perplexity"] -= scores[-1]
-        nll["plain_perplexity"] -= loglikelihoods(
-            model, fit_context(tokenizer, said, room)[0], replies[-1:]
-        )[0]
+        room = model.config.block_size - max(map(len, replies)) + 1
+
+        # the candidates after the persona and the conversation; the last one is the reply
+        prompt, _ = fit_context(tokenizer, with_persona(persona, messages), room)
+        scores = loglikelihoods(model, prompt, replies)
+        nll -= scores[-1]
         if candidates:
             means = [score / len(ids) for score, ids in zip(scores, replies, strict=True)]
-            hits, ranked = hits + (means[-1] == max(means)), ranked + 1
-        n += len(replies[-1])
-        shown(number)
-    return {"hits_1": hits / ranked if ranked else None} | {
-        name: perplexity(total / n) for name, total in nll.items()
+            hits.append(means[-1] == max(means))
+
+        # the reply without the persona
+        prompt, _ = fit_context(tokenizer, messages, room)
+        nll_plain -= loglikelihoods(model, prompt, replies[-1:])[0]
+        n_tokens += len(replies[-1])
+    return {
+        "hits_1": sum(hits) / len(hits) if hits else None,
+        "persona_perplexity": perplexity(nll / n_tokens),
+        "plain_perplexity": perplexity(nll_plain / n_tokens),
     }
+
+
+def main(config):
+    at_least(0, config, "max_dialogs")
+    if not Path(config.source).exists():
+        raise FileNotFoundError(f"no {config.source}: fetch it with prepare/personachat.py")
+    lines = examples(Path(config.source), config.max_dialogs)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device, inference=True)
+    model, tokenizer = load_model(config.init_from, device, dtype, inference=True)
+
+    # the model's own replies, and how it ranks the candidates
+    room = model.config.block_size - config.max_new_tokens
+    prompts = []
+    for persona, messages, _, _ in lines:
+        prompts.append(fit_context(tokenizer, with_persona(persona, messages), room)[0])
+    sampling = for_template(config, tokenizer.template)
+    replies = reply_to(prompts, model, tokenizer, sampling, config.seed, "replying")
+    scores = [f1(reply.text, line[2]) for reply, line in zip(replies, lines, strict=True)]
+    metrics = {"f1": sum(scores) / len(scores)} | rank(model, tokenizer, lines)
+
+    print_table(table({config.init_from: metrics} | PUBLISHED, ROWS))
+    print("the published perplexities are per dictionary word, without the end token; ours are per")
+    print("token of GPT-2, with it")
+    if config.json:
+        write_json(config.json, {config.init_from: metrics})
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.convai2 import loglikelihoods
+from evaluation.ranking import loglikelihoods
 from nanochatgpt.checkpoint import load_model
 
 pytestmark = pytest.mark.slow
