@@ -4,8 +4,8 @@ Hits@1 of 20 candidates, perplexity. After python prepare/personachat.py, which 
 
     python evaluation/convai2.py --init_from=out/chat
 
-The published numbers are for ConvAI2's edition, http://parl.ai/downloads/convai2/convai2_fix_723.tgz
-(430 MB): pass that as --source.
+The published numbers are for ConvAI2's edition (430 MB): pass that as --source.
+http://parl.ai/downloads/convai2/convai2_fix_723.tgz
 """
 
 import sys
