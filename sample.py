@@ -12,9 +12,7 @@ from nanochatgpt.sampling import Sampling
 
 @dataclass
 class Config(Sampling):
-    init_from: str = (
-        default_model()
-    )  # nano, gpt2[-medium|-large|-xl], distilgpt2, org/name on the hub, or a directory
+    init_from: str = default_model()  # nano, gpt2..., distilgpt2, org/name on the hub, a directory
     start: str = "Once upon a time"  # the prompt
     num_samples: int = 1  # how many continuations
     max_new_tokens: int = 200
@@ -22,7 +20,7 @@ class Config(Sampling):
     top_k: int = 200
     seed: int = 1337  # the same seed gives the same text
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8; auto is float16 on an x86 CPU, bfloat16 on CUDA
+    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
 
 
 def main(config):
@@ -30,14 +28,19 @@ def main(config):
     dtype = pick_dtype(config.dtype, device, inference=True)
     model, tokenizer = load_model(config.init_from, device, dtype, inference=True)
     engine = Engine(model, n_vocab=tokenizer.n_vocab)
+    # GPT-2 saw <|endoftext|> before each text
     prompt = tokenizer.encode(config.start) or [tokenizer.special_ids["<|endoftext|>"]]
+
     for i in range(config.num_samples):
+        if i > 0:
+            print("-" * 20)
         print(config.start, end="", flush=True)
+        seed = config.seed + i
         for text in stream(
-            engine, tokenizer, prompt, config, stop_ids=tokenizer.stop_ids, seed=config.seed + i
+            engine, tokenizer, prompt, config, stop_ids=tokenizer.stop_ids, seed=seed
         ):
             print(text, end="", flush=True)
-        print("\n" + "-" * 20 if i + 1 < config.num_samples else "")
+        print()
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from nanochatgpt.optimizer import (
     make_adamw,
 )
 from nanochatgpt.resume import Run
+from nanochatgpt.sampling import Sampling
 from nanochatgpt.shards import find_shards
 from nanochatgpt.tokenizer import Tokenizer
 
@@ -331,15 +332,9 @@ def sample_reply(model, tokenizer):
     prompt, _ = tokenizer.render([message], add_generation_prompt=True)
     if len(prompt) >= model.config.block_size:
         return f"(a context of {model.config.block_size} tokens is too short to talk)"
+    sampling = Sampling(max_new_tokens=30, temperature=0.7, top_k=50)
     [reply] = generate(
-        model,
-        [prompt],
-        max_new_tokens=30,
-        temperature=0.7,
-        top_k=50,
-        seed=0,
-        stop_ids=tokenizer.stop_ids,
-        tokenizer=tokenizer,
+        model, [prompt], sampling, seed=0, stop_ids=tokenizer.stop_ids, tokenizer=tokenizer
     )
     return " ".join(tokenizer.decode(prompt + reply).split())
 

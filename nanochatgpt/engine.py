@@ -1,7 +1,8 @@
 """
-The decoding loop: rows that come and go, one token each per step.
+Decoding with a key-value cache: rows come and go, and each gets one new token per step.
 
-nanochatgpt/sampling.py chooses the next token; nanochatgpt/generate.py collects what the engine gives.
+GPT.generate in model.py defines the result; the engine computes the same without repeating work.
+nanochatgpt/sampling.py draws the next token, nanochatgpt/generate.py collects what comes out.
 """
 
 import math
@@ -14,12 +15,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanochatgpt.sampling import Sampling, penalize, sample
+from nanochatgpt.sampling import Sampling, draw_token, penalize
 
-PREFILL_TOKENS = 4096  # of prompts, padding included, that are computed at once
-RECORD_AT = (
-    32  # recording costs what about 50 replayed steps save: wait until a shape was used this often
-)
+PREFILL_TOKENS = 4096  # prompt tokens in one forward pass, padding included
+RECORD_AFTER = 32  # recording costs what about 50 replayed steps save: wait for a shape to recur
 
 
 class KVCache:
@@ -57,360 +56,372 @@ class KVCache:
 
 
 class Token(NamedTuple):
-    row: int
+    row: int  # number of the row
     id: int
-    logprob: (
-        float | None
-    )  # the model's own, in nats, before penalties and temperature; None where not asked for
-    top: list  # [(id, logprob)] of the likeliest tokens, as many as asked for
+    logprob: float | None  # the model's own, in nats, before penalties; None unless asked for
+    top: list  # [(id, logprob)] of the most likely tokens, as many as asked for
 
 
-@dataclass
+@dataclass(eq=False)  # equal only to itself, so it can be the key of a dict
 class Row:
-    """One row of the engine: its text so far, and how to go on."""
+    """One text in the engine, and how to continue it. Only the first n_cached ids have keys and
+    values in the cache; a running row lacks at least its last one."""
 
-    ids: list = field(default_factory=list)  # the prompt and the new ids
-    n_cached: int = 0  # the cache holds keys and values of so many of them
-    n_found: int = 0  # so many tokens of the prompt were in some row's
-    n_prompt: int = 0
-    limit: int = 0  # the row ends with so many ids
+    number: int  # index in Engine.rows
+    slot: int  # index in the cache
+    ids: list = field(default_factory=list)  # prompt and new tokens
     options: Sampling = None
-    stop_ids: frozenset = frozenset()
-    logit_bias: dict = field(default_factory=dict)
+    logit_bias: dict = None
     logprobs: int | None = None
-    draws: random.Random = None  # the uniform numbers by which its tokens are drawn
+    stop_ids: tuple = ()
+    rng: random.Random = None  # draws one uniform number per token
+    n_prompt: int = 0
+    n_cached: int = 0
+    n_reused: int = 0  # prompt tokens that some row had in the cache at the start
+    limit: int = 0  # the row ends at this many ids
     running: bool = False
-    turn: int = 0  # so many rows were added before it
-    slot: int = 0  # where in the cache its keys and values are
+
+    @property
+    def n_missing(self):
+        return len(self.ids) - self.n_cached
+
+    def n_shared(self, prompt):
+        """Return how many tokens at the beginning of `prompt` this row has in the cache. The last
+        one never counts, because it has to be computed for its logits."""
+        return min(common_prefix(self.ids, prompt), self.n_cached, len(prompt) - 1)
 
 
 class Engine:
-    """Decodes rows that come (`add`) and go (`end`, a stop, no more room) at any time, a token of each at every `step`.
+    """Decodes rows that come (`add`) and go (`end`, a stop id, no more room) at any time.
 
-    A row that has ended keeps its keys and values until another takes its place, and a new prompt takes over the
-    longest beginning of it that any row holds: the next turn of a chat computes only what is new, and of many equal
-    prompts one is computed. A row's result depends on no other row.
+    A row that has ended keeps its keys and values until its place is needed. A new prompt copies
+    the longest beginning that any row has in the cache: the next turn of a chat computes only its
+    new tokens, and equal prompts are computed once. A row's result depends on no other row.
     """
 
-    def __init__(
-        self,
-        model,
-        rows=1,
-        size=None,
-        n_vocab=None,
-        record=True,
-        compile=False,
-        prefill_tokens=None,
-    ):
-        """Put the model into evaluation mode and make room for `rows` rows of `size` tokens, prompt included.
+    # --- rows and steps ---------------------------------------------------------------------------
 
-        n_vocab: ids from here on are never chosen; a model may have more embeddings than its tokenizer has tokens.
-        prefill_tokens: of prompts so many tokens are computed in a step, those that came first before the others, so
-        that rows which are further on need not wait for long ones; None: all of them.
-        record: replay a step without Python, once it has been taken some times (see `_record`).
-        compile: fuse the kernels of a step by torch.compile, which takes a minute for each number of rows and chunk.
+    def __init__(
+        self, model, rows=1, size=None, n_vocab=None, record=True, compile=False, prefill_tokens=0
+    ):
+        """Put the model into evaluation mode and reserve the cache.
+
+        rows: how many can run at once. size: tokens per row, prompt included (None: the context).
+        n_vocab: ids from here on are never drawn; a model may have more than its tokenizer.
+        record: replay steps without Python. compile: fuse kernels by torch.compile, which takes a
+        minute per shape. prefill_tokens: prompt tokens to compute per step (0: all), so that a long
+        prompt does not hold up other rows.
         """
         config = model.config
-        self.model, self.device = model.eval(), model.transformer.wpe.weight.device
+        wpe = model.transformer.wpe.weight
+        self.model = model.eval()
+        self.device = wpe.device
         self.size = min(size or config.block_size, config.block_size)
-        self.n_vocab = min(n_vocab or config.vocab_size, config.vocab_size)
-        self.rows = [Row(slot=i) for i in range(rows)]
-        self.prefill_tokens, self.added = prefill_tokens, 0
-        # steps on a CPU attend to what there is; else lengths are rounded up to chunks: for each one a compiled or
-        # recorded step has to be made
+        self.n_vocab = min(n_vocab or config.vocab_size, config.vocab_size)  # ids that are drawn
+        self.prefill_tokens = prefill_tokens or math.inf
+        self.rows = [Row(number, slot=number) for number in range(rows)]
+        self.waiting = []  # rows whose prompts are not computed, oldest first
+
+        # a CPU attends to the cached tokens alone; elsewhere each length is compiled or recorded
+        # separately, so lengths are rounded up to chunks
         self.exact = self.device.type == "cpu" and not compile
         self.chunk = 1 if self.exact else 256
+        self.run_step = StepRunner(model, self.exact, record, compile)
         with torch.inference_mode():
             head_size = config.n_embd // config.n_head
             shape = (config.n_layer, 2, rows, config.n_head, self.size, head_size)
-            dtype = model.transformer.wpe.weight.dtype
-            self.kv = torch.zeros(shape, device=self.device, dtype=dtype)
-            self.inputs = torch.zeros(
-                2, rows, dtype=torch.long, device=self.device
-            )  # newest ids, their positions
-        self.take = Step(model, self.exact)
-        if compile:
-            self.take = torch.compile(self.take, dynamic=False)
-        self.uses = Counter()  # of each shape of step
-        self.pool = (
-            torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        )  # the graphs' shared memory
-        self.recorded = {} if record and (self.exact or self.device.type == "cuda") else None
+            self.kv = torch.zeros(shape, device=self.device, dtype=wpe.dtype)  # as in KVCache
+            # newest ids and their positions
+            self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)
 
     @property
     def running(self):
-        """The rows that are running."""
-        return [i for i, row in enumerate(self.rows) if row.running]
+        """The numbers of the running rows."""
+        return [row.number for row in self.rows if row.running]
 
     def add(self, prompt, options, *, seed=None, stop_ids=(), logit_bias=None, logprobs=None):
-        """Start a row with a prompt, a list of ids; return its number. There must be a free one.
+        """Start a row with a prompt, a list of ids; return its number. One row must be free.
 
-        options: a Sampling. seed: the row's own random stream (None: a fresh one). stop_ids end the row and are not
-        given. logit_bias: {id: number added to its logit}, as in OpenAI's API. logprobs: give the log-probability of
-        each token and of so many of the likeliest. The row ends in any case where the room does. Raises ValueError for
-        a prompt that is empty or leaves no room, or an id that the model has not.
+        options: a Sampling. seed: of the row's own random stream (None: a fresh one). stop_ids end
+        the row and are not returned. logit_bias: {id: number added to its logit}. logprobs: return
+        the log-probability of each token, and of this many most likely ones. Raises ValueError for
+        an empty prompt, one that leaves no room, or an unknown id.
         """
+        logit_bias = logit_bias or {}
         if not 0 < len(prompt) < self.size:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens; it must be of 1 to {self.size - 1}"
-            )
-        for where, ids, n in (
-            ("prompt", prompt, self.model.config.vocab_size),
-            ("logit_bias", logit_bias or (), self.n_vocab),
-        ):
-            if (token := next((token for token in ids if not 0 <= token < n), None)) is not None:
-                raise ValueError(f"{where} has the token {token}: ids are 0 to {n - 1}")
-        if not all(map(math.isfinite, (logit_bias or {}).values())):
-            raise ValueError(f"logit_bias={logit_bias}: a bias must be finite; -100 bans a token")
-        free = [i for i, row in enumerate(self.rows) if not row.running]
+            raise ValueError(f"a prompt of {len(prompt)} tokens: it must have 1 to {self.size - 1}")
+        check_ids("prompt", prompt, self.model.config.vocab_size)
+        check_ids("logit_bias", logit_bias, self.n_vocab)
+        free = [row for row in self.rows if not row.running]
         if not free:
             raise ValueError(f"all {len(self.rows)} rows are running")
-        shared = [self._shared(i, prompt) for i in range(len(self.rows))]
-        # the row that loses the least of what it holds; among those the one that gains the most
-        i = min(free, key=lambda i: (self.rows[i].n_cached - shared[i], -shared[i], i))
-        self.rows[i] = Row(
-            ids=list(prompt),
-            n_cached=shared[i],
-            n_found=max(shared),
-            n_prompt=len(prompt),
-            limit=min(len(prompt) + options.max_new_tokens, self.size),
-            options=options,
-            stop_ids=frozenset(stop_ids),
-            logit_bias=logit_bias or {},
-            logprobs=logprobs,
-            draws=random.Random(seed),
-            running=options.max_new_tokens > 0,
-            turn=self.added,
-            slot=self.rows[i].slot,
-        )
-        self.added += 1
-        return i
 
-    def end(self, i):
-        """End row i: it gives no more tokens, and is free."""
-        self.rows[i].running = False
+        # replace the row that loses the least of its cache, then the one that shares the most
+        shared = [row.n_shared(prompt) for row in self.rows]
+        old = min(free, key=lambda row: (row.n_cached - shared[row.number], -shared[row.number]))
+        row = Row(old.number, old.slot, list(prompt), options, logit_bias, logprobs, stop_ids)
+        row.rng = random.Random(seed)
+        row.n_prompt = len(prompt)
+        row.n_cached = shared[row.number]
+        row.n_reused = max(shared)
+        row.limit = min(len(prompt) + options.max_new_tokens, self.size)
+        row.running = options.max_new_tokens > 0
+        self.rows[row.number] = row
+        self.waiting.append(row)
+        return row.number
+
+    def end(self, number):
+        """End a row: it gives no more tokens, and its place is free."""
+        self.rows[number].running = False
 
     @torch.inference_mode()
     def step(self):
-        """Return a Token of each row that runs, but of those that end with a stop id and, with `prefill_tokens`, those
-        whose prompt is not done; [] when none runs."""
-        logits = self._prefill() | self._decode()  # row -> (V,)
-        groups = defaultdict(list)  # rows with the same options are sampled together
-        for i in sorted(logits):
-            groups[tuple(getattr(self.rows[i].options, f.name) for f in fields(Sampling))].append(i)
+        """Advance every running row by one token; return the Tokens, [] when no row runs.
+
+        Rows that draw a stop id give none, nor do those whose prompt takes more steps to compute
+        (see prefill_tokens).
+        """
+        logits = self._prefill() | self._decode()  # {row: (V,)}
+
+        # draw for all rows with the same options at once
+        groups = defaultdict(list)
+        for row in logits:
+            key = tuple(getattr(row.options, option.name) for option in fields(Sampling))
+            groups[key].append(row)
         tokens = []
-        for group in groups.values():
-            rows = (
-                torch.stack([logits[i] for i in group])
-                if len(group) > 1
-                else logits[group[0]][None]
-            )  # (B, V)
-            tokens += self._choose(group, rows[:, : self.n_vocab].float())
+        for rows in groups.values():
+            stacked = torch.stack([logits[row] for row in rows])  # (B, V)
+            tokens += self._draw(rows, stacked[:, : self.n_vocab].float())
         return sorted(tokens)
 
-    def _choose(self, group, logits):
-        """Append a token to each row of a group, given their logits (B, n_vocab) float32, which are changed; return the
-        Tokens to give."""
-        rows, o = [self.rows[i] for i in group], self.rows[group[0]].options
-        texts = [(row.ids[: row.n_prompt], row.ids[row.n_prompt :], row.logit_bias) for row in rows]
-        own = {
-            n: logits[n].log_softmax(-1) for n, row in enumerate(rows) if row.logprobs is not None
-        }
-        penalize(logits, o, texts)
-        uniform = torch.tensor([row.draws.random() for row in rows], device=self.device)
-        chosen = sample(logits, uniform, o.temperature, o.top_k, o.top_p, o.min_p).tolist()
+    def _draw(self, rows, logits):
+        """Append a token to each of these rows, which share their options; return the Tokens.
+        logits: (B, n_vocab) float32, overwritten."""
+        # penalties and the draw, for all rows at once
+        texts = []
+        logprobs = {}
+        for n, row in enumerate(rows):
+            texts.append((row.ids[: row.n_prompt], row.ids[row.n_prompt :], row.logit_bias))
+            if row.logprobs is not None:
+                logprobs[row] = logits[n].log_softmax(-1)  # before penalties
+        penalize(logits, rows[0].options, texts)
+        uniform = torch.tensor([row.rng.random() for row in rows], device=self.device)  # (B,)
+        ids = draw_token(logits, uniform, rows[0].options).tolist()
+
+        # one id per row: a stop, or a Token
         tokens = []
-        for n, (i, row, token) in enumerate(zip(group, rows, chosen, strict=True)):
+        for row, token in zip(rows, ids, strict=True):
             if token in row.stop_ids:
-                self.end(i)
+                row.running = False
                 continue
             row.ids.append(token)
             row.running = len(row.ids) < row.limit
-            logprob, top = None, []
-            if row.logprobs is not None:
-                values, ids = own[n].topk(min(row.logprobs, self.n_vocab))
-                logprob, top = (
-                    own[n][token].item(),
-                    list(zip(ids.tolist(), values.tolist(), strict=True)),
-                )
-            tokens.append(Token(i, token, logprob, top))
+            logprob = None
+            top = []
+            if row in logprobs:
+                logprob = logprobs[row][token].item()
+                values, top_ids = logprobs[row].topk(min(row.logprobs, self.n_vocab))
+                top = list(zip(top_ids.tolist(), values.tolist(), strict=True))
+            tokens.append(Token(row.number, token, logprob, top))
         return tokens
 
-    def _shared(self, i, prompt):
-        """Return how many tokens of the beginning of `prompt`, short of its last, row i has in the cache."""
-        return min(_common(self.rows[i].ids, prompt), self.rows[i].n_cached, len(prompt) - 1)
-
-    def _prefill(self):
-        """Compute the prompts that are new, but for their last token where the rest was there, or as much of them as
-        `prefill_tokens` permits; return {row: logits}."""
-        logits, left = {}, self.prefill_tokens or math.inf
-        while left > 0 and (waiting := self._in_cache(lambda row: len(row.ids) - row.n_cached > 1)):
-            wave = {}  # row -> how many tokens of it are computed now
-            for i in sorted(waiting, key=lambda i: self.rows[i].turn):
-                row = self.rows[i]
-                self._take_over(i)
-                # where another's of this wave gives half of what is left, take it over in the next
-                half = (row.n_cached + len(row.ids)) / 2
-                later = any(_common(self.rows[j].ids, row.ids) > half for j in wave)
-                if left and not later and row.n_cached < len(row.ids) - 1:
-                    wave[i] = min(len(row.ids) - row.n_cached, left)
-                    left -= wave[i]
-            runs = []  # of neighbours, which are computed together
-            for i in sorted(wave, key=lambda i: self.rows[i].slot):
-                lengths = [wave[j] for j in [i, *(runs[-1] if runs else [])]]
-                padded = max(lengths) * len(lengths)
-                neighbours = runs and self.rows[runs[-1][-1]].slot == self.rows[i].slot - 1
-                if neighbours and padded <= min(PREFILL_TOKENS, 2 * sum(lengths)):
-                    runs[-1].append(i)
-                else:
-                    runs.append([i])
-            for run in runs:
-                logits |= self._compute({i: wave[i] for i in run})
-        return logits
-
-    def _take_over(self, i):
-        """Copy to row i the keys and values of the longest beginning of its ids that any row has in the cache."""
-        row = self.rows[i]
-        source = max(range(len(self.rows)), key=lambda j: self._shared(j, row.ids))
-        if (n := self._shared(source, row.ids)) > row.n_cached:
-            self.kv[:, :, row.slot, :, :n] = self.kv[:, :, self.rows[source].slot, :, :n]
-            row.n_cached = n
-
-    def _compute(self, run):
-        """Compute the next tokens, {row: how many}, of some neighbouring rows; return {row: logits (V,) of its last
-        token} of those that are done."""
-        rows = [self.rows[i] for i in run]
-        new = [
-            row.ids[row.n_cached : row.n_cached + n]
-            for row, n in zip(rows, run.values(), strict=True)
-        ]
-        T = max(map(len, new))
-        # padded on the right: causal attention never looks there, and later tokens overwrite it in the cache
-        idx = torch.tensor(
-            [ids + [0] * (T - len(ids)) for ids in new], device=self.device
-        )  # (B, T)
-        length = self._chunks(
-            max(row.n_cached + len(ids) for row, ids in zip(rows, new, strict=True)) + 1
-        )
-        start = torch.tensor([[row.n_cached] for row in rows], device=self.device)
-        positions = (start + torch.arange(T, device=self.device)).clamp(max=length - 1)  # (B, T)
-        # a view, so unused cache is never read
-        cache = KVCache(self.kv[:, :, rows[0].slot : rows[-1].slot + 1, :, :length], positions)
-        hidden = self.model.hidden(idx, positions=positions, attend=cache)  # (B, T, C)
-        for row, ids in zip(rows, new, strict=True):
-            row.n_cached += len(ids)
-        done = [n for n, row in enumerate(rows) if row.n_cached == len(row.ids)]
-        if not done:
-            return {}
-        at = torch.tensor([(n, len(new[n]) - 1) for n in done], device=self.device).T
-        logits = self.model.lm_head(hidden[tuple(at)])  # (rows that are done, V)
-        return dict(zip([list(run)[n] for n in done], logits, strict=True))
-
     def _decode(self):
-        """Compute the newest token of each row that has one; return {row: its logits (V,)}."""
-        newest = self._in_cache(lambda row: len(row.ids) - row.n_cached == 1)
-        if not newest:
+        """Compute the rows that lack only their last token; return {row: logits (V,)}."""
+        rows = [row for row in self.rows if row.running and row.n_missing == 1]
+        if not rows:
             return {}
         if self.exact:
-            newest = self._close_up(newest)
-        n = self.rows[newest[-1]].slot + 1
-        # rows among them that do not run are computed too, unheard, behind what they have cached
-        inputs = [(0, row.n_cached) for row in sorted(self.rows, key=lambda row: row.slot)[:n]]
-        for row in (self.rows[i] for i in newest):
-            inputs[row.slot] = (row.ids[row.n_cached], row.n_cached)
+            self._compact_slots(rows)
+        n = max(row.slot for row in rows) + 1
+
+        # other rows in the first n slots are computed too: what they write comes after their
+        # cached tokens, and nobody reads it
+        by_slot = sorted(self.rows, key=lambda row: row.slot)
+        inputs = [(0, row.n_cached) for row in by_slot[:n]]
+        for row in rows:
+            inputs[row.slot] = (row.ids[-1], row.n_cached)
+            row.n_cached += 1
         self.inputs[:, :n] = torch.tensor(inputs).T
-        logits = self._take(n, max(position for _, position in inputs) + 1)  # (n, V)
-        for i in newest:
-            self.rows[i].n_cached += 1
-        return {i: logits[self.rows[i].slot] for i in newest}
+        length = self._round_up(max(position for _, position in inputs) + 1)
+        logits = self.run_step(self.inputs[:, :n], self.kv[:, :, :n, :, :length])  # (n, V)
+        return {row: logits[row.slot] for row in rows}
 
-    def _in_cache(self, condition):
-        """Return the running rows that fulfil a condition, in the order of the cache."""
-        return sorted(
-            (i for i in self.running if condition(self.rows[i])), key=lambda i: self.rows[i].slot
-        )
-
-    def _close_up(self, newest):
-        """Move rows of `newest` to slots of ended rows before them; return them in their new order.
-
-        What lies between is computed along: of eight replies to one prompt, the steps take 0.88 of the time (the model
-        in the box).
-        """
-        free = [row for row in self.rows if not row.running and row.slot < len(newest)]
-        last = [self.rows[i] for i in newest if self.rows[i].slot >= len(newest)]
-        for ended, row in zip(free, last, strict=False):
-            n = max(ended.n_cached, row.n_cached)
-            pair = self.kv[:, :, [row.slot, ended.slot], :, :n]  # a copy
-            self.kv[:, :, ended.slot, :, :n], self.kv[:, :, row.slot, :, :n] = pair.unbind(2)
-            ended.slot, row.slot = row.slot, ended.slot
-        return sorted(newest, key=lambda i: self.rows[i].slot)
-
-    def _take(self, n, length):
-        """Return the logits (n, V) of the first n rows' `inputs`, with the cache up to `length`."""
-        size = self._chunks(length)
-        inputs, kv = self.inputs[:, :n], self.kv[:, :, :n, :, :size]
-        shape = (
-            (n, size) if self.device.type == "cuda" else min(n, 2)
-        )  # a trace for rows is one for any number of them
-        self.uses[shape] += 1
-        if self.recorded is None or self.uses[shape] < RECORD_AT:
-            return self.take(inputs, kv)
-        if shape not in self.recorded:
-            self.recorded[shape] = _record(self.take, inputs, kv, self.pool)
-        return self.recorded[shape](inputs, kv)
-
-    def _chunks(self, length):
+    def _round_up(self, length):
         """Round a length of the cache up to whole chunks."""
-        return min(-(-length // self.chunk) * self.chunk, self.size)
+        return min(math.ceil(length / self.chunk) * self.chunk, self.size)
+
+    # --- prompts: reuse what is in the cache, compute the rest together ---------------------------
+
+    def _prefill(self):
+        """Compute waiting prompts, the oldest first; return {row: logits (V,)} of the finished
+        ones. Prompts that lack only their last token are left to `_decode`."""
+        logits = {}
+        budget = self.prefill_tokens
+        while batch := self._next_batch(budget):
+            logits |= self._compute(batch)
+            budget -= sum(batch.values())
+        return logits
+
+    def _next_batch(self, budget):
+        """Return prompts to compute in one forward pass, {row: number of tokens}: the oldest one
+        and those after it that fit."""
+        batch = {}
+        self.waiting = [row for row in self.waiting if row.running and row.n_missing > 1]
+        for row in self.waiting:
+            self._copy_shared_prefix(row)
+            if row.n_missing == 1:
+                continue
+            n = min(row.n_missing, budget - sum(batch.values()))
+            if n == 0 or (batch and not self._fits(batch, row, n)):
+                break
+            batch[row] = n
+        return batch
+
+    def _fits(self, batch, row, n):
+        """Return whether n tokens of a row can be computed together with a batch."""
+        neighbours = row.slot == list(batch)[-1].slot + 1  # a batch is a slice of the cache
+        # not too many tokens, and at most half of them padding to the longest row
+        lengths = [*batch.values(), n]
+        small = max(lengths) * len(lengths) <= min(PREFILL_TOKENS, 2 * sum(lengths))
+        # where a row of the batch has half of the missing tokens, wait and copy them
+        half = (row.n_cached + len(row.ids)) / 2
+        new = all(common_prefix(other.ids, row.ids) <= half for other in batch)
+        return neighbours and small and new
+
+    def _copy_shared_prefix(self, row):
+        """Copy the longest beginning of the row's ids that any row has in the cache."""
+        source = max(self.rows, key=lambda other: other.n_shared(row.ids))
+        n = source.n_shared(row.ids)
+        if n > row.n_cached:
+            self.kv[:, :, row.slot, :, :n] = self.kv[:, :, source.slot, :, :n]
+            row.n_cached = n
+
+    def _compute(self, batch):
+        """Compute the next tokens {row: number} of neighbouring rows; return {row: logits (V,)} of
+        those that are finished."""
+        # pad on the right: attention never looks there, and later tokens overwrite it in the cache
+        T = max(batch.values())
+        idx = []
+        start = []
+        for row, n in batch.items():
+            idx.append(row.ids[row.n_cached : row.n_cached + n] + [0] * (T - n))
+            start.append([row.n_cached])
+            row.n_cached += n
+        idx = torch.tensor(idx, device=self.device)  # (B, T)
+        start = torch.tensor(start, device=self.device)  # (B, 1)
+        length = self._round_up(max(row.n_cached for row in batch) + 1)
+        positions = (start + torch.arange(T, device=self.device)).clamp(max=length - 1)  # (B, T)
+        slot = next(iter(batch)).slot
+        kv = self.kv[:, :, slot : slot + len(batch), :, :length]  # a view: the rest is never read
+        hidden = self.model.hidden(idx, positions=positions, attend=KVCache(kv, positions))
+
+        # the head is for the last token of finished prompts alone
+        last = {}
+        for n, row in enumerate(batch):
+            if row.n_missing == 0:
+                last[row] = hidden[n, batch[row] - 1]  # (C,)
+        if not last:
+            return {}
+        logits = self.model.lm_head(torch.stack(list(last.values())))  # (finished rows, V)
+        return dict(zip(last, logits, strict=True))
+
+    # --- compaction -------------------------------------------------------------------------------
+
+    def _compact_slots(self, rows):
+        """Move decoding rows into free slots before them, because a step computes every slot up to
+        the last one: eight replies to one prompt take 0.88 of the time (assets/nano)."""
+        free = [row for row in self.rows if not row.running]
+        for ended in sorted(free, key=lambda row: row.slot):
+            # swap the first free slot and the last decoding row
+            last = max(rows, key=lambda row: row.slot)
+            if last.slot < ended.slot:
+                return
+            n = max(ended.n_cached, last.n_cached)
+            pair = self.kv[:, :, [last.slot, ended.slot], :, :n]  # a copy
+            self.kv[:, :, ended.slot, :, :n] = pair[:, :, 0]
+            self.kv[:, :, last.slot, :, :n] = pair[:, :, 1]
+            ended.slot, last.slot = last.slot, ended.slot
+
+
+# --- recording: replay a step without Python between its kernels ----------------------------------
 
 
 class Step(torch.nn.Module):
-    """One step of decoding, as a module: so it can be traced and compiled."""
+    """One decoding step, as a module that can be traced and compiled."""
 
     def __init__(self, model, exact):
         super().__init__()
-        self.model, self.exact = model, exact
+        self.model = model
+        self.exact = exact
 
     def forward(self, inputs, kv):
-        """Return logits (n, V) of the newest ids and their positions, (2, n), and the rows' keys and values."""
+        """Return logits (n, V), given the newest ids and their positions (2, n) and the cache."""
         idx, positions = inputs[:, :, None]  # (n, 1) each
         cache = KVCache(kv, positions, newest=self.exact and len(idx) == 1)
         hidden = self.model.hidden(idx, positions=positions, attend=cache)  # (n, 1, C)
         return self.model.lm_head(hidden[:, 0])
 
 
-def _record(step, inputs, kv, pool):
-    """Return a function that does what `step` does for inputs of this shape, without Python between its kernels.
+class StepRunner:
+    """Runs steps. A shape of step that keeps coming is recorded and replayed: as a trace on a CPU,
+    as a graph on CUDA. GPT-2's 12 layers in int8 take 12 ms per step recorded, 22 in Python."""
 
-    On CUDA a graph, which always reads and writes these same tensors. On a CPU a trace, which takes a kv of any size:
-    GPT-2's 12 layers in int8 take 12 ms a step where Python takes 22.
-    """
-    if inputs.device.type == "cpu":
-        with (
-            warnings.catch_warnings()
-        ):  # of Python values, all of which are fixed by the shape; of deprecation
+    def __init__(self, model, exact, record, compile):
+        self.step = Step(model, exact)
+        if compile:
+            self.step = torch.compile(self.step, dynamic=False)
+        self.cuda = model.transformer.wpe.weight.is_cuda
+        self.pool = torch.cuda.graph_pool_handle() if self.cuda else None  # memory of all graphs
+        self.record = record and (exact or self.cuda)
+        self.recordings = {}
+        self.uses = Counter()  # of each shape
+
+    def __call__(self, inputs, kv):
+        # a trace takes any length, and one for several rows takes any number of them
+        n = inputs.size(1)
+        shape = (n, kv.size(-2)) if self.cuda else min(n, 2)
+        self.uses[shape] += 1
+        if not self.record or self.uses[shape] < RECORD_AFTER:
+            return self.step(inputs, kv)
+        if shape not in self.recordings:
+            self.recordings[shape] = (self.graph if self.cuda else self.trace)(inputs, kv)
+        return self.recordings[shape](inputs, kv)
+
+    def trace(self, inputs, kv):
+        with warnings.catch_warnings():  # about Python values, all of which follow from the shape
             warnings.simplefilter("ignore")
-            return torch.jit.trace(step, (inputs, kv), check_trace=False)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(
-        side
-    ):  # once for what is set up at the first call, which cannot be recorded
-        step(inputs, kv)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
-        logits = step(inputs, kv)
+            return torch.jit.trace(self.step, (inputs, kv), check_trace=False)
 
-    def replay(*_):
-        graph.replay()
-        return logits
+    def graph(self, inputs, kv):
+        """Return a CUDA graph as a function, which always reads and writes these very tensors."""
+        # one run for what is set up at the first call and cannot be recorded
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.step(inputs, kv)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+            logits = self.step(inputs, kv)
 
-    return replay
+        def replay(*_):
+            graph.replay()
+            return logits
+
+        return replay
 
 
-def _common(a, b):
+def check_ids(name, ids, n):
+    for token in ids:
+        if not 0 <= token < n:
+            raise ValueError(f"{name} has the token {token}: ids are 0 to {n - 1}")
+
+
+def common_prefix(a, b):
     """Return the length of the beginning that two lists share."""
-    return next(
-        (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n

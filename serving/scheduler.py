@@ -174,7 +174,7 @@ class Scheduler:
                 traceback.print_exc()
                 pieces.append((job, job.finish("error")))
                 continue
-            job.n_cached = self.engine.rows[row].n_found
+            job.n_cached = self.engine.rows[row].n_reused
             self.running[row] = job
         return pieces
 

@@ -20,6 +20,7 @@ import torch
 from hypothesis import settings
 from safetensors.torch import load_file
 
+from model import GPT, GPTConfig
 from nanochatgpt.shards import ShardWriter
 from nanochatgpt.tokenizer import Tokenizer
 from prepare.render import render_batch
@@ -279,3 +280,24 @@ def hf_gpt2():
         ).eval()
 
     return make
+
+
+# prompts of different lengths for the model below
+PROMPTS = [[5, 17, 17, 199], [42], list(range(100, 130)), [7, 8, 9, 7, 8, 9, 7]]
+
+
+@pytest.fixture
+def hf(hf_gpt2):
+    """A transformers model of 200 tokens and 64 positions, with weights large enough for varied output."""
+    hf = hf_gpt2(vocab_size=200, n_positions=64, initializer_range=0.5)
+    with torch.no_grad():
+        hf.transformer.wte.weight[:, 0] = 0.3  # so that ln_f.bias[0] moves all logits
+    return hf
+
+
+@pytest.fixture
+def model(hf):
+    """The same as a GPT."""
+    model = GPT(GPTConfig(64, 200, 2, 2, 32))
+    model.load_state_dict(hf.state_dict())
+    return model

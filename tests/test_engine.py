@@ -1,5 +1,5 @@
-"""The engine's fast ways give what the plain one gives: the greedy text of a loop without a cache, whatever runs
-beside a row, whatever was there before it, in every dtype."""
+"""The engine gives the tokens of the plain GPT.generate, whatever runs next to a row, whatever its cache held before,
+in every dtype; and it computes nothing twice."""
 
 import random
 from collections import Counter
@@ -9,13 +9,14 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from test_generate import PROMPTS, hf, model  # noqa: F401 (fixtures)
+from conftest import PROMPTS
 
 from benchmarks import fidelity
 from model import GPT, GPTConfig
+from nanochatgpt import engine as engine_module
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.device import FBGEMM
-from nanochatgpt.engine import Engine
+from nanochatgpt.engine import Engine, StepRunner
 from nanochatgpt.generate import generate
 from nanochatgpt.loader import Loader
 from nanochatgpt.sampling import Sampling
@@ -24,265 +25,278 @@ from nanochatgpt.tokenizer import Tokenizer
 from prepare import chitchat
 from prepare.render import render_batch
 
-EXACT = [
-    torch.float32,
-    torch.float16,
-    torch.int8,
-]  # bfloat16 rounds each sum to 8 bits, which tells rows apart
+# bfloat16 rounds each sum to 8 bits, which tells rows apart
+EXACT = [torch.float32, torch.float16, torch.int8]
+x86_only = pytest.mark.skipif(not FBGEMM, reason="x86 only")
 
 
 def plain(gpt, prompt, n):
-    """Return n greedy ids by whole forward passes, without a cache."""
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(n):
-            ids.append(gpt.eval()(torch.tensor([ids]))[0][0, -1].argmax().item())
-    return ids[len(prompt) :]
+    """Return n greedy ids by GPT.generate, which has no cache."""
+    return gpt.eval().generate(torch.tensor([prompt]), n, temperature=0)[0, len(prompt) :].tolist()
+
+
+def greedy(n):
+    return Sampling(n, temperature=0)
 
 
 def finish(engine):
-    """Step until no row runs; return {row: the ids it gave}."""
-    given = {}
+    """Step until no row runs; return {row: its new ids}."""
+    ids = {}
     while tokens := engine.step():
         for token in tokens:
-            given.setdefault(token.row, []).append(token.id)
-    return given
+            ids.setdefault(token.row, []).append(token.id)
+    return ids
+
+
+def alone(model, prompt, sampling, **options):
+    """Return the new ids of a prompt that has an engine for itself."""
+    engine = Engine(model)
+    engine.add(prompt, sampling, **options)
+    return finish(engine)[0]
 
 
 @pytest.fixture
 def computed(monkeypatch):
-    """How many positions the model computes from now on: a list of (rows, tokens)."""
-    calls, hidden = [], GPT.hidden
+    """What engines compute from now on: a list of (rows, tokens)."""
+    calls = []
+    hidden = GPT.hidden
 
-    def counting(self, idx, *args):
-        calls.append(tuple(idx.shape))
-        return hidden(self, idx, *args)
+    def counting(self, idx, documents=None, **cache):
+        if cache:
+            calls.append(tuple(idx.shape))
+        return hidden(self, idx, documents, **cache)
 
     monkeypatch.setattr(GPT, "hidden", counting)
     return calls
 
 
 @pytest.fixture
-def packed(model, tmp_path):  # noqa: F811
+def packed(model, tmp_path):
     """The model as it is loaded for inference: packed(dtype)."""
     save_model(model, Tokenizer(), tmp_path / "model")
     return lambda dtype: load_model(str(tmp_path / "model"), dtype=dtype, inference=True)[0]
 
 
-# every dtype, one row or many
+# --- the definition: GPT.generate ---------------------------------------------------------------
 
 
-@pytest.mark.skipif(not FBGEMM, reason="x86 only")
+def test_greedy_ids_are_those_of_the_plain_generate_up_to_the_end_of_the_context(model):
+    together = generate(model, PROMPTS, greedy(1000))
+    assert together == [plain(model, prompt, 64 - len(prompt)) for prompt in PROMPTS]
+
+
+def test_with_top_k_it_draws_only_what_the_plain_generate_could_draw(model):
+    for prompt, ids in zip(PROMPTS, generate(model, PROMPTS, Sampling(20, 2.0, 3)), strict=True):
+        text = prompt + ids
+        with torch.no_grad():
+            logits = model(torch.tensor([text]))[0][0, len(prompt) - 1 : -1]  # (20, V)
+        assert all(token in top for token, top in zip(ids, logits.topk(3).indices, strict=True))
+        assert ids != plain(model, prompt, 20)
+
+
+@x86_only
 @pytest.mark.parametrize("dtype", EXACT)
-def test_the_packed_model_gives_the_greedy_text_of_its_own_plain_forward(packed, dtype):
+def test_every_exact_dtype_gives_what_its_own_plain_generate_gives(packed, dtype):
     fast = packed(dtype)
     expected = [plain(fast, prompt, 20) for prompt in PROMPTS]
-    assert generate(fast, PROMPTS, temperature=0, max_new_tokens=20) == expected
-    for prompt, ids in zip(PROMPTS, expected, strict=True):
-        assert generate(fast, [prompt], temperature=0, max_new_tokens=20) == [ids]
+    assert generate(fast, PROMPTS, greedy(20)) == expected
+    assert [generate(fast, [prompt], greedy(20))[0] for prompt in PROMPTS] == expected
+    if dtype == torch.float16:
+        assert expected == generate(packed(torch.float32), PROMPTS, greedy(20))
 
 
-@pytest.mark.skipif(not FBGEMM, reason="x86 only")
-def test_float16_gives_the_greedy_text_of_float32(packed):
-    options = {"temperature": 0, "max_new_tokens": 20}
-    assert generate(packed(torch.float16), PROMPTS, **options) == generate(
-        packed(torch.float32), PROMPTS, **options
-    )
-
-
-@pytest.mark.skipif(not FBGEMM, reason="x86 only")
+@x86_only
 @pytest.mark.parametrize("dtype", EXACT)
 def test_in_every_exact_dtype_a_row_depends_on_no_neighbour(packed, dtype):
     fast = packed(dtype)
-    options = {"max_new_tokens": 20, "top_k": 40}
-    together = generate(fast, PROMPTS, seed=5, **options)
-    assert together == [
-        generate(fast, [prompt], seed=5 + i, **options)[0] for i, prompt in enumerate(PROMPTS)
-    ]
+    sampling = Sampling(20, top_k=40)
+    together = generate(fast, PROMPTS, sampling, seed=5)
+    for i, prompt in enumerate(PROMPTS):
+        assert generate(fast, [prompt], sampling, seed=5 + i) == [together[i]]
 
 
-# rows that come and go
+# --- rows that come and go ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_rows_that_join_and_leave_mid_way_change_nobodys_text(model, temperature):  # noqa: F811
+def test_rows_that_join_and_leave_mid_way_change_nobodys_text(model, temperature):
     choose = random.Random(1)
-    jobs = [[choose.randrange(200) for _ in range(choose.randint(1, 30))] for _ in range(25)]
-    options = [
-        Sampling(choose.randint(1, 25), temperature, top_p=choose.choice([1.0, 0.9])) for _ in jobs
-    ]
-    alone = [finish(_with(Engine(model), jobs[i], options[i], seed=i))[0] for i in range(len(jobs))]
+    jobs = [[choose.randrange(200) for _ in range(choose.randint(1, 30))] for _ in range(20)]
+    options = []
+    for _ in jobs:
+        top_p = choose.choice([1.0, 0.9])
+        options.append(Sampling(choose.randint(1, 25), temperature, top_p=top_p))
+    expected = [alone(model, job, options[i], seed=i) for i, job in enumerate(jobs)]
 
-    engine, waiting, at = Engine(model, rows=4), list(range(len(jobs))), {}
-    given, cut = [[] for _ in jobs], set()
+    engine = Engine(model, rows=4)
+    waiting = list(range(len(jobs)))
+    job_of = {}
+    given = [[] for _ in jobs]
+    cut = set()
     while waiting or engine.running:
         while waiting and len(engine.running) < 4 and choose.random() < 0.7:  # not always full
             i = waiting.pop()
-            at[engine.add(jobs[i], options[i], seed=i)] = i
-        for row, token, *_ in engine.step():
-            given[at[row]].append(token)
+            job_of[engine.add(jobs[i], options[i], seed=i)] = i
+        for token in engine.step():
+            given[job_of[token.row]].append(token.id)
         if engine.running and choose.random() < 0.1:  # one is cut short
             row = choose.choice(engine.running)
             engine.end(row)
-            cut.add(at[row])
+            cut.add(job_of[row])
     assert 0 < len(cut) < len(jobs)
     for i, ids in enumerate(given):
-        assert ids == alone[i][: len(ids)]
-        assert i in cut or ids == alone[i]
+        assert ids == expected[i][: len(ids)]
+        assert i in cut or ids == expected[i]
 
 
-def _with(engine, prompt, options, **add):
-    engine.add(prompt, options, **add)
-    return engine
-
-
-def test_more_prompts_than_rows_take_turns(model, monkeypatch):  # noqa: F811
-    expected = generate(model, PROMPTS * 3, seed=2, max_new_tokens=9)
+def test_more_prompts_than_rows_take_turns(model, monkeypatch):
+    expected = generate(model, PROMPTS * 3, Sampling(9), seed=2)
     monkeypatch.setattr("nanochatgpt.generate.BATCH_ROWS", 2)
-    assert generate(model, PROMPTS * 3, seed=2, max_new_tokens=9) == expected
+    assert generate(model, PROMPTS * 3, Sampling(9), seed=2) == expected
 
 
-def test_a_full_engine_refuses_another_row_and_an_ended_row_makes_room(model):  # noqa: F811
+def test_a_full_engine_refuses_another_row_and_an_ended_row_makes_room(model):
     engine = Engine(model, rows=2)
     for prompt in PROMPTS[:2]:
         engine.add(prompt, Sampling(5))
-    with pytest.raises(ValueError, match="all 2 rows are running"):
+    with pytest.raises(ValueError, match="2 rows"):
         engine.add(PROMPTS[2], Sampling(5))
     engine.end(0)
     assert engine.add(PROMPTS[2], Sampling(5)) == 0
 
 
-def test_rows_with_options_of_their_own_share_a_step(model):  # noqa: F811
-    options = [
-        Sampling(12, 0),
-        Sampling(12, 1.3),
-        Sampling(12, 0.7, top_k=5),
-        Sampling(12, 0, repetition_penalty=2.0),
-    ]
+def test_rows_with_different_options_share_a_step(model):
+    options = [greedy(12), Sampling(12, 1.3), Sampling(12, 0.7, 5)]
+    options.append(Sampling(12, 0, repetition_penalty=2.0))
     engine = Engine(model, rows=4)
     for i, option in enumerate(options):
         engine.add(PROMPTS[i], option, seed=i, stop_ids=[i])
     together = finish(engine)
     for i, option in enumerate(options):
-        assert (
-            together[i] == finish(_with(Engine(model), PROMPTS[i], option, seed=i, stop_ids=[i]))[0]
-        )
+        assert together[i] == alone(model, PROMPTS[i], option, seed=i, stop_ids=[i])
 
 
-# what was computed before is not computed again
+def test_rows_of_every_length_end_where_the_room_does(model):
+    for size in (2, 33, 64):
+        engine = Engine(model, rows=3, size=size)
+        prompts = [[7], [5] * (size - 1), list(range(1, size // 2 + 1))]
+        for prompt in prompts:
+            engine.add(prompt, greedy(1000))
+        ids = finish(engine)
+        for row, prompt in enumerate(prompts):
+            assert ids[row] == plain(model, prompt, size - len(prompt))
 
 
-def test_a_new_turn_computes_only_what_is_new_and_gives_what_computing_all_gives(model, computed):  # noqa: F811
-    engine, options = Engine(model), Sampling(6, 0)
+# --- what was computed before is not computed again ---------------------------------------------
+
+
+def test_a_new_turn_computes_only_what_is_new_and_gives_what_computing_all_gives(model, computed):
+    engine = Engine(model)
     ids = list(range(10, 30))
     for turn in range(3):
-        engine.add(ids, options)
+        engine.add(ids, greedy(6))
         computed.clear()
         reply = finish(engine)[0]
-        assert computed[0] == (
-            1,
-            20 if turn == 0 else 5,
-        )  # the last id of the reply, never fed, and the four new ones
-        assert reply == finish(_with(Engine(model), ids, options))[0]
+        # the last id of the reply, never computed, and the four new ones
+        assert computed[0] == (1, 20 if turn == 0 else 5)
+        assert reply == alone(model, ids, greedy(6))
         ids = ids + reply + [7, 8, 9, turn]
 
 
-def test_a_prompt_that_parts_from_the_earlier_one_is_computed_from_there(model, computed):  # noqa: F811
-    engine, options = Engine(model), Sampling(6, 0)
-    finish(_with(engine, list(range(10, 30)), options))
-    prompt = [*range(10, 22), 99, 98, 97]
-    engine.add(prompt, options)
+def test_a_prompt_that_parts_from_the_earlier_one_is_computed_from_there(model, computed):
+    engine = Engine(model, record=False)
+    engine.add(list(range(10, 30)), greedy(6))
+    first = finish(engine)
+    other = [*range(10, 22), 99, 98, 97]
+    engine.add(other, greedy(6))
     computed.clear()
-    assert finish(engine)[0] == finish(_with(Engine(model), prompt, options))[0]
+    assert finish(engine)[0] == plain(model, other, 6)
     assert computed[0] == (1, 3)
 
-
-def test_the_same_prompt_again_computes_one_token(model, computed):  # noqa: F811
-    engine, options = Engine(model, record=False), Sampling(6, 0)
-    first = finish(_with(engine, list(range(10, 30)), options))[0]
-    engine.add(list(range(10, 30)), options)
+    # the same prompt again computes one token
+    engine.add(list(range(10, 30)), greedy(6))
+    finish(engine)
+    engine.add(list(range(10, 30)), greedy(6))
     computed.clear()
-    assert finish(engine)[0] == first
+    assert finish(engine) == first
     assert computed == [(1, 1)] * 6
 
 
-def test_of_many_samples_of_one_prompt_the_prompt_is_computed_once(model, computed):  # noqa: F811
+def test_many_samples_of_one_prompt_compute_the_prompt_once(model, computed):
     prompt = list(range(10, 40))
-    samples = generate(model, [prompt] * 5, seed=3, max_new_tokens=4)
+    samples = generate(model, [prompt] * 5, Sampling(4), seed=3)
     assert computed[0] == (1, 30)
     assert max(tokens for _, tokens in computed[1:]) == 1
-    assert samples == [generate(model, [prompt], seed=3 + i, max_new_tokens=4)[0] for i in range(5)]
+    assert samples == [generate(model, [prompt], Sampling(4), seed=3 + i)[0] for i in range(5)]
     assert len(set(map(tuple, samples))) > 1
 
 
-def test_rows_with_a_long_common_beginning_compute_it_once_and_differ_from_there(model, computed):  # noqa: F811
+def test_rows_with_a_long_common_beginning_compute_it_once_and_differ_from_there(model, computed):
     prompts = [[*range(10, 40), 50 + i] for i in range(4)]
-    together = generate(model, prompts, temperature=0, max_new_tokens=4)
+    together = generate(model, prompts, greedy(4))
     assert sum(rows * tokens for rows, tokens in computed) < 31 + 4 * (1 + 4)
     assert together == [plain(model, prompt, 4) for prompt in prompts]
 
 
-def test_a_row_that_runs_gives_its_beginning_to_a_new_one(model, computed):  # noqa: F811
-    engine, prompt = Engine(model, rows=2), list(range(10, 40))
-    engine.add(prompt, Sampling(20, 0))
+def test_a_row_that_runs_gives_its_beginning_to_a_new_one(model, computed):
+    engine = Engine(model, rows=2)
+    prompt = list(range(10, 40))
+    engine.add(prompt, greedy(20))
     first = [engine.step()[0].id for _ in range(3)]
     computed.clear()
-    engine.add([*prompt, *first], Sampling(5, 0))
-    given = finish(engine)
+    row = engine.add([*prompt, *first], greedy(5))
+    assert engine.rows[row].n_reused == 32  # all but the last, which is computed for its logits
+    ids = finish(engine)
     assert max(tokens for _, tokens in computed) == 1
-    assert first + given[0] == plain(model, prompt, 20)
-    assert given[1] == plain(model, prompt, 8)[3:]
+    assert first + ids[0] == plain(model, prompt, 20)
+    assert ids[1] == plain(model, prompt, 8)[3:]
+
+
+# --- prompts in batches and in pieces -----------------------------------------------------------
 
 
 def test_prompts_of_a_batch_are_computed_together_but_not_too_many_tokens_at_once(
     model, computed, monkeypatch
 ):
     prompts = [[i, *range(100, 109)] for i in range(6)]
-    expected = generate(model, prompts, temperature=0, max_new_tokens=2)
+    expected = [plain(model, prompt, 2) for prompt in prompts]
+    computed.clear()
+    assert generate(model, prompts, greedy(2)) == expected
     assert computed[0] == (6, 10)
     computed.clear()
-    monkeypatch.setattr("nanochatgpt.generate.PREFILL_TOKENS", 25)
-    assert generate(model, prompts, temperature=0, max_new_tokens=2) == expected
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 25)
+    assert generate(model, prompts, greedy(2)) == expected
     assert computed[:3] == [(2, 10)] * 3
 
 
-# prompts in pieces
-
-
 @pytest.mark.parametrize("piece", [1, 3, 16, 1000])
-def test_prompts_computed_in_pieces_give_the_same_and_hold_up_nobody(model, computed, piece):  # noqa: F811
+def test_prompts_computed_in_pieces_give_the_same_and_hold_up_nobody(model, computed, piece):
     choose = random.Random(3)
-    jobs = [[choose.randrange(200) for _ in range(choose.randint(1, 40))] for _ in range(12)]
-    jobs += [
-        [*jobs[0][:20], 9],
-        [*jobs[1], 8, 7],
-        jobs[2],
-    ]  # beginnings in common, while they are being computed
-    alone = [
-        finish(_with(Engine(model), job, Sampling(12, 0.9), seed=i))[0]
-        for i, job in enumerate(jobs)
-    ]
-    engine, waiting, at, given = (
-        Engine(model, rows=4, prefill_tokens=piece),
-        list(range(len(jobs))),
-        {},
-        {},
-    )
+    jobs = [[choose.randrange(200) for _ in range(choose.randint(1, 40))] for _ in range(10)]
+    # beginnings in common, while they are being computed
+    jobs += [[*jobs[0][:20], 9], [*jobs[1], 8, 7], jobs[2]]
+    sampling = Sampling(12, 0.9)
+    expected = [alone(model, job, sampling, seed=i) for i, job in enumerate(jobs)]
+
+    engine = Engine(model, rows=4, prefill_tokens=piece)
+    waiting = list(range(len(jobs)))
+    job_of = {}
+    given = {}
     while waiting or engine.running:
         while waiting and len(engine.running) < 4:
             i = waiting.pop(0)
-            at[engine.add(jobs[i], Sampling(12, 0.9), seed=i)] = i
-        further_on = [i for i in engine.running if engine.rows[i].ids[engine.rows[i].n_prompt :]]
+            job_of[engine.add(jobs[i], sampling, seed=i)] = i
+        writing = {i for i in engine.running if len(engine.rows[i].ids) > engine.rows[i].n_prompt}
         computed.clear()
         tokens = engine.step()
-        assert set(further_on) <= {token.row for token in tokens}
+        assert writing <= {token.row for token in tokens}
         assert sum(rows * n for rows, n in computed if n > 1) <= 2 * piece  # padding included
         for token in tokens:
-            given.setdefault(at[token.row], []).append(token.id)
-    assert [given[i] for i in range(len(jobs))] == alone
+            given.setdefault(job_of[token.row], []).append(token.id)
+    assert [given[i] for i in range(len(jobs))] == expected
 
 
-def test_in_pieces_the_prompt_that_came_first_is_done_first(model):  # noqa: F811
+def test_in_pieces_the_prompt_that_came_first_is_done_first(model):
     engine = Engine(model, rows=2, prefill_tokens=10)
     engine.add([1], Sampling(1))
     long = engine.add(list(range(100, 130)), Sampling(5))
@@ -293,92 +307,76 @@ def test_in_pieces_the_prompt_that_came_first_is_done_first(model):  # noqa: F81
     assert {token.row for token in engine.step()} == {long, short}
 
 
-# the bounds
-
-
-def test_rows_of_every_length_end_where_the_room_does(model):  # noqa: F811
-    for size in (2, 33, 63, 64):
-        engine = Engine(model, rows=3, size=size)
-        prompts = [[7], [5] * (size - 1), list(range(1, size // 2 + 1))]
-        for prompt in prompts:
-            engine.add(prompt, Sampling(1000, 0))
-        given = finish(engine)
-        for row, prompt in enumerate(prompts):
-            assert given[row] == plain(model, prompt, size - len(prompt))
-
-
-@pytest.mark.slow
-def test_a_compiled_step_gives_the_ids_of_the_eager_one(model):  # noqa: F811
-    expected = finish(_with(Engine(model), PROMPTS[0], Sampling(40, 0)))
-    assert finish(_with(Engine(model, compile=True), PROMPTS[0], Sampling(40, 0))) == expected
+# --- recorded and compiled steps, compaction ----------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_recorded_step_gives_the_ids_of_the_eager_one_at_every_length(model, rows):  # noqa: F811
-    given = []
+def test_a_recorded_step_gives_the_ids_of_the_eager_one_at_every_length(model, rows):
+    ids = []
     for record in (False, True):
         engine = Engine(model, rows, record=record)
         for prompt in PROMPTS[:rows]:
             engine.add(prompt, Sampling(60, 0.8), seed=1)
-        given.append(finish(engine))
-    assert engine.recorded
-    assert given[0] == given[1]
+        ids.append(finish(engine))
+        assert bool(engine.run_step.recordings) == record
+    assert ids[0] == ids[1]
 
 
-@pytest.mark.skipif(not FBGEMM, reason="x86 only")
+@pytest.mark.slow
+def test_a_compiled_step_gives_the_ids_of_the_eager_one(model):
+    engine = Engine(model, compile=True)
+    engine.add(PROMPTS[0], greedy(40))
+    assert finish(engine)[0] == plain(model, PROMPTS[0], 40)
+
+
+@x86_only
 @pytest.mark.parametrize("dtype", EXACT)
 def test_one_trace_serves_any_number_of_rows(packed, dtype, monkeypatch):
-    fast, prompts = packed(dtype), [*PROMPTS, [3], [9, 9]]
-    options = [
-        Sampling(4 * i + 3, 0) for i in range(len(prompts))
-    ]  # rows join one by one, and end so
-    given = []
-    for record_at in (10**9, 3):
-        monkeypatch.setattr("nanochatgpt.generate.RECORD_AT", record_at)
-        engine, ids = Engine(fast, rows=6), {}
-        for prompt, option in zip(prompts, options, strict=True):
-            engine.add(prompt, option)
-            for token in [token for _ in range(2) for token in engine.step()]:
+    fast = packed(dtype)
+    prompts = [*PROMPTS, [3], [9, 9]]
+    results = []
+    for record_after in (10**9, 3):
+        monkeypatch.setattr(engine_module, "RECORD_AFTER", record_after)
+        engine = Engine(fast, rows=6)
+        ids = {}
+        for i, prompt in enumerate(prompts):  # rows join one by one, and end one by one
+            engine.add(prompt, greedy(4 * i + 3))
+            for token in engine.step() + engine.step():
                 ids.setdefault(token.row, []).append(token.id)
         for row, rest in finish(engine).items():
             ids.setdefault(row, []).extend(rest)
-        given.append(ids)
-    assert set(engine.recorded) == {1, 2}  # the one that is left is alone
-    assert given[0] == given[1]
+        results.append(ids)
+    assert set(engine.run_step.recordings) == {1, 2}  # the last row is alone at the end
+    assert results[0] == results[1]
 
 
-def test_rows_that_go_on_are_moved_together_and_each_keeps_what_it_has_computed(model, monkeypatch):  # noqa: F811
-    widths, take = [], Engine._take
-    monkeypatch.setattr(
-        Engine, "_take", lambda engine, n, length: (widths.append(n), take(engine, n, length))[1]
-    )
-    prompts, lengths = [[i, 20, 30 + i, 7] for i in range(6)], [3, 20, 5, 4, 12, 15]
+def test_rows_that_go_on_are_moved_together_and_each_keeps_what_it_has_computed(model, monkeypatch):
+    widths = []
+    run = StepRunner.__call__
+
+    def recording(self, inputs, kv):
+        widths.append(inputs.size(1))
+        return run(self, inputs, kv)
+
+    prompts = [[i, 20, 30 + i, 7] for i in range(6)]
+    lengths = [3, 20, 5, 4, 12, 15]
     engine = Engine(model, rows=6)
-    for prompt, n in zip(prompts, lengths, strict=True):
-        engine.add(prompt, Sampling(n, 0))
-    texts = {row: prompts[row] + ids for row, ids in finish(engine).items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(StepRunner, "__call__", recording)
+        for prompt, n in zip(prompts, lengths, strict=True):
+            engine.add(prompt, greedy(n))
+        ids = finish(engine)
+    # a step computes as many rows as still run; the first token of each comes with its prompt
+    assert widths == [sum(n > step for n in lengths) for step in range(1, 20)]
     for row, n in enumerate(lengths):
-        assert (
-            texts[row]
-            == prompts[row] + finish(_with(Engine(model), prompts[row], Sampling(n, 0)))[0]
-        )
-    running = [
-        sum(n > step for n in lengths) for step in range(1, 20)
-    ]  # after the first token, which prompts give
-    assert widths[:19] == running
-    for row in (
-        0,
-        1,
-        4,
-        5,
-        2,
-        3,
-    ):  # each next turn goes on from its own row, wherever that has got to
-        turn = [*texts[row], 11, 12]
-        expected = finish(_with(Engine(model), turn, Sampling(6, 0)))[0]
-        i = engine.add(turn, Sampling(6, 0))
-        assert engine.rows[i].n_cached >= len(texts[row]) - 1
-        assert finish(engine)[i] == expected
+        assert ids[row] == plain(model, prompts[row], n)
+    # the next turn of each continues from its own row, wherever that is now
+    for row in (0, 1, 4, 5, 2, 3):
+        text = prompts[row] + ids[row]
+        turn = [*text, 11, 12]
+        i = engine.add(turn, greedy(6))
+        assert engine.rows[i].n_cached >= len(text) - 1
+        assert finish(engine)[i] == plain(model, turn, 6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA only")
@@ -386,16 +384,16 @@ def test_rows_that_go_on_are_moved_together_and_each_keeps_what_it_has_computed(
 def test_a_replayed_graph_gives_the_ids_of_the_eager_step(dtype):
     torch.manual_seed(0)
     wide = GPT(GPTConfig(512, 300, 2, 4, 64)).to("cuda", dtype)
-    given = []
+    ids = []
     for record in (False, True):
         engine = Engine(wide, rows=3, record=record)
         for prompt in PROMPTS[:3]:
             engine.add(prompt, Sampling(400, 0.8), seed=1)
-        given.append(finish(engine))
-    assert given[0] == given[1]
+        ids.append(finish(engine))
+    assert ids[0] == ids[1]
 
 
-# what fewer bits cost
+# --- what fewer bits cost -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -433,7 +431,8 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.skipif(not FBGEMM, reason="x86 only")
+@pytest.mark.slow
+@x86_only
 @pytest.mark.parametrize(
     ("dtype", "kl", "same_top"), [("int8", 5e-3, 0.97), ("float16", 1e-4, 0.999)]
 )

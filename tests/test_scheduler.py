@@ -85,8 +85,8 @@ def job(prompt, n=10, seed=0, **options):
 
 
 def alone(model, prompt, n=10, seed=0, **options):
-    options = {"max_new_tokens": n, "top_k": 50, "seed": seed, "tokenizer": TOKENIZER} | options
-    return generate(model, [prompt], **options)[0]
+    sampling = Sampling(n, top_k=50)
+    return generate(model, [prompt], sampling, seed=seed, tokenizer=TOKENIZER, **options)[0]
 
 
 def test_each_of_many_jobs_gets_what_it_gets_alone(model, start):

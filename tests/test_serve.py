@@ -22,7 +22,7 @@ from chat import Chat, Config  # noqa: E402
 from model import GPTConfig  # noqa: E402
 from nanochatgpt.checkpoint import load_model, save_model  # noqa: E402
 from nanochatgpt.generate import generate  # noqa: E402
-from nanochatgpt.sampling import ChatSampling, options_of  # noqa: E402
+from nanochatgpt.sampling import ChatSampling  # noqa: E402
 from nanochatgpt.tokenizer import Tokenizer  # noqa: E402
 from rlhf.reward_model import RewardModel  # noqa: E402
 
@@ -59,9 +59,9 @@ def nano():
 def generated(nano, prompt, seed, stop_strings=(), **changes):
     """Return the text after a prompt of ids by `generate`, with the sampling of a chat."""
     model, tokenizer = nano
-    sampling = options_of(ChatSampling(**changes))
+    sampling = ChatSampling(**changes)
     stops = {"stop_ids": tokenizer.stop_ids, "stop_strings": stop_strings}
-    ids = generate(model, [prompt], tokenizer=tokenizer, seed=seed, **stops, **sampling)[0]
+    ids = generate(model, [prompt], sampling, tokenizer=tokenizer, seed=seed, **stops)[0]
     return tokenizer.decode(ids)
 
 
