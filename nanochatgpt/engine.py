@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 from nanochatgpt.sampling import Sampling, draw_token, penalize
 
-PREFILL_TOKENS = 4096  # prompt tokens in one forward pass, padding included
 RECORD_AFTER = 32  # recording costs what about 50 replayed steps save: wait for a shape to recur
 
 
@@ -67,8 +66,7 @@ class Row:
     """One text in the engine, and how to continue it. Only the first n_cached ids have keys and
     values in the cache; a running row lacks at least its last one."""
 
-    number: int  # index in Engine.rows
-    slot: int  # index in the cache
+    number: int  # index in Engine.rows and in the cache
     ids: list = field(default_factory=list)  # prompt and new tokens
     options: Sampling = None
     logit_bias: dict = None
@@ -119,7 +117,7 @@ class Engine:
         self.size = min(size or config.block_size, config.block_size)
         self.n_vocab = min(n_vocab or config.vocab_size, config.vocab_size)  # ids that are drawn
         self.prefill_tokens = prefill_tokens or math.inf
-        self.rows = [Row(number, slot=number) for number in range(rows)]
+        self.rows = [Row(number) for number in range(rows)]
         self.waiting = []  # rows whose prompts are not computed, oldest first
 
         # a CPU attends to the cached tokens alone; elsewhere each length is compiled or recorded
@@ -159,7 +157,7 @@ class Engine:
         # replace the row that loses the least of its cache, then the one that shares the most
         shared = [row.n_shared(prompt) for row in self.rows]
         old = min(free, key=lambda row: (row.n_cached - shared[row.number], -shared[row.number]))
-        row = Row(old.number, old.slot, list(prompt), options, logit_bias, logprobs, stop_ids)
+        row = Row(old.number, list(prompt), options, logit_bias, logprobs, stop_ids)
         row.rng = random.Random(seed)
         row.n_prompt = len(prompt)
         row.n_cached = shared[row.number]
@@ -230,117 +228,61 @@ class Engine:
         rows = [row for row in self.rows if row.running and row.n_missing == 1]
         if not rows:
             return {}
-        if self.exact:
-            self._compact_slots(rows)
-        n = max(row.slot for row in rows) + 1
+        n = rows[-1].number + 1
 
-        # other rows in the first n slots are computed too: what they write comes after their
+        # the other ones of the first n rows are computed too: what they write comes after their
         # cached tokens, and nobody reads it
-        by_slot = sorted(self.rows, key=lambda row: row.slot)
-        inputs = [(0, row.n_cached) for row in by_slot[:n]]
+        inputs = [(0, row.n_cached) for row in self.rows[:n]]
         for row in rows:
-            inputs[row.slot] = (row.ids[-1], row.n_cached)
+            inputs[row.number] = (row.ids[-1], row.n_cached)
             row.n_cached += 1
         self.inputs[:, :n] = torch.tensor(inputs).T
         length = self._round_up(max(position for _, position in inputs) + 1)
         logits = self.run_step(self.inputs[:, :n], self.kv[:, :, :n, :, :length])  # (n, V)
-        return {row: logits[row.slot] for row in rows}
+        return {row: logits[row.number] for row in rows}
 
     def _round_up(self, length):
         """Round a length of the cache up to whole chunks."""
         return min(math.ceil(length / self.chunk) * self.chunk, self.size)
 
-    # --- prompts: reuse what is in the cache, compute the rest together ---------------------------
+    # --- prompts: reuse what is in the cache, compute the rest ------------------------------------
 
     def _prefill(self):
         """Compute waiting prompts, the oldest first; return {row: logits (V,)} of the finished
         ones. Prompts that lack only their last token are left to `_decode`."""
         logits = {}
         budget = self.prefill_tokens
-        while batch := self._next_batch(budget):
-            logits |= self._compute(batch)
-            budget -= sum(batch.values())
-        return logits
-
-    def _next_batch(self, budget):
-        """Return prompts to compute in one forward pass, {row: number of tokens}: the oldest one
-        and those after it that fit."""
-        batch = {}
         self.waiting = [row for row in self.waiting if row.running and row.n_missing > 1]
         for row in self.waiting:
             self._copy_shared_prefix(row)
-            if row.n_missing == 1:
-                continue
-            n = min(row.n_missing, budget - sum(batch.values()))
-            if n == 0 or (batch and not self._fits(batch, row, n)):
+            n = min(row.n_missing, budget)
+            if n == 0:
                 break
-            batch[row] = n
-        return batch
-
-    def _fits(self, batch, row, n):
-        """Return whether n tokens of a row can be computed together with a batch."""
-        neighbours = row.slot == list(batch)[-1].slot + 1  # a batch is a slice of the cache
-        # not too many tokens, and at most half of them padding to the longest row
-        lengths = [*batch.values(), n]
-        small = max(lengths) * len(lengths) <= min(PREFILL_TOKENS, 2 * sum(lengths))
-        # where a row of the batch has half of the missing tokens, wait and copy them
-        half = (row.n_cached + len(row.ids)) / 2
-        new = all(common_prefix(other.ids, row.ids) <= half for other in batch)
-        return neighbours and small and new
+            if row.n_missing > 1:
+                budget -= n
+                hidden = self._compute(row, n)  # (n, C)
+                if row.n_missing == 0:
+                    logits[row] = self.model.lm_head(hidden[-1:])[0]  # (V,)
+        return logits
 
     def _copy_shared_prefix(self, row):
         """Copy the longest beginning of the row's ids that any row has in the cache."""
         source = max(self.rows, key=lambda other: other.n_shared(row.ids))
         n = source.n_shared(row.ids)
         if n > row.n_cached:
-            self.kv[:, :, row.slot, :, :n] = self.kv[:, :, source.slot, :, :n]
+            self.kv[:, :, row.number, :, :n] = self.kv[:, :, source.number, :, :n]
             row.n_cached = n
 
-    def _compute(self, batch):
-        """Compute the next tokens {row: number} of neighbouring rows; return {row: logits (V,)} of
-        those that are finished."""
-        # pad on the right: attention never looks there, and later tokens overwrite it in the cache
-        T = max(batch.values())
-        idx = []
-        start = []
-        for row, n in batch.items():
-            idx.append(row.ids[row.n_cached : row.n_cached + n] + [0] * (T - n))
-            start.append([row.n_cached])
-            row.n_cached += n
-        idx = torch.tensor(idx, device=self.device)  # (B, T)
-        start = torch.tensor(start, device=self.device)  # (B, 1)
-        length = self._round_up(max(row.n_cached for row in batch) + 1)
-        positions = (start + torch.arange(T, device=self.device)).clamp(max=length - 1)  # (B, T)
-        slot = next(iter(batch)).slot
-        kv = self.kv[:, :, slot : slot + len(batch), :, :length]  # a view: the rest is never read
-        hidden = self.model.hidden(idx, positions=positions, attend=KVCache(kv, positions))
-
-        # the head is for the last token of finished prompts alone
-        last = {}
-        for n, row in enumerate(batch):
-            if row.n_missing == 0:
-                last[row] = hidden[n, batch[row] - 1]  # (C,)
-        if not last:
-            return {}
-        logits = self.model.lm_head(torch.stack(list(last.values())))  # (finished rows, V)
-        return dict(zip(last, logits, strict=True))
-
-    # --- compaction -------------------------------------------------------------------------------
-
-    def _compact_slots(self, rows):
-        """Move decoding rows into free slots before them, because a step computes every slot up to
-        the last one: eight replies to one prompt take 0.88 of the time (assets/nano)."""
-        free = [row for row in self.rows if not row.running]
-        for ended in sorted(free, key=lambda row: row.slot):
-            # swap the first free slot and the last decoding row
-            last = max(rows, key=lambda row: row.slot)
-            if last.slot < ended.slot:
-                return
-            n = max(ended.n_cached, last.n_cached)
-            pair = self.kv[:, :, [last.slot, ended.slot], :, :n]  # a copy
-            self.kv[:, :, ended.slot, :, :n] = pair[:, :, 0]
-            self.kv[:, :, last.slot, :, :n] = pair[:, :, 1]
-            ended.slot, last.slot = last.slot, ended.slot
+    def _compute(self, row, n):
+        """Compute the next n tokens of a prompt; return their final hidden states (n, C)."""
+        start = row.n_cached
+        row.n_cached += n
+        idx = torch.tensor([row.ids[start : start + n]], device=self.device)  # (1, n)
+        positions = torch.arange(start, start + n, device=self.device)[None]  # (1, n)
+        # a view, so the rest of the cache is never read
+        number = row.number
+        kv = self.kv[:, :, number : number + 1, :, : self._round_up(row.n_cached)]
+        return self.model.hidden(idx, positions=positions, attend=KVCache(kv, positions))[0]
 
 
 # --- recording: replay a step without Python between its kernels ----------------------------------
