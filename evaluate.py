@@ -22,8 +22,9 @@ from nanochatgpt.configurator import at_least, run
 from nanochatgpt.device import keep_freed_memory, pick_device, pick_dtype
 from nanochatgpt.fast import speed_up
 from nanochatgpt.loader import Loader
+from nanochatgpt.prompts import sample_prompts
 from nanochatgpt.sampling import ChatSampling, for_template
-from nanochatgpt.shards import find_shards, sample_prompts
+from nanochatgpt.shards import find_shards
 from prepare.recall import Speaker, probe
 
 # kind of probe -> exchanges since the fact was told; 0: the fact is in the persona

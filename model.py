@@ -1,9 +1,7 @@
 """
 GPT-2 in one file, with the names, layouts and arithmetic of Hugging Face's GPT2LMHeadModel, so that
-state dicts pass both ways.
-
-Everything here is written for reading. nanochatgpt/fast.py has faster versions of the loss and of
-packed attention, nanochatgpt/engine.py a faster generate(); both give the same numbers.
+state dicts pass both ways. nanochatgpt/fast.py has faster versions of the loss and of packed
+attention, nanochatgpt/engine.py a faster generate(); all give the same numbers.
 
 Shapes: B rows, T tokens in a row, C = n_embd, nh heads of size hs = C / nh, V = vocab_size.
 References: openai/gpt-2 (src/model.py), transformers (models/gpt2/modeling_gpt2.py),

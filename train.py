@@ -43,9 +43,7 @@ from nanochatgpt.tokenizer import Tokenizer
 
 @dataclass
 class Config(TrainConfig):  # which has the knobs that all training scripts share
-    init_from: str = (
-        "gpt2"  # scratch, resume, nano, distilgpt2, gpt2[-medium|...], org/name, a folder
-    )
+    init_from: str = "gpt2"  # scratch, resume, nano, gpt2[-medium|...], org/name, a directory
     dataset: str = "personachat"  # folders of data_dir: a,b:0.5 takes half of b per epoch
     template: str = ""  # one of TEMPLATES in nanochatgpt/tokenizer.py; by default the model's own
     dropout: float = 0.1  # share of activations dropped in training
@@ -70,9 +68,7 @@ class Config(TrainConfig):  # which has the knobs that all training scripts shar
     compile: bool = False  # torch.compile: a minute to start, then faster steps on a GPU
     strategy: str = "ddp"  # with torchrun: ddp, or fsdp to shard weights and optimizer over devices
     gradient_checkpointing: bool = False  # a third more work, far less memory for activations
-    deterministic: bool = (
-        False  # on a GPU, the same bits in every run, slower; a CPU always gives them
-    )
+    deterministic: bool = False  # same bits in every run on a GPU, slower; a CPU always has them
 
 
 def check(config):
@@ -106,11 +102,9 @@ def make_model(config, state, distributed):
     with distributed.rank_zero_first():
         model, tokenizer = load_model(config.init_from, dropout=config.dropout)
     for name, value in shape.items():
-        if value not in (getattr(Config, name), getattr(model.config, name)):
-            raise ValueError(
-                f"{name}={value}, but {config.init_from} has {getattr(model.config, name)}: leave "
-                "it out, or start from scratch"
-            )
+        own = getattr(model.config, name)
+        if value not in (own, getattr(Config, name)):
+            raise ValueError(f"{name}={value} is for scratch; {config.init_from} has {own}")
     if config.template:
         tokenizer = Tokenizer(config.template)
     model.grow_vocab(tokenizer.n_vocab)
@@ -162,12 +156,10 @@ def main(config):
     raw_model, tokenizer = make_model(config, state, distributed)
     if config.block_size > raw_model.config.block_size:
         raise ValueError(
-            f"block_size={config.block_size}, but the model's context is "
-            f"{raw_model.config.block_size}: lower it to that"
+            f"block_size={config.block_size} exceeds the context, {raw_model.config.block_size}"
         )
     raw_model.gradient_checkpointing = config.gradient_checkpointing
     speed_up(raw_model.to(device))  # same numbers, less time and memory; works without this line
-    state = state or {"iter": 0, "best_val_loss": math.inf}
 
     # 3. the data
     loaders = {}
@@ -182,15 +174,20 @@ def main(config):
     model = compiled(raw_model) if config.compile else raw_model
     model = distribute(model, raw_model, distributed, sharded)
     optimizer = make_adamw(raw_model, config.learning_rate, config.weight_decay, config.beta2)
+    state = state or {"iter": 0, "best_val_loss": math.inf}
     training_run.restore(state, tokenizer, raw_model, optimizer, scaler)
+    first_iter = state["iter"]
+    best_val_loss = state["best_val_loss"]
 
     # 5. the log
     stop = StopSignal()
     divergence = DivergenceCheck()
     if distributed.master:
-        print_start(config, raw_model, loaders, device, dtype)
+        print(f"{raw_model.num_parameters():,} parameters on {device}, {dtype}")
+        for split, loader in loaders.items():
+            print(f"{split}: {loader.summary()}")
         print(f"{config.max_iters:,} steps are {config.max_iters / steps_per_epoch:,.3g} epochs")
-        log = Log(config, first_iter=state["iter"])
+        log = Log(config, first_iter)
 
     def step_batches(it):
         """Return this process's micro-batches of step `it`: [(x, y, documents)]."""
@@ -199,29 +196,27 @@ def main(config):
         return [loaders["train"].batch(first + step) for step in steps]
 
     # 6. the loop
-    steps = read_ahead(step_batches, range(state["iter"], config.max_iters))
-    timer = Timer(state["iter"])
+    steps = read_ahead(step_batches, range(first_iter, config.max_iters))
+    timer = Timer(first_iter)
     norm = None
     gc.freeze()  # what exists now lives to the end: the garbage collector need not rescan it
-    for it in range(state["iter"], config.max_iters + 1):
+    for it in range(first_iter, config.max_iters + 1):
         # evaluate; save the best weights in out_dir, the latest in out_dir/last
         if it % config.eval_interval == 0 or it == config.max_iters:
             raw_model.eval()
             losses = {}
             for split, loader in loaders.items():
                 losses[split] = evaluate(raw_model, loader, config, distributed, autocast)
-            divergence.check("validation loss", losses["val"], it, state["best_val_loss"])
+            divergence.check("validation loss", losses["val"], it, best_val_loss)
             whole_model = gathered(raw_model, sharded)
             if distributed.master:
                 log(iter=it, train_loss=losses["train"], val_loss=losses["val"])
                 print(f"iter {it}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
                 print(f"  {sample_reply(whole_model, tokenizer)}")
-                if losses["val"] < state["best_val_loss"]:
+                if losses["val"] < best_val_loss:
                     save_model(whole_model, tokenizer, config.out_dir)
-            state["best_val_loss"] = min(state["best_val_loss"], losses["val"])
-            training_run.save(
-                whole_model, whole_model, iter=it, best_val_loss=state["best_val_loss"]
-            )
+            best_val_loss = min(best_val_loss, losses["val"])
+            training_run.save(whole_model, whole_model, iter=it, best_val_loss=best_val_loss)
             raw_model.train()
             timer.restart(it)
         if it == config.max_iters:
@@ -236,9 +231,7 @@ def main(config):
             if norm is not None and not scaler.is_enabled():
                 divergence.check("gradient norm", norm.item(), it)
             whole_model = gathered(raw_model, sharded)
-            training_run.save(
-                whole_model, whole_model, iter=it, best_val_loss=state["best_val_loss"]
-            )
+            training_run.save(whole_model, whole_model, iter=it, best_val_loss=best_val_loss)
             training_run.print_stopped(it)
             break
 
@@ -278,22 +271,16 @@ def main(config):
             if distributed.master:
                 loader = loaders["train"]
                 tokens = loader.fill * rows_per_step * config.block_size  # without the padding
-                flops = raw_model.flops_per_token(loader.span, total / tokens) * tokens
-                peak = peak_flops(device) if dtype != torch.float32 else None
-                mfu = flops / seconds / (peak * world_size) if peak else None
-                log(
-                    iter=it + 1,
-                    loss=step_loss,
-                    lr=lr,
-                    grad_norm=norm.item(),
-                    tokens_per_s=tokens / seconds,
-                    mfu=mfu,
-                )
-                speed = f"{tokens / seconds:,.0f} tokens/s" + (f" ({mfu:.1%} MFU)" if mfu else "")
-                left = time_left(seconds * (config.max_iters - it - 1))
+                speed = tokens / seconds
+                flops = speed * raw_model.flops_per_token(loader.span, total / tokens)
+                peak = peak_flops(device) if dtype != torch.float32 else None  # None: unknown
+                mfu = flops / (peak * world_size) if peak else None
+                metrics = {"loss": step_loss, "lr": lr, "grad_norm": norm.item()}
+                log(iter=it + 1, **metrics, tokens_per_s=speed, mfu=mfu)
                 print(
                     f"iter {it + 1}/{config.max_iters}: loss {step_loss:.4f}, lr {lr:.2e}, "
-                    f"{speed}, {left} left"
+                    f"{speed:,.0f} tokens/s{f' ({mfu:.1%} MFU)' if mfu else ''}, "
+                    f"{time_left(seconds * (config.max_iters - it - 1))} left"
                 )
             divergence.check("loss", step_loss, it + 1)
             if not scaler.is_enabled():  # which skips steps whose gradient overflows float16
@@ -301,29 +288,10 @@ def main(config):
 
     if it == config.max_iters and distributed.master:
         print(
-            f"the best validation loss is {state['best_val_loss']:.4f}, its weights are in "
+            f"the best validation loss is {best_val_loss:.4f}, its weights are in "
             f"{config.out_dir}; talk to them: python chat.py --init_from={config.out_dir}"
         )
     distributed.leave()
-
-
-def print_start(config, model, loaders, device, dtype):
-    """Print the model's size, and how full the rows of each split are."""
-    precision = str(dtype).removeprefix("torch.")
-    print(f"{model.num_parameters():,} parameters on {device}, {precision}")
-    if torch.device(device).type == "cuda" and not peak_flops(device):
-        name = torch.cuda.get_device_name(device)
-        print(f"no MFU: the peak rate of {name} is not in PEAK_FLOPS (nanochatgpt/device.py)")
-    for split, loader in loaders.items():
-        rows = f"{loader.n_rows:,} rows of {config.block_size}, {loader.fill:.1%} full"
-        if len(loader.parts) > 1:  # show it if a small data set drowns in a large one
-            sizes = [
-                f"{part.rows_per_epoch:,} of {part.shard.path.parent.name}" for part in loader.parts
-            ]
-            rows += f" ({', '.join(sizes)})"
-        if loader.n_lost:
-            rows += f"; {loader.n_lost:,} left out, beyond a row"
-        print(f"{split}: {loader.n_tokens:,} tokens in {rows}")
 
 
 def sample_reply(model, tokenizer):

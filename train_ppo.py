@@ -19,8 +19,9 @@ from nanochatgpt.configurator import at_least, run
 from nanochatgpt.distributed import distribute, init_distributed, precision, seed_for
 from nanochatgpt.monitor import Log, StopSignal, Timer, time_left
 from nanochatgpt.optimizer import TrainConfig, check_train_config, make_adamw
+from nanochatgpt.prompts import sample_prompts
 from nanochatgpt.resume import Run
-from nanochatgpt.shards import find_shards, open_shard, sample_prompts
+from nanochatgpt.shards import find_shards, open_shard
 from rlhf.ppo import (
     MEANS,
     ActorCritic,

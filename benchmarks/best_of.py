@@ -18,8 +18,9 @@ from nanochatgpt.device import pick_device, pick_dtype
 from nanochatgpt.engine import Engine
 from nanochatgpt.files import replacing
 from nanochatgpt.generate import generate
+from nanochatgpt.prompts import sample_prompts
 from nanochatgpt.sampling import ChatSampling, for_template
-from nanochatgpt.shards import find_shards, open_shard, sample_prompts
+from nanochatgpt.shards import find_shards, open_shard
 from rlhf.reward_model import RewardModel, load_reward_model
 from rlhf.scoring import best_of, score_replies
 

@@ -20,8 +20,9 @@ from nanochatgpt.checkpoint import default_model, load_model
 from nanochatgpt.configurator import at_least, run
 from nanochatgpt.device import pick_device, pick_dtype
 from nanochatgpt.generate import generate
+from nanochatgpt.prompts import sample_prompts
 from nanochatgpt.sampling import ChatSampling, for_template
-from nanochatgpt.shards import find_shards, open_shard, sample_prompts
+from nanochatgpt.shards import find_shards, open_shard
 
 CURVES = {  # name -> what it changes about the sampling
     "none": {"frequency_penalty": 0.0},

@@ -106,6 +106,18 @@ class Loader:
         x, y = (torch.from_numpy(tokens).view(B, T) for tokens in (x, y))
         return x, y, torch.from_numpy(documents)
 
+    def summary(self):
+        """Return in one line how many tokens and rows there are, and how full the rows."""
+        text = f"{self.n_tokens:,} tokens in {self.n_rows:,} rows of {self.block_size}"
+        text += f", {self.fill:.1%} full"
+        if len(self.parts) > 1:  # show it if a small data set drowns in a large one
+            names = [part.shard.path.parent.name for part in self.parts]
+            rows = [f"{part.rows_per_epoch:,}" for part in self.parts]
+            text += f" ({', '.join(map(' of '.join, zip(rows, names, strict=True)))})"
+        if self.n_lost:
+            text += f"; {self.n_lost:,} left out, beyond a row"
+        return text
+
     def _order(self, epoch):
         """Return the rows of an epoch, shuffled: [(number of the part, number of its row)]."""
         rows = []

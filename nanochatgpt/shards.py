@@ -13,7 +13,6 @@ nanoGPT's .bin: plain text as uint16 tokens, all of them supervised.
 import contextlib
 import math
 import os
-import random
 import struct
 import tempfile
 from dataclasses import dataclass
@@ -231,40 +230,3 @@ def check_vocabulary(shard, token, tokenizer):
         raise ValueError(
             f"{shard.path} has token {token}, but the tokenizer has only {tokenizer.n_vocab}"
         )
-
-
-def sample_prompts(shards, tokenizer, n, room, seed):
-    """Return (prompts, replies) of at most n turns, each of another conversation: the ids up to the
-    turn, at most `room`, and the text that a person replied. The seed draws conversation and turn.
-
-    Raises ValueError for a shard in another template or with tokens beyond the vocabulary.
-    """
-    draw = random.Random(seed)
-    shards = [shard for shard in shards if shard.template]  # plain text has no replies
-    for shard in shards:
-        check_template(shard, tokenizer)
-    first = np.cumsum([0, *(len(shard.offsets) - 1 for shard in shards)])  # of each shard
-    prompts = []
-    replies = []
-    for number in np.random.default_rng(seed).permutation(first[-1]):
-        if len(prompts) == n:
-            break
-        shard_index = np.searchsorted(first, number, side="right") - 1
-        shard = shards[shard_index]
-        i = number - first[shard_index]
-        start, stop = shard.offsets[i : i + 2].tolist()
-        stop = min(stop, start + 4 * room)  # a conversation may be a book
-        ids = shard.tokens[start:stop].tolist()
-        mask = shard.mask(start, stop)
-
-        # the replies that begin within the room and end within the part that was read
-        spans = []
-        for pos in range(1, min(len(ids), room + 1)):
-            if mask[pos] and not mask[pos - 1] and tokenizer.eos_id in ids[pos:]:
-                spans.append((pos, ids.index(tokenizer.eos_id, pos)))
-        if spans:
-            pos, end = draw.choice(spans)
-            check_vocabulary(shard, max(ids[:end]), tokenizer)
-            prompts.append(ids[:pos])
-            replies.append(tokenizer.decode(ids[pos:end]).strip())
-    return prompts, replies

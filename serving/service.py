@@ -64,8 +64,8 @@ class Service:
         dtype = pick_dtype(config.dtype, device, inference=True)
         model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
         if config.reward:
-            from rlhf.scoring import score_replies
             from rlhf.reward_model import load_reward_model
+            from rlhf.scoring import score_replies
 
             options = {"dtype": dtype, "inference": True}
             reward_model = load_reward_model(config.reward, self.tokenizer, device, **options)

@@ -16,8 +16,9 @@ from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.configurator import run
 from nanochatgpt.generate import generate
 from nanochatgpt.loader import Loader
+from nanochatgpt.prompts import sample_prompts
 from nanochatgpt.sampling import Sampling
-from nanochatgpt.shards import find_shards, open_shard, sample_prompts
+from nanochatgpt.shards import find_shards, open_shard
 from nanochatgpt.tokenizer import Tokenizer
 
 

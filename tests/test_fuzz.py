@@ -32,7 +32,8 @@ from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.configurator import parse, run
 from nanochatgpt.huggingface import read_tokenizer
 from nanochatgpt.loader import Loader
-from nanochatgpt.shards import HEADER, open_shard, sample_prompts
+from nanochatgpt.prompts import sample_prompts
+from nanochatgpt.shards import HEADER, open_shard
 from nanochatgpt.tokenizer import TEMPLATES, Tokenizer, vocab_file
 from prepare import jsonl, retry
 from rlhf.dataset import ReplyDataset

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochatgpt.loader import Loader
-from nanochatgpt.shards import HEADER, ShardWriter, find_shards, open_shard, sample_prompts
+from nanochatgpt.prompts import sample_prompts
+from nanochatgpt.shards import HEADER, ShardWriter, find_shards, open_shard
 from nanochatgpt.tokenizer import TEMPLATES, Tokenizer
 from prepare.render import render_batch
 
