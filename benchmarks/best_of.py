@@ -11,10 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.common import resolve, run_benchmark
-from nanochatgpt.checkpoint import load_model
+from benchmarks.common import ModelConfig, load, resolve, run_benchmark
 from nanochatgpt.configurator import at_least
-from nanochatgpt.device import pick_device, pick_dtype
 from nanochatgpt.engine import Engine
 from nanochatgpt.files import replacing
 from nanochatgpt.generate import generate
@@ -26,7 +24,7 @@ from rlhf.scoring import best_of, score_replies
 
 
 @dataclass
-class Config(ChatSampling):
+class Config(ChatSampling, ModelConfig):
     init_from: str = "nano"  # as for chat.py, or random:NAME: that shape, random weights
     reward: str = "out/reward"  # a reward model, as for chat.py, or random:NAME
     n: int = 8  # replies to choose from, in the timing
@@ -35,20 +33,14 @@ class Config(ChatSampling):
     dataset: str = "personachat"  # reply to conversations of this dataset's val*.bin
     prompts: int = 50  # conversations to reply to
     png: str = ""  # draw the curve into this file; needs matplotlib
-    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
 def measure(config):
-    """Return the time of the best of n replies, scores included; `ratio`, that time divided by the
-    time of one reply; `rewards`, the mean reward of the best of 1, 2, 4, ... replies; `std`, the
-    standard deviation of one reward."""
+    """Time the best of n replies and one reply; compare the rewards of the best of 1, 2, 4, ..."""
     at_least(1, config, "n", "most", "prompts")
     if config.png and not importlib.util.find_spec("matplotlib"):
         raise ValueError("png needs matplotlib: pip install matplotlib")
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device, inference=True)
-    model, tokenizer = load_model(resolve(config.init_from), device, dtype, inference=True)
+    model, tokenizer, device, dtype = load(config)
     reward = resolve(config.reward, RewardModel)
     reward_model = load_reward_model(reward, tokenizer, device, dtype=dtype, inference=True)
     shards = [open_shard(path) for path, _ in find_shards(config.data_dir, config.dataset, "val")]
@@ -57,6 +49,7 @@ def measure(config):
     if not prompts:
         raise ValueError(f"{config.dataset} has no prompt of {room} tokens: lower max_new_tokens")
 
+    # an engine for each number of replies, so that each keeps its cached prompts
     sampling = for_template(config, tokenizer.template)
     stops = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
     sizes = (1, config.n, config.most)
@@ -72,7 +65,7 @@ def measure(config):
     seconds = 0.0
     seconds_of_one = 0.0
     n_tokens = 0
-    rewards = []
+    rewards = []  # (most,) for each prompt
     for number, prompt in enumerate([prompts[0], *prompts]):  # the first time is a warm-up
         seed = number * config.most
         t0 = time.perf_counter()
@@ -104,11 +97,11 @@ def measure(config):
             figure.savefig(part, format="png")
     return {
         "tokens_per_s": n_tokens / seconds,
-        "seconds": seconds,
+        "seconds": seconds,  # of the best of n, scores included
         "seconds_of_one": seconds_of_one,
         "ratio": seconds / seconds_of_one,
-        "rewards": curve,
-        "std": rewards.std().item(),
+        "rewards": curve,  # {number of replies: mean reward of the best}
+        "std": rewards.std().item(),  # of the reward of one reply
     }
 
 

@@ -9,45 +9,38 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import resolve, run_benchmark
+from benchmarks.common import ModelConfig, load, run_benchmark
 from evaluation.ranking import continuation, loglikelihoods
-from nanochatgpt.checkpoint import load_model
 from nanochatgpt.configurator import at_least
-from nanochatgpt.device import pick_device, pick_dtype
 from nanochatgpt.tokenizer import fit_context
 from prepare.personachat import examples
 
 
 @dataclass
-class Config:
+class Config(ModelConfig):
     source: str = ""  # PersonaChat's or ConvAI2's archive, folder or validation file
     lines: int = 50  # lines to score, chosen at random
-    init_from: str = "random:gpt2"  # as for chat.py, or random:NAME: that shape, random weights
-    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
 
 
 def measure(config):
-    """Return the time of scoring 20 candidates after one context, and `ratio`: that time divided by
-    the time of scoring the reply alone."""
+    """Score 20 candidates after a context, and the reply alone after the same context."""
     at_least(1, config, "lines")
-    if not Path(config.source or "-").exists():
-        expected = "the archive of PersonaChat or its validation file"
-        raise FileNotFoundError(f"source={config.source} does not exist: give {expected}")
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device, inference=True)
-    model, tokenizer = load_model(resolve(config.init_from), device, dtype, inference=True)
+    if not config.source:
+        raise ValueError("set source: the archive of PersonaChat, or its validation file")
+    lines = examples(Path(config.source))  # [(persona, messages, reply, candidates)]
+    model, tokenizer, _, _ = load(config)
 
     draw = random.Random(0)
-    lines = examples(Path(config.source))
     all_replies = [reply for _, _, reply, _ in lines]
-    n_tokens = 0
+    n_tokens = 0  # of contexts and candidates
     seconds = 0.0
     seconds_alone = 0.0
     for persona, messages, reply, candidates in draw.sample(lines, min(config.lines, len(lines))):
         # files without candidates: other replies of the file
         candidates = candidates or [*draw.choices(all_replies, k=19), reply]
         continuations = [continuation(tokenizer, text) for text in candidates]
+
+        # the context: as many turns as fit
         if persona:
             messages = [{"role": "system", "content": persona}, *messages]
         room = model.config.block_size - max(len(ids) for ids in continuations) + 1
@@ -65,8 +58,8 @@ def measure(config):
         print(f"{len(context)} tokens of context: {t1 - t0:.3f} s", file=sys.stderr)
     return {
         "tokens_per_s": n_tokens / seconds,
-        "seconds": seconds,
-        "seconds_alone": seconds_alone,
+        "seconds": seconds,  # of 20 candidates
+        "seconds_alone": seconds_alone,  # of one reply
         "ratio": seconds / seconds_alone,
     }
 

@@ -6,16 +6,24 @@ import platform
 import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from model import GPT, PRESETS, GPTConfig
-from nanochatgpt.checkpoint import save_model
+from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.configurator import run
+from nanochatgpt.device import pick_device, pick_dtype
 from nanochatgpt.tokenizer import Tokenizer
+
+
+@dataclass
+class ModelConfig:
+    init_from: str = "random:gpt2"  # as for chat.py, or random:NAME: that shape, random weights
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
 
 
 def run_benchmark(measure, Config):
@@ -24,8 +32,10 @@ def run_benchmark(measure, Config):
     @functools.wraps(measure)  # so that --help shows the docstring of its module
     def main(config):
         result = {"bench": Path(sys.argv[0]).stem}
+        # the figures, with five digits
         for name, value in measure(config).items():
             result[name] = float(f"{value:.5g}") if isinstance(value, float) else value
+        # what they depend on
         result["config"] = asdict(config)
         result["config"].pop("given", None)  # not a knob
         result["torch"] = torch.__version__
@@ -36,12 +46,21 @@ def run_benchmark(measure, Config):
     run(main, Config)
 
 
+def load(config):
+    """Return (model, Tokenizer, device, dtype) for inference, as the knobs of ModelConfig say."""
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device, inference=True)
+    model, tokenizer = load_model(resolve(config.init_from), device, dtype, inference=True)
+    return model, tokenizer, device, dtype
+
+
 def resolve(init_from, model_class=GPT):
     """Return init_from, or for random:NAME the directory of a model with the shape of that preset
     and random weights, written at its first use: speed does not depend on the weights."""
     name = init_from.removeprefix("random:")
     if name == init_from or name not in PRESETS:
         return init_from
+    # a reward model of the same shape has another directory
     directory = Path("out/random") / (name if model_class is GPT else f"{name}-reward")
     if not directory.exists():
         # in another process, because this one reports its peak memory
@@ -51,9 +70,10 @@ def resolve(init_from, model_class=GPT):
 
 
 def save_random(name, model_class, directory):
-    """Write a checkpoint with random weights; the directory appears when it is complete."""
+    """Write a checkpoint with random weights."""
     torch.manual_seed(0)
     model = model_class(GPTConfig(**PRESETS[name]))
+    # rename it at the end, so that nobody reads half of it
     unfinished = directory.with_name(f"{directory.name}.part")
     save_model(model, Tokenizer(), unfinished)
     unfinished.rename(directory)
@@ -76,6 +96,5 @@ def process_memory(field, pid="self"):
 
 
 def device_name(device):
-    """Return the name of a GPU, for other devices the device."""
-    is_gpu = torch.device(device).type == "cuda"
-    return torch.cuda.get_device_name(device) if is_gpu else device
+    """Return the name of a GPU; cpu and mps are their names."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device

@@ -9,19 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import device_name, peak_memory, resolve, run_benchmark
-from nanochatgpt.checkpoint import load_model
+from benchmarks.common import ModelConfig, device_name, load, peak_memory, resolve, run_benchmark
 from nanochatgpt.configurator import at_least
-from nanochatgpt.device import pick_device, pick_dtype
 from nanochatgpt.engine import Engine
 from nanochatgpt.sampling import Sampling
 
 
 @dataclass
-class Config:
-    init_from: str = "random:gpt2"  # as for chat.py, or random:NAME: that shape, random weights
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
+class Config(ModelConfig):
     rows: int = 1  # prompts decoded together
     prompt_len: int = 128  # tokens per prompt
     new_tokens: int = 128  # tokens generated after each prompt
@@ -31,13 +26,11 @@ class Config:
 
 
 def measure(config):
-    """Return the figures. tokens_per_s are new tokens over the whole time, prompts included."""
+    """Decode rows of random prompts again and again; return the median rates."""
     at_least(1, config, "rows", "prompt_len", "new_tokens", "repeats")
-    init_from = resolve(config.init_from)
+    resolve(config.init_from)  # writes random weights, before the clock starts
     start = time.perf_counter()
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device, inference=True)
-    model, _ = load_model(init_from, device, dtype, inference=True)
+    model, _, device, dtype = load(config)
     c = model.config
     size = config.prompt_len + config.new_tokens
     if size > c.block_size:
@@ -70,15 +63,16 @@ def measure(config):
 
     prompt = statistics.median(prompt_seconds[1:])
     new = statistics.median(new_seconds[1:])
-    steps = config.new_tokens - 1
+    steps = config.new_tokens - 1  # the prompts gave the first token
     weights = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd  # factors of a step's products
     return {
-        "tokens_per_s": config.rows * config.new_tokens / (prompt + new),
-        "seconds": prompt + new,
+        "tokens_per_s": config.rows * config.new_tokens / (prompt + new),  # new tokens
+        "seconds": prompt + new,  # of a repeat
         "prompt_tokens_per_s": config.rows * config.prompt_len / prompt,
         "new_tokens_per_s": config.rows * steps / new if steps else None,
         "weights_gb_per_s": weights * dtype.itemsize * steps / new / 1e9 if steps else None,
         "first_token_s": first_token,  # from before the weights are loaded
+        # what the first repeat took longer
         "warm_up_s": prompt_seconds[0] + new_seconds[0] - prompt - new,
         "peak_memory_mb": peak_memory(device),
         "dtype": str(dtype).removeprefix("torch."),

@@ -29,8 +29,7 @@ class Config:
 
 @torch.inference_mode()
 def measure(config):
-    """Return the mean KL divergence from float32's distributions in nats, how often both have the
-    same most likely token, and both perplexities."""
+    """Predict the same text in float32 and in config.dtype; compare the distributions."""
     at_least(1, config, "positions")
     init_from = resolve(config.init_from)
     device = pick_device(config.device)
@@ -41,15 +40,16 @@ def measure(config):
     tokens = open_shard(path).tokens[: config.positions + 1].astype("int64")
     tokens = torch.from_numpy(tokens).to(device)
 
+    # sum over the positions, a context at a time
     n = 0
-    kl = 0.0  # sums over all positions
+    kl = 0.0
     n_same = 0
     loss = 0.0
     reference_loss = 0.0
     block_size = model.config.block_size
     for x, y in zip(tokens[:-1].split(block_size), tokens[1:].split(block_size), strict=True):
         p = reference(x[None])[0][0].float().log_softmax(-1)  # (T, V)
-        q = model(x[None])[0][0].float().log_softmax(-1)
+        q = model(x[None])[0][0].float().log_softmax(-1)  # (T, V)
         kl += F.kl_div(q, p, log_target=True, reduction="sum").item()
         n_same += (p.argmax(-1) == q.argmax(-1)).sum().item()
         reference_loss += F.nll_loss(p, y, reduction="sum").item()
@@ -57,8 +57,8 @@ def measure(config):
         n += len(x)
         print(f"{n} of {len(tokens) - 1} positions", file=sys.stderr)
     return {
-        "kl": kl / n,
-        "same_top": n_same / n,
+        "kl": kl / n,  # mean KL divergence from float32, nats
+        "same_top": n_same / n,  # share of positions with the same most likely token
         "perplexity": math.exp(loss / n),
         "perplexity_float32": math.exp(reference_loss / n),
         "positions": n,

@@ -23,7 +23,7 @@ class Config:
 
 
 def measure(config):
-    """Return both rates and the peak memory. tiktoken encodes at most 64 MB of the text."""
+    """Tokenize conversations into a shard, then encode at most 64 MB of their text by tiktoken."""
     at_least(1, config, "megabytes")
     conversations = [messages for _, messages in chitchat.read(chitchat.packaged())]
     size = 0
@@ -45,7 +45,7 @@ def measure(config):
         tokens = sum(len(open_shard(path).tokens) for path in Path(folder).glob("*.bin"))
     peak = peak_memory("cpu")
 
-    # tiktoken alone
+    # tiktoken alone, with all cores
     texts = []
     for i in range(min(n, round(64 / size))):
         messages = conversations[i % len(conversations)]
@@ -55,8 +55,8 @@ def measure(config):
     tiktoken_seconds = time.perf_counter() - start
     return {
         "tokens_per_s": tokens / seconds,
-        "seconds": seconds,
-        "megabytes": n * size,
+        "seconds": seconds,  # from conversations to the shard
+        "megabytes": n * size,  # of text
         "megabytes_per_s": n * size / seconds,
         "tiktoken_megabytes_per_s": len(texts) * size / tiktoken_seconds,
         "peak_memory_mb": peak,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import process_memory, resolve, run_benchmark
+from benchmarks.common import ModelConfig, process_memory, resolve, run_benchmark
 from nanochatgpt.configurator import at_least
 
 SERVE = Path(__file__).resolve().parents[1] / "serve.py"
@@ -31,10 +31,7 @@ TIE = 0.05  # nats between two tokens that rounding may swap
 
 
 @dataclass
-class Config:
-    init_from: str = "random:gpt2"  # as for serve.py, or random:NAME: that shape, random weights
-    dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+class Config(ModelConfig):
     clients: int = 16  # clients that ask together
     prompt_len: int = 16  # tokens per prompt
     new_tokens: int = 64  # tokens per reply
@@ -54,9 +51,7 @@ class Reply:
 
 
 def measure(config):
-    """Return tokens_per_s of all clients and `ratio`, that rate divided by one client's; times to
-    the first token; the server's memory before and after the soak; and how many replies of the soak
-    were lost, differ from the reply to one client alone (mixed_up) or only after a tie (tied)."""
+    """Measure rounds of one client and of all, then the soak; return the medians."""
     at_least(1, config, "clients", "prompt_len", "new_tokens", "rounds", "soak")
     draw = random.Random(0)
 
@@ -67,9 +62,9 @@ def measure(config):
     with running_server(config) as (pid, port):
         # a warm-up, then the rounds
         drive(port, make_requests(4 * config.clients, max_tokens=config.new_tokens), config.clients)
-        one_rates = []
+        one_rates = []  # tokens per second
         rates = []
-        first_tokens = [[] for _ in range(config.clients)]
+        first_tokens = [[] for _ in range(config.clients)]  # seconds
         for _ in range(config.rounds):
             _, rate = drive(port, make_requests(8, max_tokens=config.new_tokens), 1)
             one_rates.append(rate)
@@ -86,6 +81,7 @@ def measure(config):
         memory_after = process_memory("VmRSS", pid)
         alone, _ = drive(port, requests, 1)
 
+    # compare the replies
     mixed_up = 0
     tied = 0
     for a, b in zip(alone, together, strict=True):
@@ -97,18 +93,18 @@ def measure(config):
     one_rate = statistics.median(one_rates)
     rate = statistics.median(rates)
     return {
-        "tokens_per_s": rate,
-        "seconds": 1 / rate,
+        "tokens_per_s": rate,  # of all clients together
+        "seconds": 1 / rate,  # per token
         "one_tokens_per_s": one_rate,
         "ratio": rate / one_rate,
         "first_token_s": statistics.median(all_first_tokens),
         "slowest_clients_first_token_s": max(map(statistics.mean, first_tokens)),
         "longest_first_token_s": max(all_first_tokens),
-        "memory_mb": memory,
+        "memory_mb": memory,  # of the server
         "memory_after_soak_mb": memory_after,
-        "lost": [reply.n_tokens for reply in together + alone].count(0),
-        "mixed_up": mixed_up,
-        "tied": tied,
+        "lost": [reply.n_tokens for reply in together + alone].count(0),  # replies in the soak
+        "mixed_up": mixed_up,  # replies that differ from those to one client
+        "tied": tied,  # replies that differ only after a tie
     }
 
 
@@ -134,7 +130,7 @@ def drive(port, requests, n_clients):
     """Return ([Reply], tokens per second) of clients that share the requests; each sends its next
     one when it has the reply to the last."""
     replies = [None] * len(requests)
-    remaining = iter(enumerate(requests))
+    remaining = iter(enumerate(requests))  # all clients take from it
 
     async def client(number):
         for i, request in remaining:
@@ -155,6 +151,7 @@ async def send(port, request, client):
     start = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     body = json.dumps(request)
+    # HTTP by hand: a client library would take more of the server's cores
     head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     writer.write((head + body).encode())
@@ -167,6 +164,7 @@ async def send(port, request, client):
             events.append(line.removeprefix(b"data: "))
             reply.first_token = reply.first_token or time.perf_counter() - start
     writer.close()
+
     for event in map(json.loads, events):
         for choice in event.get("choices", ()):
             reply.text += choice["text"]
@@ -180,7 +178,7 @@ async def send(port, request, client):
 def same(a, b):
     """Return whether two greedy replies to a prompt agree, at least up to a tie of two tokens."""
     for (token, logprobs), (other, _) in zip(a.top_logprobs, b.top_logprobs, strict=False):
-        if token != other:
+        if token != other:  # what follows depends on it
             return other in logprobs and logprobs[token] - logprobs[other] < TIE
     return a.text == b.text
 

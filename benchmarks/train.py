@@ -44,7 +44,7 @@ class Config:
 
 
 def measure(config):
-    """Return the median rates of whole steps: batch, forward, backward, clipping, AdamW."""
+    """Run whole steps: batch, forward, backward, clipping, AdamW; return the median rates."""
     at_least(1, config, "batch_size", "block_size", "steps")
     if config.loop not in ("packed", "nanogpt", "padded"):
         raise ValueError(f"loop={config.loop} is not one of packed, nanogpt, padded")
@@ -52,6 +52,7 @@ def measure(config):
     start = time.perf_counter()
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
+    # precision of float32 products, as in train.py
     torch.backends.cuda.matmul.fp32_precision = "tf32"
 
     # the model
@@ -67,7 +68,7 @@ def measure(config):
         model.gradient_checkpointing = config.gradient_checkpointing
         gpt = model
         if config.loop == "packed":
-            keep_freed_memory()
+            keep_freed_memory()  # as train.py does on a CPU
             speed_up(model)
         run_model = compiled(model) if config.compile else model
     model.train()
@@ -104,9 +105,9 @@ def measure(config):
     return {
         "tokens_per_s": tokens_per_s,
         "supervised_tokens_per_s": supervised_per_s,
-        "seconds": float(np.median(seconds)),
-        "fill": n_tokens / n_positions,
-        "mfu": tokens_per_s * flops_per_token / peak if peak else None,
+        "seconds": float(np.median(seconds)),  # per step
+        "fill": n_tokens / n_positions,  # share of positions that hold tokens
+        "mfu": tokens_per_s * flops_per_token / peak if peak else None,  # model FLOPs utilization
         "first_step_s": first_step,  # with loading and compiling
         "peak_memory_mb": peak_memory(device),
         "device": device_name(device),
@@ -115,13 +116,13 @@ def measure(config):
 
 def compute_loss(loop, model, x, y, extra, device):
     """Return the loss of a batch of open_data."""
-    x = move(x, device)
+    x = move(x, device)  # (B, T)
     extra = None if extra is None else move(extra, device)
     if loop == "packed":
-        return model(x, y, extra)[1]
+        return model(x, y, extra)[1]  # takes y from the CPU, to find what is supervised
     y = move(y, device)
     if loop == "nanogpt":
-        logits, _ = model(x)
+        logits, _ = model(x)  # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1), y.flatten())
     return model(x, attention_mask=extra, labels=y).loss
 
@@ -136,6 +137,8 @@ def open_data(config):
         loader = Loader(shards, B, T, 0, Tokenizer())
         batch = partial(padded_batch, loader) if config.loop == "padded" else loader.batch
         return batch, loader.fill, loader.span
+
+    # without a dataset: the same random tokens in each batch
     ids = torch.randint(0, 50257, (B, T + 1), generator=torch.Generator().manual_seed(0))
     x = ids[:, :-1]
     if config.loop == "padded":  # transformers shifts the labels
@@ -147,6 +150,7 @@ def padded_batch(loader, number):
     """Return (ids, labels, attention mask), (B, T) each: shuffled conversations of a loader's first
     shard, cut to block_size and padded to the longest of them."""
     shard = loader.parts[0].shard
+    # the conversations of this batch, in a fixed random order
     order = np.random.default_rng(0).permutation(len(shard.offsets) - 1)
     B = loader.batch_size
     x = torch.full((B, loader.block_size), loader.tokenizer.pad_id)
@@ -156,10 +160,10 @@ def padded_batch(loader, number):
         start = shard.offsets[i]
         n = min(shard.offsets[i + 1] - start, loader.block_size)
         x[b, :n] = torch.from_numpy(shard.tokens[start : start + n].astype(np.int64))
-        supervised = torch.from_numpy(shard.mask(start, start + n))
+        supervised = torch.from_numpy(shard.mask(start, start + n))  # (n,) bool
         y[b, :n] = x[b, :n].where(supervised, -100)
         mask[b, :n] = 1
-    longest = mask.sum(1).max()
+    longest = mask.sum(1).max()  # tokens
     return x[:, :longest], y[:, :longest], mask[:, :longest]
 
 

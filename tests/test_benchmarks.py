@@ -91,7 +91,7 @@ def test_help_says_what_is_measured_and_lists_the_knobs(as_main, name):
         ("train", {"steps": 0}, ["steps=0"]),
         ("train", {"loop": "fast"}, ["loop=fast", "packed", "nanogpt", "padded"]),
         ("prepare", {"megabytes": 0}, ["megabytes=0"]),
-        ("candidates", {"source": "nothing.txt"}, ["source=nothing.txt"]),
+        ("candidates", {"source": "nothing.txt"}, ["nothing.txt"]),
         ("best_of", {"n": 0}, ["n=0"]),
         ("serve", {"clients": 0}, ["clients=0"]),
     ],
