@@ -1,4 +1,5 @@
-"""What the tests share: no network, scripts run as a user runs them, small corpora and models made on the spot."""
+"""What the tests share: no network, scripts run as a user runs them, small corpora and models made
+on the spot."""
 
 import io
 import json
@@ -50,7 +51,8 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def script(tmp_path):
-    """Run a script in an empty folder: script("chat.py", "--seed=1", input="hi") -> CompletedProcess with text."""
+    """Run a script in an empty folder: script("chat.py", "--seed=1", input="hi") ->
+    CompletedProcess with text."""
 
     def run(name, *args, input=None, env=None, timeout=120):
         command = [sys.executable, str(ROOT / name), *map(str, args)]
@@ -69,7 +71,8 @@ def script(tmp_path):
 
 
 def assert_refused(done, *words):
-    """The script ended as a person's mistake should: status 2, at most two lines on stderr, which name the thing."""
+    """The script ended as a person's mistake should: status 2, at most two lines on stderr, which
+    name the thing."""
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
     assert 1 <= len(done.stderr.strip().splitlines()) <= 2, done.stderr
@@ -117,7 +120,8 @@ def assert_same_weights(a, b):
 
 
 def small_talk(n, seed=0):
-    """Return n conversations of 1 to 4 exchanges, some with a persona, in a vocabulary that a small model can learn."""
+    """Return n conversations of 1 to 4 exchanges, some with a persona, in a vocabulary that a small
+    model can learn."""
     choose = random.Random(seed)
     words = [
         "hello",
@@ -171,7 +175,8 @@ def write_jsonl(path, conversations):
 
 @pytest.fixture
 def in_process(monkeypatch, capsys):
-    """Run a script as `script` does, but in this process, which spares 3 s: in_process(bench.main, "bench.py", ...)."""
+    """Run a script as `script` does, but in this process, which spares 3 s: in_process(bench.main,
+    "bench.py", ...)."""
 
     def run(main, *argv):
         argv = [str(arg) for arg in argv]
@@ -236,7 +241,8 @@ class Serving:
 
 @pytest.fixture(scope="session")
 def serving(tmp_path_factory):
-    """Start serve.py: with serving("--max_rows=1") as server: ... server.url; at the end it must still run and stop."""
+    """Start serve.py: with serving("--max_rows=1") as server: ... server.url; at the end it must
+    still run and stop."""
     pytest.importorskip("fastapi")
 
     @contextmanager
@@ -270,7 +276,8 @@ def data_dir(tmp_path):
 
 @pytest.fixture
 def hf_gpt2():
-    """Make a transformers GPT2LMHeadModel with random weights: hf_gpt2(n_layer=2, ...) -> model in eval mode."""
+    """Make a transformers GPT2LMHeadModel with random weights: hf_gpt2(n_layer=2, ...) -> model in
+    eval mode."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     def make(seed=0, **shape):
@@ -288,7 +295,8 @@ PROMPTS = [[5, 17, 17, 199], [42], list(range(100, 130)), [7, 8, 9, 7, 8, 9, 7]]
 
 @pytest.fixture
 def hf(hf_gpt2):
-    """A transformers model of 200 tokens and 64 positions, with weights large enough for varied output."""
+    """A transformers model of 200 tokens and 64 positions, with weights large enough for varied
+    output."""
     hf = hf_gpt2(vocab_size=200, n_positions=64, initializer_range=0.5)
     with torch.no_grad():
         hf.transformer.wte.weight[:, 0] = 0.3  # so that ln_f.bias[0] moves all logits

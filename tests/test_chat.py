@@ -55,7 +55,8 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def config(directory):
-    """Make a chat.Config: config(block_size=64, template=..., seed=...) -> Config of a tiny model's chat."""
+    """Make a chat.Config: config(block_size=64, template=..., seed=...) -> Config of a tiny model's
+    chat."""
 
     def make(block_size=128, template="human_bot", **knobs):
         knobs = {
@@ -124,7 +125,8 @@ def at_terminal(config, hold):
 
 
 def spelled(text, seed):
-    """Return ids of `text` in an unusual spelling: cut at random places, even within characters, and encoded."""
+    """Return ids of `text` in an unusual spelling: cut at random places, even within characters,
+    and encoded."""
     choose, data, ids = random.Random(seed), text.encode(), []
     while data:
         lengths = [n for n in range(1, 8) if data[:n] in TOKENS]
@@ -134,7 +136,7 @@ def spelled(text, seed):
     return ids
 
 
-# --- piped ------------------------------------------------------------------------------------------------------------
+# --- piped ----------------------------------------------------------------------------------------
 
 
 def test_a_script_of_messages_is_answered_line_by_line_and_alike_each_time(
@@ -250,7 +252,7 @@ def test_a_screen_that_cannot_show_every_character_does_not_end_the_chat(config,
     assert screen.buffer.getvalue() == b"Bot: some ? or tea\n"
 
 
-# --- what the model says, and what is shown of it ---------------------------------------------------------------------
+# --- what the model says, and what is shown of it -------------------------------------------------
 
 
 def test_a_reply_ends_at_its_end_token_and_loses_the_white_space_around_it(config, says):
@@ -332,7 +334,7 @@ def test_the_model_is_given_the_conversation_as_training_writes_it(config, says,
     assert prompts[-1] == Tokenizer().render(bot.messages[:-1], add_generation_prompt=True)[0]
 
 
-# --- at a terminal ----------------------------------------------------------------------------------------------------
+# --- at a terminal --------------------------------------------------------------------------------
 
 
 def test_the_greeting_says_what_one_talks_to_and_how_to_get_help(at_terminal, directory):
@@ -510,7 +512,7 @@ def test_a_reply_streams_ctrl_c_cuts_it_short_the_chat_goes_on_and_ctrl_d_ends_i
     assert terminal.process.wait(60) == 0
 
 
-# --- sample.py --------------------------------------------------------------------------------------------------------
+# --- sample.py ------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""The engine gives the tokens of the plain GPT.generate, in every dtype, whatever runs next to a row
+"""The engine gives the tokens of the plain GPT.generate, in every dtype, whatever runs next to a
+row
 and whatever its cache held before; and it computes nothing twice."""
 
 import random

@@ -1,4 +1,5 @@
-"""The README's exercises can be done as it says: each has a solution, a patch that applies, and that does it."""
+"""The README's exercises can be done as it says: each has a solution, a patch that applies, and
+that does it."""
 
 import os
 import shutil
@@ -20,7 +21,8 @@ SMALL = ["--n_layer=2", "--n_head=3", "--n_embd=48"]
 
 @pytest.fixture
 def solved(tmp_path):
-    """Return run(*args) in a copy of the project with a solution: python = solved("loss"); python("train.py")."""
+    """Return run(*args) in a copy of the project with a solution: python = solved("loss");
+    python("train.py")."""
 
     def solve(name):
         tree = tmp_path / "tree"

@@ -1,4 +1,5 @@
-"""Generation gives the ids of transformers and of a loop without a cache, and text that never shows a stop string or
+"""Generation gives the ids of transformers and of a loop without a cache, and text that never shows
+a stop string or
 half a character."""
 
 import random
@@ -132,7 +133,8 @@ def tokenizer():
 
 
 def reciter(ids):
-    """A real model that says `ids` whatever it is asked: each position embeds the token that comes next."""
+    """A real model that says `ids` whatever it is asked: each position embeds the token that comes
+    next."""
     torch.manual_seed(0)
     model = GPT(
         GPTConfig(block_size=len(ids) + 1, vocab_size=50257, n_layer=0, n_head=1, n_embd=128)

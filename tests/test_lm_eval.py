@@ -1,4 +1,5 @@
-"""lm-evaluation-harness on a directory that train.py has written, as the README says: nothing is converted."""
+"""lm-evaluation-harness on a directory that train.py has written, as the README says: nothing is
+converted."""
 
 import json
 import os

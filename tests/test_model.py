@@ -1,4 +1,5 @@
-"""The model is Hugging Face's GPT-2: names, logits, losses, gradients and dropout are compared with transformers, those
+"""The model is Hugging Face's GPT-2: names, logits, losses, gradients and dropout are compared with
+transformers, those
 of rows that hold several conversations with each by itself."""
 
 import math
@@ -21,7 +22,8 @@ SMALL = ODD | {"vocab_size": 300}
 
 @pytest.fixture
 def hf_model(hf_gpt2):
-    """A transformers model in which every weight matters: biases and LayerNorms too are away from 0 and 1."""
+    """A transformers model in which every weight matters: biases and LayerNorms too are away from 0
+    and 1."""
 
     def make(**shape):
         model = hf_gpt2(**shape)
@@ -157,7 +159,8 @@ DOCUMENTS = torch.tensor(
 
 
 def packed():
-    """Return idx and targets (4, 40) of conversations as long as ROWS says, and each by itself, [(idx, targets)]."""
+    """Return idx and targets (4, 40) of conversations as long as ROWS says, and each by itself,
+    [(idx, targets)]."""
     idx, targets = batch(300, 4, 40), batch(300, 4, 40, seed=2)
     targets[:, ::3] = -100
     each = []
@@ -363,7 +366,8 @@ def test_the_presets_have_as_many_parameters_as_the_published_models(preset, par
 def test_training_gpt2_takes_855_megaflop_a_token():
     with torch.device("meta"):
         model = GPT(GPTConfig(**PRESETS["gpt2"]))
-    # by hand: per layer 12 C^2 weights and 13 C biases and LayerNorms, then ln_f and the head; attention 12 L C T
+    # by hand: per layer 12 C^2 weights and 13 C biases and LayerNorms, then ln_f and the head;
+    # attention 12 L C T
     weights = 12 * (12 * 768**2 + 13 * 768) + 2 * 768 + 50257 * 768
     assert model.flops_per_token(1024) == 6 * weights + 12 * 12 * 768 * 1024
     assert round(model.flops_per_token(1024) / 1e6) == 855

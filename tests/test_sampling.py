@@ -1,4 +1,5 @@
-"""The next token is penalised and drawn as transformers and OpenAI's formula say, by whatever shortcut."""
+"""The next token is penalised and drawn as transformers and OpenAI's formula say, by whatever
+shortcut."""
 
 import math
 from dataclasses import replace
@@ -56,7 +57,8 @@ def by_transformers(processors, logits, prompt, new):
 
 
 def by_openai(logits, new, presence, frequency):
-    """Return platform.openai.com's mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence, in float64."""
+    """Return platform.openai.com's mu[j] - c[j] * alpha_frequency - float(c[j] > 0) *
+    alpha_presence, in float64."""
     result = logits.double()
     for token in range(len(logits)):
         count = sum(other == token for other in new)
@@ -216,7 +218,8 @@ def test_greedy_ids_with_bias_and_penalties_are_those_of_transformers_generate(h
 
 
 def warped(logits, temperature, top_k, top_p, min_p):
-    """Return the float64 probabilities of transformers for logits (V,); assume that none is at the edge of a knob."""
+    """Return the float64 probabilities of transformers for logits (V,); assume that none is at the
+    edge of a knob."""
     scores = TemperatureLogitsWarper(temperature)(None, logits[None].double())
     if top_k:
         scores = TopKLogitsWarper(top_k)(None, scores)
@@ -254,7 +257,9 @@ min_ps = st.floats(0, 1) | st.sampled_from([0.0, 0.01, 0.1, 1.0])
 def test_samples_have_the_distribution_of_transformers(logits, temperature, top_k, top_p, min_p):
     logits = torch.tensor(logits) / 20
     expected = warped(logits, temperature, min(top_k, len(logits)), top_p, min_p)
-    n = 1024  # uniforms at equal distances: the samples invert the cumulative distribution, so each count is exact to 1
+    # uniforms at equal distances: the samples invert the cumulative distribution, so each count is
+    # exact to 1
+    n = 1024
     uniform = (torch.arange(n) + 0.5) / n
     counts = draw(logits.expand(n, -1), uniform, temperature, top_k, top_p, min_p).bincount(
         minlength=len(logits)
@@ -326,7 +331,8 @@ def test_the_first_tokens_of_many_rows_have_the_models_distribution(hf, model):
         expected = warped(hf(torch.tensor(PROMPTS[:1])).logits[0, -1], 2.0, 5, 1.0, 0.0)
     observed = ids[:, 0].bincount(minlength=200) / n
     assert (observed - expected).abs().max() < 4 * (0.25 / n) ** 0.5
-    # and the second token does not follow from the first one's uniform, nor a row from the one before
+    # and the second token does not follow from the first one's uniform, nor a row from the one
+    # before
     same = (ids[1:, 0] == ids[:-1, 0]).float().mean()
     assert abs(same - expected.square().sum()) < 4 * (0.25 / n) ** 0.5
 
@@ -343,7 +349,8 @@ def test_min_p_keeps_the_tokens_with_that_share_of_the_likeliest_ones_probabilit
 
 
 def draw_by_hand(logits, uniform, temperature, top_p, min_p):
-    """Return the id that `uniform` draws, by a loop in float64; assume that it lies at no edge, nor any token's."""
+    """Return the id that `uniform` draws, by a loop in float64; assume that it lies at no edge, nor
+    any token's."""
     p = (logits.double() / temperature).softmax(-1)
     falling = sorted(zip(p.tolist(), range(len(p)), strict=True), reverse=True)
     kept, together = [], 0.0
@@ -401,7 +408,8 @@ def test_rows_that_need_the_whole_vocabulary_and_rows_that_do_not_are_drawn_as_i
     top_p, min_p
 ):
     random = torch.Generator().manual_seed(0)
-    # from one token that has it all to nearly equal ones: the candidates hold all of the mass, some, next to none
+    # from one token that has it all to nearly equal ones: the candidates hold all of the mass,
+    # some, next to none
     scale = torch.tensor([50.0, 5.0, 2.0, 1.0, 0.1]).repeat(3)[:, None]
     logits = torch.randn(15, 20_000, generator=random) * scale
     uniform = torch.rand(15, generator=random)

@@ -1,4 +1,5 @@
-"""Shards byte by byte, what is refused, and what a loader makes of them: rows of whole conversations, each once."""
+"""Shards byte by byte, what is refused, and what a loader makes of them: rows of whole
+conversations, each once."""
 
 import gzip
 import io
@@ -263,7 +264,8 @@ def test_a_shard_cut_anywhere_is_refused(talk):
 
 
 def readable_or_refused(path, content):
-    """A file with this content is refused, naming it, or can be read from its first token to its last."""
+    """A file with this content is refused, naming it, or can be read from its first token to its
+    last."""
     path.write_bytes(content)
     try:
         shard = open_shard(path)
@@ -375,7 +377,8 @@ def epoch(loader, number=0):
 
 
 def numbered(lengths, first=1):
-    """Return conversations of these lengths whose tokens number on, with a gap between two, so each is found again."""
+    """Return conversations of these lengths whose tokens number on, with a gap between two, so each
+    is found again."""
     made = []
     for n in lengths:
         mask = [int(i % 3 != 1) for i in range(first, first + n)]
@@ -501,7 +504,8 @@ def chats(draw):
 
 
 def split(messages):
-    """Return (the persona's messages, the exchanges) of messages in which user and assistant alternate."""
+    """Return (the persona's messages, the exchanges) of messages in which user and assistant
+    alternate."""
     n = int(messages[0]["role"] == "system")
     return messages[:n], [messages[i : i + 2] for i in range(n, len(messages), 2)]
 
