@@ -171,7 +171,9 @@ def test_no_standard_input_is_no_message(config, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "line", [b"caf\xe9 \xff\xfe\x80", b"\x00\x01", "🙂 ​﷽".encode(), b"x" * 10_000, b"word " * 20_000, b"[Bot]:\r"],
+    "line",
+    [b"caf\xe9 \xff\xfe\x80", b"\x00\x01", "🙂 ​﷽".encode(), b"x" * 10_000,
+     b"word " * 20_000, b"[Bot]:\r"],
     ids=["not utf-8", "control characters", "emoji", "a long word", "a long message", "a marker"],
 )  # fmt: skip
 def test_whatever_the_line_holds_it_gets_one_answer(line, config, hold):
@@ -329,7 +331,8 @@ def test_the_model_is_given_the_conversation_as_training_writes_it(config, says,
     for message, answer in (("hi", " hello\n"), ("tea?", "  yes, please"), ("bye", "")):
         says([*Tokenizer().encode(answer), 50256])
         list(bot.reply(message))
-    text = "[Persona]: i like tea.\n[Human]: hi\n[Bot]: hello<|endoftext|>\n[Human]: tea?\n[Bot]: yes, please<|endoftext|>"
+    text = "[Persona]: i like tea.\n[Human]: hi\n[Bot]: hello<|endoftext|>"
+    text += "\n[Human]: tea?\n[Bot]: yes, please<|endoftext|>"
     assert Tokenizer().decode(prompts[-1]) == text + "\n[Human]: bye\n[Bot]:"
     assert prompts[-1] == Tokenizer().render(bot.messages[:-1], add_generation_prompt=True)[0]
 

@@ -904,7 +904,7 @@ def test_a_model_that_is_trained_further_keeps_its_template():
     again = fit(init_from=str(first), dataset="theirs", out_dir="again", max_iters=1)
     assert read_tokenizer(again).template == "user_assistant"
     fit(init_from=str(first), template="human_bot", out_dir="other", max_iters=1)
-    assert read_tokenizer("other").template == "human_bot"
+    assert read_tokenizer(Path("other")).template == "human_bot"
 
 
 def test_a_shape_that_the_model_has_not_is_refused(monkeypatch, capfd):
