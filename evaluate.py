@@ -25,7 +25,7 @@ from nanochatgpt.loader import Loader
 from nanochatgpt.prompts import sample_prompts
 from nanochatgpt.sampling import ChatSampling, for_template
 from nanochatgpt.shards import find_shards
-from prepare.recall import Speaker, probe
+from prepare.recall_generator import Speaker, probe
 
 # kind of probe -> exchanges since the fact was told; 0: the fact is in the persona
 PROBES = {"recall_1": 1, "recall_3": 3, "recall_6": 6, "persona": 0}

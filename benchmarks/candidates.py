@@ -13,7 +13,7 @@ from benchmarks.common import ModelConfig, load, run_benchmark
 from evaluation.ranking import continuation, loglikelihoods
 from nanochatgpt.configurator import at_least
 from nanochatgpt.tokenizer import fit_context
-from prepare.personachat import examples
+from prepare.parlai import examples
 
 
 @dataclass

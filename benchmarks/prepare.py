@@ -14,7 +14,8 @@ from benchmarks.common import peak_memory, run_benchmark
 from nanochatgpt.configurator import at_least
 from nanochatgpt.shards import open_shard
 from nanochatgpt.tokenizer import gpt2_encoding
-from prepare import chitchat, corpus
+from prepare import chitchat_package as chitchat
+from prepare import corpus
 
 
 @dataclass

@@ -23,7 +23,7 @@ from nanochatgpt.configurator import at_least, run
 from nanochatgpt.device import pick_device, pick_dtype
 from nanochatgpt.sampling import ChatSampling, for_template
 from nanochatgpt.tokenizer import fit_context
-from prepare.personachat import examples
+from prepare.parlai import examples
 
 ROWS = {  # metric -> its label and format in the table
     "f1": ("F1", ".1%"),

@@ -1,8 +1,9 @@
-"""Conversations in three columns, System, User and Assistant: python prepare/columned_chat.py [--source=PATH]
+"""Conversations in three columns: python prepare/columned_chat.py [--source=PATH]
 
-Without --source, Locutusque's ColumnedChatCombined is downloaded (2.66 GB), from which gpt2-conversational-or-qa was
-made. --source takes its formatted_data.json, {"train": [...], "validation": [...]}, or the folder; it is read piece
-by piece. Where it has no validation list, or was cut before it, the other one is divided 95 to 5.
+Without --source, Locutusque's ColumnedChatCombined is downloaded (2.66 GB), the corpus of
+gpt2-conversational-or-qa. --source is its formatted_data.json or the folder with it:
+{"train": [{"System": ..., "User": ..., "Assistant": ...}, ...], "validation": [...]}. Without a
+validation list, the other one is divided 95 to 5.
 """
 
 import re
@@ -15,127 +16,115 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanochatgpt.configurator import at_least, run
 from nanochatgpt.files import hub_file
 from prepare.corpus import Config as CorpusConfig
-from prepare.corpus import JsonStream, divide, existing, prepare
+from prepare.corpus import divide, existing, prepare
+from prepare.json_stream import JsonStream
 
 FILE = "formatted_data.json"
-SPLITS = {"train": "train", "validation": "val"}
-COLUMNS = {"System": "system", "User": "user", "Assistant": "assistant"}  # -> role
+SPLITS = {"train": "train", "validation": "val"}  # list -> split
 
 
 @dataclass
 class Config(CorpusConfig):
     template: str = "user_assistant"
-    max_examples: int = (
-        0  # take so many of each split, the first ones; 0: all. The model was made from 245,000
-    )
-    english: bool = False  # leave out what is not English, by py3langid
-    skip_bad: bool = False  # go on behind what cannot be read
+    max_examples: int = 0  # examples per split, the first ones (0 = all); the model saw 245,000
+    english: bool = False  # leave out other languages, as told by py3langid
+    skip_bad: bool = False  # skip what cannot be read
 
 
-def conversation(record):
-    """Return the messages of a record; none where the question or the answer is blank. Raises ValueError for one that
-    has no such columns."""
-    if not isinstance(record, dict):
-        raise ValueError(f"is no object: {str(record)[:40]!r}")
-    texts = {role: record.get(column) for column, role in COLUMNS.items()}
-    if texts["system"] is None:
-        texts["system"] = ""
-    for column, role in COLUMNS.items():
-        if not isinstance(texts[role], str):
-            raise ValueError(
-                f"has {f'{texts[role]!r:.40} as' if column in record else 'no'} {column}"
-            )
-    texts = {role: text.strip() for role, text in texts.items()}
-    if not (texts["user"] and texts["assistant"]):
-        return []
-    return [{"role": role, "content": text} for role, text in texts.items() if text]
-
-
-def records(path, bad, skip_bad):
-    """Yield (train or validation, number, record) of a file.
-
-    What cannot be read goes to bad(where, error); with skip_bad, the rest is read then as far as there is one.
-    """
+def records(path, skip_bad):
+    """Yield (list's name, number, record) of a file, in pieces. A record that cannot be read is an
+    Exception; without skip_bad nothing follows it."""
+    list_name = "the file"
+    number = 0
     with open(path, encoding="utf-8", errors="replace") as file:
-        stream, list_name, number = JsonStream(file), "the file", 0
-
-        def skip(error):
-            nonlocal number
-            number += 1
-            bad(f"record {number:,} of {list_name}", error)
-
+        stream = JsonStream(file)
         try:
             stream.expect("{")
             while True:
-                list_name, number = stream.value(), 0
+                list_name = stream.value()
+                number = 0
                 stream.expect(":")
-                if not isinstance(list_name, str) or list_name not in SPLITS:
+                if list_name not in list(SPLITS):
                     raise ValueError("it is neither train nor validation")
-                for record in stream.items(skip if skip_bad else None, SPLITS):
+                for record in stream.items(skip_bad, SPLITS):
                     number += 1
                     yield list_name, number, record
                 if stream.expect(",", "}") == "}":
-                    break
+                    return
         except (ValueError, RecursionError) as error:
-            bad(f"record {number + 1:,} of {str(list_name)[:40]}", error)
+            yield str(list_name)[:40], number + 1, error
 
 
-def has_validation(path):
-    """Return whether a file has a list of that name: within a text its quotes would be escaped."""
-    with open(path, "rb") as file:
-        before = b""
-        while chunk := file.read(1 << 24):
-            if re.search(rb'"validation"\s*:', before + chunk):
-                return True
-            before = chunk[-64:]
-    return False
+def conversation(record):
+    """Return a record's messages, [] if the question or the answer is blank."""
+    if isinstance(record, Exception):
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError(f"is not an object: {record!r:.40}")
+    messages = []
+    for column in ("System", "User", "Assistant"):
+        text = record.get(column)
+        if column == "System" and text is None:
+            continue
+        if not isinstance(text, str):
+            raise ValueError(f"{column} is not a text: {text!r:.40}")
+        if text.strip():
+            messages.append({"role": column.lower(), "content": text.strip()})
+        elif column != "System":
+            return []
+    return messages
 
 
 def conversations(config, path, counts):
-    """Yield (train or validation, messages), and count in `counts` what is left out, by its reason."""
-
-    def bad(where, error):
-        """Count it, and show the first five. Raises ValueError unless it may be skipped."""
-        if not config.skip_bad:
-            raise ValueError(
-                f"{path}, {where}: {error}\n--skip_bad=true goes on behind it"
-            ) from None
-        counts["bad"] += 1
-        if counts["bad"] <= 5:
-            print(f"{path}, {where}: {error}", file=sys.stderr)
-
-    in_english = classifier() if config.english else None
-    taken = dict.fromkeys(SPLITS, 0)
-    for list_name, number, record in records(path, bad, config.skip_bad):
-        if taken[list_name] == config.max_examples > 0:
-            if min(taken.values()) == config.max_examples:
+    """Yield (list's name, messages). Count in `counts` what is left out, by reason."""
+    n_examples = dict.fromkeys(SPLITS, 0)
+    for list_name, number, record in records(path, config.skip_bad):
+        # stop when both lists are full; an error counts even if its list is
+        full = n_examples.get(list_name) == config.max_examples > 0
+        if full and not isinstance(record, Exception):
+            if min(n_examples.values()) == config.max_examples:
                 return
             continue
+
         try:
             messages = conversation(record)
-        except ValueError as error:
-            bad(f"record {number:,} of {list_name}", error)
+        except (ValueError, RecursionError) as error:
+            problem = f"{path}, record {number:,} of {list_name}: {error}"
+            if not config.skip_bad:
+                raise ValueError(f"{problem}\n--skip_bad=true skips it") from None
+            counts["bad"] += 1
+            if counts["bad"] <= 5:
+                print(problem, file=sys.stderr)
             continue
+
         if not messages:
             counts["blank"] += 1
-        elif in_english and not in_english(messages):
+        elif config.english and not is_english(messages):
             counts["not English"] += 1
         else:
-            taken[list_name] += 1
+            n_examples[list_name] += 1
             yield list_name, messages
 
 
-def classifier():
-    """Return the function that says whether messages are English. Raises ValueError without the package it needs."""
+def is_english(messages):
+    """Return whether messages are in English. Raises ValueError without py3langid."""
     try:
         from py3langid import classify
     except ModuleNotFoundError:
-        raise ValueError(
-            "english=true needs a package that tells languages apart: pip install py3langid"
-        ) from None
-    return lambda messages: (
-        classify(" ".join(message["content"][:500] for message in messages))[0] == "en"
-    )
+        raise ValueError("english=true needs another package: pip install py3langid") from None
+    text = " ".join(message["content"][:500] for message in messages)
+    return classify(text)[0] == "en"
+
+
+def has_validation(path):
+    """Return whether a file has a list named validation. Quotes in a text would be escaped."""
+    with open(path, "rb") as file:
+        tail = b""
+        while chunk := file.read(1 << 24):
+            if re.search(rb'"validation"\s*:', tail + chunk):
+                return True
+            tail = chunk[-64:]
+    return False
 
 
 def main(config):
@@ -146,13 +135,13 @@ def main(config):
     else:
         path = hub_file("Locutusque/ColumnedChatCombined", FILE, kind="datasets")
     counts = {"bad": 0, "blank": 0, "not English": 0}
-    found = conversations(config, path, counts)
+    examples = conversations(config, path, counts)
     if has_validation(path):
-        found = ((SPLITS[list_name], messages) for list_name, messages in found)
+        examples = ((SPLITS[list_name], messages) for list_name, messages in examples)
     else:
-        found = divide((str(messages), messages) for _, messages in found)
-    prepare(config, "columned_chat", found)
-    print("left out: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+        examples = divide((str(messages), messages) for _, messages in examples)
+    prepare(config, "columned_chat", examples)
+    print("left out: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """
-Many conversations to token ids at once, twice as fast as Tokenizer.render and equal to it.
+Tokenizer.render for many conversations at once: equal to it, and twice as fast.
 """
 
-import contextlib
 import functools
+import itertools
 import os
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,77 +13,67 @@ from nanochatgpt.tokenizer import LONG_SPACE
 
 
 def render_batch(tokenizer, conversations):
-    """Return [(ids (n,) uint16, mask (n,) uint8)] of many conversations, each as `render` gives it.
-
-    On all cores: tiktoken lets go of the interpreter. Encoding message by message takes twice as long as whole
-    conversations, which give the same ids: GPT-2's words end before an opener's newline and behind its colon, or it
-    is a special token. The openers are then found among the ids. Where text looks like one, it is `render`.
-    """
+    """Return [(ids (n,) uint16, mask (n,) uint8)]: for each conversation what `render` returns."""
     chunks = [conversations[i : i + 64] for i in range(0, len(conversations), 64)]
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return [
-            pair
-            for chunk in threads.map(functools.partial(_render_chunk, tokenizer), chunks)
-            for pair in chunk
-        ]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # tiktoken releases the GIL
+        rendered = threads.map(functools.partial(_render_chunk, tokenizer), chunks)
+    return list(itertools.chain(*rendered))
 
 
 def _render_chunk(tokenizer, conversations):
-    """Do what render_batch does, on one core."""
-    t = tokenizer._template
-    allowed = {opener for opener in t.openers.values() if opener in t.specials}
-    whole, done = {}, {}  # number of the conversation -> its ids without the ends; (ids, mask)
-    for n, messages in enumerate(conversations):
-        text = "".join(f"{t.openers[m['role']]}{t.before}{m['content']}{t.after}" for m in messages)
-        roles = Counter(m["role"] for m in messages)
-        clear = all(text.count(opener.strip()) == roles[role] for role, opener in t.openers.items())
-        if clear and 0 < len(text) < LONG_SPACE:
-            with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate
-                text = text.removeprefix("\n")
-                whole[n] = tokenizer._bpe.encode_to_numpy(
-                    text, allowed_special=allowed, disallowed_special=()
-                )
-        if n not in whole:
-            done[n] = tuple(
-                np.array(part, kind)
-                for part, kind in zip(tokenizer.render(messages), "HB", strict=True)
+    """A call of tiktoken per conversation takes half the time of one per message. The ids are the
+    same, because GPT-2's words end where an opener begins and ends."""
+    template = tokenizer._template
+    markers = {*template.openers.values(), template.end}
+    specials = markers & tokenizer.special_ids.keys()
+    all_ids = []  # an array per conversation
+    piece_sizes = []  # bytes of each opener and each body
+    supervised = []  # 1 for the body of a reply, else 0
+    for messages in conversations:
+        pieces, is_reply = _pieces(template, messages)
+        try:
+            piece_sizes += [len(piece.encode()) for piece in pieces]
+        except UnicodeEncodeError:  # half a surrogate pair becomes U+FFFD
+            encoded = [piece.encode("utf-16", "surrogatepass") for piece in pieces]
+            pieces = [piece.decode("utf-16", "replace") for piece in encoded]
+            piece_sizes += [len(piece.encode()) for piece in pieces]
+        supervised += is_reply
+
+        # `render` knows what to do if somebody typed a marker or very much white space
+        text = "".join(pieces)
+        n_markers = sum([text.count(marker.strip()) for marker in markers])
+        if n_markers == len(messages) + sum(is_reply) and len(text) < LONG_SPACE:
+            ids = tokenizer._bpe.encode_to_numpy(
+                text, allowed_special=specials, disallowed_special=()
             )
-    if not whole:
-        return list(done.values())
-    ids = np.concatenate(list(whole.values())).astype(np.uint16)
-    starts = np.cumsum([0, *map(len, whole.values())])  # of the conversations, and the end
-    turns = []  # (where the opener begins, where it ends, whether it is a reply's)
-    if not allowed:  # else the first turn's openers are like the others
-        first = [conversations[n][0]["role"] for n in whole]
-        turns = [
-            (
-                starts[:-1],
-                starts[:-1] + [len(tokenizer._first[r]) for r in first],
-                np.array(first) == "assistant",
-            )
-        ]
-    for role, opener in tokenizer._later.items():
-        rarest = max(0, len(opener) - 2)  # Human, Bot
-        at = np.flatnonzero(ids[: len(ids) - len(opener) + 1 + rarest] == opener[rarest]) - rarest
-        for k, token in enumerate(opener):
-            at = at[ids[at + k] == token]
-        inside = np.searchsorted(starts, at, "right") == np.searchsorted(
-            starts, at + len(opener) - 1, "right"
-        )
-        at = at[inside]  # not across the border of two conversations
-        turns.append((at, at + len(opener), np.full(len(at), role == "assistant")))
-    begin, body, reply = (np.concatenate(part) for part in zip(*turns, strict=True))
-    order = np.argsort(begin)
-    ends = np.append(begin[order][1:], len(ids))[reply[order]]  # of the replies
-    step = np.zeros(len(ids) + 1, np.int8)
-    step[body[reply]] += 1
-    step[ends] -= 1
-    mask = np.insert(step[:-1].cumsum(dtype=np.uint8), ends, 1)
-    borders = starts[1:-1] + np.searchsorted(ends, starts[1:-1], "right")
-    pairs = zip(
-        np.split(np.insert(ids, ends, tokenizer.eos_id), borders),
-        np.split(mask, borders),
-        strict=True,
-    )
-    done |= zip(whole, pairs, strict=True)
-    return [done[n] for n in range(len(conversations))]
+        else:
+            ids, _ = tokenizer.render(messages)
+        all_ids.append(np.array(ids, np.uint16))
+
+    # tokens know their size in bytes, which gives the number of tokens in each piece
+    token_ends = np.cumsum(_token_sizes(tokenizer._bpe)[np.concatenate(all_ids)])
+    piece_ends = token_ends.searchsorted(np.cumsum(piece_sizes), side="right")
+    mask = np.repeat(np.array(supervised, np.uint8), np.diff(piece_ends, prepend=0))
+    borders = np.cumsum([len(ids) for ids in all_ids])[:-1]
+    return list(zip(all_ids, np.split(mask, borders), strict=True))
+
+
+def _pieces(template, messages):
+    """Return the texts of a conversation, an opener and a body in turn, and their masks."""
+    pieces = []
+    supervised = []
+    for message in messages:
+        is_reply = message["role"] == "assistant"
+        end = template.end if is_reply else ""
+        body = f"{template.before}{message['content']}{template.after}{end}"
+        pieces += (template.openers[message["role"]], body)
+        supervised += (0, is_reply)
+    if pieces:
+        pieces[0] = pieces[0].removeprefix("\n")
+    return pieces, supervised
+
+
+@functools.cache
+def _token_sizes(bpe):
+    """Return the bytes of each token, (n_vocab,)."""
+    return np.array([len(bpe.decode_single_token_bytes(token)) for token in range(bpe.n_vocab)])

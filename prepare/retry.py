@@ -1,16 +1,16 @@
-"""Replies that people kept and replies that they did not, to learn a reward from: python prepare/retry.py --source=PATH
+"""Replies that people kept or rejected, to learn a reward: python prepare/retry.py --source=PATH
 
-PATH is a file of records: .jsonl, .json (a list) or .csv, each also .gz. A record is one of
+PATH is a file of records: .jsonl, .json (a list) or .csv, also with .gz. A record is one of
 
-    {"input_text" or "text": ..., "labels" or "label": 0 or 1}      1: the reply at its end was kept, 0: retried
-    {"messages": [...], "label": 0 or 1}                            the same of a conversation, as serve.py keeps thumbs
+    {"input_text" or "text": ..., "labels" or "label": 0 or 1}      1: the reply at its end was kept
+    {"messages": [...], "label": 0 or 1}                            the same, as serve.py keeps it
     {"prompt": text or messages, "chosen": text, "rejected": text}  a pair
-    {"messages": [...], "retried": [...]}                           what /save in chat.py writes; a reply was kept if
-                                                                    the human went on, so nobody knows of the last one
-    DailyDialog++'s contexts with good and adversarial replies, ConvAI2's wild chats with a score for each utterance
+    {"messages": [...], "retried": [...]}                           what /save in chat.py writes
+    DailyDialog++'s contexts with good and adversarial replies
+    ConvAI2's wild chats with scores of utterances
 
-or it is chitchat, whose conversations have ratings: --source=chitchat. The shards are like all others: a conversation
-a reply, supervised where it was kept. Of a pair the reply that was chosen comes first. Equal contexts stay together.
+--source=chitchat takes the rated conversations of chitchat. A shard has one conversation per reply,
+supervised if the reply was kept, the chosen reply of a pair first. Equal contexts share a split.
 """
 
 import csv
@@ -30,226 +30,190 @@ import numpy as np
 from nanochatgpt.configurator import run
 from nanochatgpt.files import hub_file
 from nanochatgpt.tokenizer import Tokenizer
-from prepare import chitchat
+from prepare.chitchat_package import mean_ratings, packaged, read
 from prepare.corpus import Config as CorpusConfig
-from prepare.corpus import JsonStream, divide, existing, writing
-from prepare.jsonl import problem
+from prepare.corpus import divide, existing, output_folder, shard_writers
+from prepare.json_stream import JsonStream
+from prepare.messages import problem
 from prepare.render import render_batch
 
-TEXTS, LABELS = (
-    ("input_text", "text", "input_ids"),
-    ("labels", "label"),
-)  # names of columns, the first one counts
 BAD_REPLIES = {
     "adversarial": ["adversarial_negative_responses"],
     "random": ["random_negative_responses"],
+    "both": ["adversarial_negative_responses", "random_negative_responses"],
 }
-BAD_REPLIES["both"] = BAD_REPLIES["adversarial"] + BAD_REPLIES["random"]
 
 
 @dataclass
 class Config(CorpusConfig):
     source: str = ""  # a file of records (see above), or chitchat
-    hub: str = (
-        ""  # in its place a dataset's file on the Hugging Face hub: org/name/path/of/the/file.jsonl
-    )
-    negatives: str = (
-        "adversarial"  # of DailyDialog++: adversarial, random (replies of other dialogs) or both
-    )
+    hub: str = ""  # instead of source, a file on the Hugging Face hub: org/name/path/of/file.jsonl
+    negatives: str = "adversarial"  # of DailyDialog++: adversarial, random (of other dialogs), both
 
 
-def as_label(value):
-    """Return 0 or 1. Raises ValueError for anything else."""
-    labels = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
-    if (label := labels.get(str(value).strip().lower())) is None:
-        raise ValueError(f"label {value!r:.40} is not 0 or 1")
-    return label
+def examples(record, negatives="adversarial"):
+    """Return (key, [(text or messages, label)]) of a record; equal keys share a split.
+
+    Raises ValueError if the record has no known form or its label is not 0 or 1.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"is not an object: {record!r:.40}")
+
+    # a pair
+    if {"prompt", "chosen", "rejected"} <= record.keys():
+        context = record["prompt"]
+        if isinstance(context, str):
+            context = [{"role": "user", "content": as_text(context, "prompt")}]
+        texts = [as_text(record[name], name) for name in ("chosen", "rejected")]
+        if reason := problem(context and [*context, reply(texts[0])]):
+            raise ValueError(f"prompt: {reason}")
+        chosen, rejected = ([*context, reply(text)] for text in texts)
+        return beginning(context), [(chosen, 1), (rejected, 0)]
+
+    # a chat
+    if "messages" in record:
+        messages = record["messages"]
+        if reason := problem(messages):
+            raise ValueError(reason)
+        if "label" not in record:
+            return saved_chat(messages, record.get("retried", ()))
+        if messages[-1]["role"] != "assistant":
+            raise ValueError("messages do not end with the reply that has the label")
+        return beginning(messages[:-1]), [(messages, as_label(record["label"]))]
+
+    # DailyDialog++: good and bad replies in turn, so that two are a pair
+    if "positive_responses" in record:
+        texts = [as_text(text, "context") for text in record["context"]]
+        context = in_turn(texts, itertools.cycle((0, 1)), len(texts) % 2)
+        bad = [text for name in BAD_REPLIES[negatives] for text in record[name]]
+        labelled = []
+        for pair in itertools.zip_longest(record["positive_responses"], bad):
+            for text, label in zip(pair, (1, 0), strict=True):
+                if text is not None:
+                    labelled.append(([*context, reply(as_text(text, "a response"))], label))
+        return beginning(context), labelled
+
+    # ConvAI2: utterances, some with a score
+    if "dialog" in record:
+        texts = [as_text(utterance["text"], "text") for utterance in record["dialog"]]
+        speakers = [utterance.get("sender", i % 2) for i, utterance in enumerate(record["dialog"])]
+        labelled = []
+        for i, utterance in enumerate(record["dialog"]):
+            if utterance["evaluation_score"] is not None:
+                context = in_turn(texts[:i], speakers, speakers[i])
+                label = as_label(utterance["evaluation_score"])
+                labelled.append(([*context, reply(texts[i])], label))
+        return str(texts), labelled
+
+    # a text with a label
+    text = record.get("input_text", record.get("text", record.get("input_ids")))
+    label = as_label(record.get("labels", record.get("label")))
+    return as_text(text, "text").strip().partition("\n")[0], [(text, label)]
+
+
+def saved_chat(messages, retried):
+    """Return what `examples` does for a chat. A reply was kept if the human went on, so the last
+    one has no label."""
+    persona = messages[: messages[0]["role"] == "system"]
+    turns = messages[len(persona) :]
+    ends = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
+    labelled = [(messages[:end], 1) for end in ends if end < len(messages)]
+    for attempt in retried:
+        before = attempt["before"]  # number of turns
+        if type(before) is not int or not 0 < before <= len(turns):
+            expected = f"is not from 1 to {len(turns)}"
+            raise ValueError(f"before={before!r:.40} of a retried reply {expected}")
+        rejected = [*persona, *turns[:before], reply(as_text(attempt["content"], "retried"))]
+        if (rejected, 1) not in labelled:  # the same reply may have come again and been kept
+            labelled.append((rejected, 0))
+    return str(messages[: ends[0]]), labelled
+
+
+def in_turn(texts, speakers, bot):
+    """Return texts as messages; what one speaker says in a row is one turn."""
+    messages = []
+    for text, speaker in zip(texts, speakers, strict=False):
+        role = "assistant" if speaker == bot else "user"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f" {text}"
+        else:
+            messages.append({"role": role, "content": text})
+    return messages
+
+
+def reply(text):
+    return {"role": "assistant", "content": text}
+
+
+def beginning(messages):
+    """Return the texts up to the first reply, which stay the same while a conversation grows."""
+    first = itertools.takewhile(lambda message: message["role"] != "assistant", messages)
+    return str([message["content"] for message in first])
 
 
 def as_text(value, name):
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} is no text: {value!r:.40}")
+        raise ValueError(f"{name} is not a text: {value!r:.40}")
     return value
 
 
-def turns(texts):
-    """Return texts as messages in turn; the next one is the assistant's."""
-    return [
-        {"role": ("user", "assistant")[(len(texts) - i - 1) % 2], "content": text}
-        for i, text in enumerate(texts)
-    ]
-
-
-def spoken(utterances, reply):
-    """Return utterances of ConvAI2 as messages; whoever says the `reply` is the assistant. One who says several things
-    in a row has one turn."""
-    if "sender" not in reply:
-        return turns([utterance["text"] for utterance in utterances])
-    messages = []
-    for utterance in utterances:
-        role = "assistant" if utterance["sender"] == reply["sender"] else "user"
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += f" {utterance['text']}"
-        else:
-            messages.append({"role": role, "content": utterance["text"]})
-    return messages
-
-
-def said(text):
-    return {"role": "assistant", "content": text}
-
-
-def examples(record, negatives="adversarial"):
-    """Return (key, [(text or messages, label)]) of a record, the key that of its conversation.
-
-    Raises ValueError where a record is of no known form or its label is not 0 or 1.
-    """
-    if not isinstance(record, dict):
-        raise ValueError(f"is no object: {record!r:.40}")
-    if {"prompt", "chosen", "rejected"} <= record.keys():
-        context = record["prompt"]
-        if isinstance(context, str):
-            context = turns([as_text(context, "prompt")])
-        pair = [as_text(record[name], name) for name in ("chosen", "rejected")]
-        if what := problem([*context, said(pair[0])] if isinstance(context, list) else context):
-            raise ValueError(f"prompt: {what}")
-        return beginning(context), [([*context, said(text)], 1 - i) for i, text in enumerate(pair)]
-    if "messages" in record:
-        messages = record["messages"]
-        if what := problem(messages):
-            raise ValueError(what)
-        if "label" in record:
-            if messages[-1]["role"] != "assistant":
-                raise ValueError("messages do not end in the reply that has the label")
-            return beginning(messages[:-1]), [(messages, as_label(record["label"]))]
-        of = [
-            (messages[: i + 1], 1) for i, m in enumerate(messages[:-1]) if m["role"] == "assistant"
-        ]
-        kept = [content for content, _ in of]
-        persona = [m for m in messages if m["role"] == "system"]
-        said_before = [m for m in messages if m["role"] != "system"]
-        for retried in record.get("retried", ()):
-            before = retried["before"]
-            if type(before) is not int or not 0 < before <= len(said_before):
-                raise ValueError(
-                    f"before={before!r:.40} of a retried reply is not from 1 to {len(said_before)}"
-                )
-            again = [*persona, *said_before[:before], said(as_text(retried["content"], "retried"))]
-            if again not in kept:  # the same words came again, and were kept then
-                of.append((again, 0))
-        return str(
-            messages[
-                : next((i + 1 for i, m in enumerate(messages) if m["role"] == "assistant"), None)
-            ]
-        ), of
-    if "positive_responses" in record:
-        if not isinstance(record["context"], list):
-            raise ValueError(f"context is no list: {record['context']!r:.40}")
-        context = turns([as_text(text, "context") for text in record["context"]])
-        good = [as_text(text, "positive_responses") for text in record["positive_responses"]]
-        bad = [as_text(text, name) for name in BAD_REPLIES[negatives] for text in record[name]]
-        # in turn, so that as many of one as of the other are pairs
-        of = [
-            (text, label)
-            for pair in itertools.zip_longest(good, bad)
-            for text, label in zip(pair, (1, 0), strict=True)
-        ]
-        return beginning(context), [
-            ([*context, said(text)], label) for text, label in of if text is not None
-        ]
-    if "dialog" in record:
-        utterances = record["dialog"]
-        texts = [as_text(utterance["text"], "text") for utterance in utterances]
-        of = [
-            ([*spoken(utterances[:i], utterances[i]), said(utterances[i]["text"])], as_label(score))
-            for i, score in enumerate(utterance["evaluation_score"] for utterance in utterances)
-            if score is not None
-        ]
-        return str(texts), of
-    text, label = (
-        next((record[name] for name in names if name in record), None) for names in (TEXTS, LABELS)
-    )
-    if text is None or label is None:
-        missing = " nor ".join(TEXTS if text is None else LABELS)
-        raise ValueError(
-            f"has neither {missing}, nor is it a pair, a chat or one of the other forms"
-        )
-    text = as_text(text, "text")
-    return text.strip().partition("\n")[0], [(text, as_label(label))]
-
-
-def beginning(messages):
-    """Return what a conversation begins with, up to the first reply: it stays the same while it grows."""
-    return str(
-        [m["content"] for m in itertools.takewhile(lambda m: m["role"] != "assistant", messages)]
-    )
+def as_label(value):
+    label = str(value).strip().lower()
+    if label not in ("0", "0.0", "false", "1", "1.0", "true"):
+        raise ValueError(f"label {value!r:.40} is not 0 or 1")
+    return int(label in ("1", "1.0", "true"))
 
 
 def records(path):
-    """Yield (what it is called, record) of a file. Raises ValueError naming the place that cannot be read."""
-    kind, number = Path(path.name.removesuffix(".gz")).suffix, 0
-    what = "line" if kind == ".jsonl" else "record"
+    """Yield (place, record) of a file. Raises ValueError that names the place of damage."""
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    unit = "line" if kind == ".jsonl" else "record"
+    number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             text = io.TextIOWrapper(
                 file, "utf-8", "replace", newline="" if kind == ".csv" else None
             )
             if kind == ".jsonl":
-                found = (json.loads(line) if line.strip() else None for line in text)
+                values = (json.loads(line) if line.strip() else [] for line in text)
             elif kind == ".json":
-                found = flat(JsonStream(text).items())
+                values = JsonStream(text).items()
             elif kind == ".csv":
-                found = csv.DictReader(line.replace("\0", "") for line in text)  # csv knows no NUL
+                values = csv.DictReader(line.replace("\0", "") for line in text)
             else:
                 raise ValueError("it is not .jsonl, .json or .csv")
-            for number, record in enumerate(found, 1):
-                if record is not None:
-                    yield f"{what} {number:,}", record
-    except (ValueError, RecursionError, csv.Error, EOFError, OSError, zlib.error) as error:
-        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
-            raise
-        raise ValueError(f"{path}, behind {what} {number:,}: {error}") from error
-
-
-def flat(values):
-    """Yield the values of a list, and those of lists in it."""
-    for value in values:
-        yield from value if isinstance(value, list) else [value]
+            for number, value in enumerate(values, 1):
+                for record in value if isinstance(value, list) else [value]:
+                    yield f"{path}, {unit} {number:,}", record
+    except (ValueError, RecursionError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}, after {unit} {number:,}: {error}") from error
 
 
 def from_file(path, negatives):
-    """Yield (key, [(text or messages, label)]). Raises ValueError with the place of a record that is not right."""
-    saved = set()  # replies of chats: one that is saved twice counts once
-    for where, record in records(path):
+    """Yield (key, [(text or messages, label)]). Raises ValueError that names a bad record."""
+    seen = set()  # hashes of what saved chats had: it may be saved twice
+    for place, record in records(path):
         try:
-            key, of = examples(record, negatives)
-        except (ValueError, KeyError, TypeError) as error:
-            reason = {KeyError: f"there is no {error}", TypeError: "is of no known form"}.get(
-                type(error), error
-            )
-            raise ValueError(f"{path}, {where}: {reason}") from error
+            key, labelled = examples(record, negatives)
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"there is no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{place}: {reason}") from error
         if "messages" in record:
-            of = [reply for reply in of if hash(str(reply)) not in saved]
-            saved |= {hash(str(reply)) for reply in of}
-        if of:
-            yield key, of
+            labelled = [example for example in labelled if hash(str(example)) not in seen]
+            seen.update(hash(str(example)) for example in labelled)
+        if labelled:
+            yield key, labelled
 
 
 def from_chitchat():
-    """Yield (key, [(messages, label)]) of chitchat: 1 where a conversation was rated 6 or more of 10 on average, 0
-    where it was 4 or less; each from both sides."""
-    path = chitchat.packaged()
-    ratings = {
-        key: talk.get("ratings")
-        for key, talk in json.loads(path.read_text(encoding="utf-8")).items()
-    }
-    for key, messages in chitchat.read(path):
-        if not (rating := ratings[key]):
-            continue
-        mean = sum(rating.values()) / len(rating)
-        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        if not 4 < mean < 6:
-            yield key, [(messages[: last + 1], int(mean >= 6))]
+    """Yield (key, [(messages, label)]): 1 if a conversation's mean rating is 6 of 10 or more, 0 if
+    it is 4 or less."""
+    ratings = mean_ratings()
+    for key, messages in read(packaged()):
+        rating = ratings.get(key, 5)
+        if not 4 < rating < 6:
+            end = len(messages) if messages[-1]["role"] == "assistant" else -1
+            yield key, [(messages[:end], int(rating >= 6))]
 
 
 def main(config):
@@ -259,63 +223,55 @@ def main(config):
         if config.hub.count("/") < 2:
             raise ValueError(f"hub={config.hub} is not org/name/FILE")
         org, name, file = config.hub.split("/", 2)
-        found = from_file(hub_file(f"{org}/{name}", file, kind="datasets"), config.negatives)
+        replies = from_file(hub_file(f"{org}/{name}", file, kind="datasets"), config.negatives)
     elif config.source == "chitchat":
-        found = from_chitchat()
+        replies = from_chitchat()
     elif config.source:
-        found = from_file(existing(config.source), config.negatives)
+        replies = from_file(existing(config.source), config.negatives)
     else:
-        raise ValueError(
-            "--source=PATH is needed, or --hub=org/name/FILE: replies with labels, or pairs"
-        )
-    prepare(config, divide(found))
+        raise ValueError("--source=PATH or --hub=org/name/FILE is needed: replies with labels")
+    prepare(config, divide(replies))
 
 
-def prepare(config, found):
-    """Write (split, [(text or messages, label)]) into a shard for each split, and print how many of them were kept."""
+def prepare(config, replies):
+    """Write (split, [(text or messages, label)]) to two shards and print a report."""
     tokenizer = Tokenizer(config.template)
-    folder = Path(config.out_dir or "data/retry")
-    counts = {"train": [0, 0], "val": [0, 0]}  # of label 0, of label 1
-    with writing(folder, tokenizer) as writers:
-        while batch := list(itertools.islice(found, 1000)):
+    counts = {"train": [0, 0], "val": [0, 0]}  # replies with label 0, with label 1
+    with output_folder(config, "retry") as folder, shard_writers(folder, tokenizer) as writers:
+        while batch := list(itertools.islice(replies, 1000)):
             for split, writer in writers.items():
-                replies = [reply for which, of in batch if which == split for reply in of]
-                writer.write(tokenized(tokenizer, replies))
-                for _, label in replies:
+                labelled = [pair for s, group in batch if s == split for pair in group]
+                writer.write(render_replies(tokenizer, labelled))
+                for _, label in labelled:
                     counts[split][label] += 1
         for split, (bad, good) in counts.items():
             if not (bad and good):
-                counted = f"{split}.bin would have {good:,} replies that were kept and {bad:,} that were not"
-                if not any(map(sum, counts.values())):
-                    counted = "there is no reply of which it is known whether it was kept"
-                elif not good + bad:
-                    counted += ", since what begins with the same message stays in one of the two, and here all does"
-                raise ValueError(f"{counted}: more conversations are needed, with both")
+                raise ValueError(
+                    f"{split}.bin would have {good:,} kept replies and {bad:,} rejected ones, and "
+                    "needs both: more conversations with different beginnings are needed"
+                )
     for split, (bad, good) in counts.items():
+        n = bad + good
         n_tokens = writers[split].n_tokens
-        share = good / (good + bad)
-        print(
-            f"{folder / split}.bin: {good + bad:,} replies, {n_tokens:,} tokens, {share:.1%} of them were kept"
-        )
+        print(f"{folder / split}.bin: {n:,} replies, {n_tokens:,} tokens, {good / n:.1%} kept")
 
 
-def tokenized(tokenizer, replies):
-    """Return [(ids, mask)] of [(text or messages, label)]; the mask is 1 on the last reply and its end, or on a whole
-    text, of what was kept, else 0."""
-    rendered = iter(
-        render_batch(tokenizer, [content for content, _ in replies if not isinstance(content, str)])
-    )
+def render_replies(tokenizer, labelled):
+    """Return [(ids, mask)] of [(text or messages, label)]. The mask is 1 on the last reply and its
+    end, or on a whole text, if the label is 1."""
+    chats = [content for content, _ in labelled if not isinstance(content, str)]
+    rendered = iter(render_batch(tokenizer, chats))
     pairs = []
-    for content, label in replies:
+    for content, label in labelled:
         if isinstance(content, str):
             ids = np.array(tokenizer.encode(content), np.uint16)
             start = 0
         else:
             ids, mask = next(rendered)
-            start = np.flatnonzero(mask == 0)[-1] + 1  # behind the opener of the last reply
-        pairs.append(
-            (ids, (np.arange(len(ids)) >= (start if label else len(ids))).astype(np.uint8))
-        )
+            start = np.flatnonzero(mask == 0)[-1] + 1  # after the opener of the last reply
+        supervised = np.zeros(len(ids), np.uint8)
+        supervised[start:] = label
+        pairs.append((ids, supervised))
     return pairs
 
 

@@ -1,8 +1,8 @@
-"""Synthetic-Persona-Chat, conversations written by language models: python prepare/spc.py [--source=PATH]
+"""Synthetic-Persona-Chat, written by language models: python prepare/spc.py [--source=PATH]
 
-Without --source, its train and validation files are downloaded (18 MB, CC BY 4.0). --source takes a folder with these
-two, or one file, which is then divided 95 to 5. Each conversation appears twice, with the one and with the other
-speaker as bot; half of them keep the bot's persona.
+Without --source, its train and validation files are downloaded (18 MB, CC BY 4.0). --source is a
+folder with these two, or one file, which is then divided 95 to 5. Each conversation comes twice,
+once with each speaker as the bot; half of them keep the bot's persona.
 """
 
 import csv
@@ -24,31 +24,31 @@ COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
 
 
 def read(path):
-    """Yield (the conversation as text, messages) from one file. Raises ValueError where it is another's or damaged."""
+    """Yield (conversation as text, messages). Raises ValueError for a damaged or other file."""
     coin = random.Random(1337)
     try:
         with open(path, encoding="utf-8", errors="replace", newline="") as file:
-            table = csv.DictReader(line.replace("\0", "") for line in file)  # csv knows no NUL
-            if missing := [column for column in COLUMNS if column not in (table.fieldnames or ())]:
-                raise ValueError(
-                    f"{path} has no column '{missing[0]}': it is not a file of Synthetic-Persona-Chat"
-                )
+            table = csv.DictReader(line.replace("\0", "") for line in file)
+            for column in COLUMNS:
+                if column not in (table.fieldnames or ()):
+                    corpus = "Synthetic-Persona-Chat"
+                    raise ValueError(f"{path} has no column '{column}': it is not {corpus}")
             for row in table:
                 *personas, text = (row[column] or "" for column in COLUMNS)
-                said = re.findall(r"^User ([12]): *(.*\S)", text, re.MULTILINE)
-                turns = [
-                    (who, " ".join(t for _, t in group))
-                    for who, group in groupby(said, key=lambda turn: turn[0])
-                ]
+
+                # messages in a row from one user are one turn
+                lines = re.findall(r"^User ([12]): *(.*\S)", text, re.MULTILINE)
+                turns = []  # (user, text)
+                for user, group in groupby(lines, key=lambda line: line[0]):
+                    turns.append((user, " ".join(line for _, line in group)))
+
                 for bot, persona in zip("12", personas, strict=True):
-                    messages = [
-                        {"role": "assistant" if who == bot else "user", "content": t}
-                        for who, t in turns
-                    ]
+                    messages = []
                     if coin.random() < 0.5 and persona.strip():
-                        messages.insert(
-                            0, {"role": "system", "content": " ".join(persona.split("\n"))}
-                        )
+                        messages.append({"role": "system", "content": persona.replace("\n", " ")})
+                    for user, content in turns:
+                        role = "assistant" if user == bot else "user"
+                        messages.append({"role": role, "content": content})
                     if any(message["role"] == "assistant" for message in messages):
                         yield text, messages
     except csv.Error as error:
@@ -56,14 +56,15 @@ def read(path):
 
 
 def conversations(source):
-    """Yield (split, messages) of the published files, of a folder with them, or of one file alone."""
+    """Yield (split, messages) of the published files, of a folder with them, or of one file."""
     if source and source.is_file():
         yield from divide(read(source))
         return
     for split, name in FILES.items():
-        path = (
-            existing(source / name) if source else hub_file(REPO, f"data/{name}", kind="datasets")
-        )
+        if source:
+            path = existing(source / name)
+        else:
+            path = hub_file(REPO, f"data/{name}", kind="datasets")
         for _, messages in read(path):
             yield split, messages
 

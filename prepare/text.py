@@ -1,11 +1,12 @@
 """Plain text, to learn a language from: python prepare/text.py --source=PATH
 
-PATH is a .txt file or a folder of them, such as Project Gutenberg's books or TinyStories. Paragraphs, which end in a
-blank line, are divided 95 to 5.
+PATH is a .txt file or a folder of them, such as books of Project Gutenberg or TinyStories. A blank
+line ends a paragraph; paragraphs are divided 95 to 5.
 """
 
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,31 +22,28 @@ class Config:
 
 
 def paragraphs(source):
-    """Yield the paragraphs of a file or a folder, each with the blank line before it, the lines of each joined."""
+    """Yield (text, text) for each paragraph: a blank line, then its lines joined by spaces."""
     paths = sorted(source.rglob("*.txt")) if source.is_dir() else [source]
     if not paths:
-        raise ValueError(f"{source} has no .txt file in it")
+        raise ValueError(f"{source} has no .txt file")
     for path in paths:
+        lines = []
         with open(path, encoding="utf-8-sig", errors="replace") as file:
-            lines = []
-            for line in file:
+            for line in chain(file, ["\n"]):
                 if "\0" in line:
-                    raise ValueError(f"{path} is no text: it has NUL bytes")
+                    raise ValueError(f"{path} is not text: it has NUL bytes")
                 if line.strip() not in ("", "<|endoftext|>"):
                     lines.append(line.strip())
                 elif lines:
-                    yield "\n\n" + " ".join(lines)
+                    text = "\n\n" + " ".join(lines)
+                    yield text, text
                     lines = []
-            if lines:
-                yield "\n\n" + " ".join(lines)
 
 
 def main(config):
     if not config.source:
         raise ValueError("--source=PATH is needed: a .txt file or a folder of them")
-    prepare_text(
-        config, "text", divide((text, text) for text in paragraphs(existing(config.source)))
-    )
+    prepare_text(config, "text", divide(paragraphs(existing(config.source))))
 
 
 if __name__ == "__main__":

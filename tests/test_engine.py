@@ -24,7 +24,7 @@ from nanochatgpt.loader import Loader
 from nanochatgpt.sampling import Sampling
 from nanochatgpt.shards import ShardWriter
 from nanochatgpt.tokenizer import Tokenizer
-from prepare import chitchat
+from prepare import chitchat_package as chitchat
 from prepare.render import render_batch
 
 # bfloat16 rounds each sum to 8 bits, which tells rows apart

@@ -1,4 +1,4 @@
-"""The corpora: excerpts in the published formats go in, and what came out is read back from the shards."""
+"""The corpora: excerpts in the published formats go in, what came out is read back from shards."""
 
 import csv
 import gzip
@@ -25,17 +25,40 @@ from nanochatgpt.shards import open_shard
 from nanochatgpt.tokenizer import Tokenizer, gpt2_encoding
 from prepare import chitchat, columned_chat, corpus, eli5, jsonl, personachat, spc
 from prepare import text as plain_text
-from prepare.corpus import JsonStream
+from prepare.json_stream import JsonStream
 
 
 @pytest.fixture
 def prepare(tmp_path, monkeypatch, in_process):
-    """Run a script of prepare/ within this process in an empty folder: prepare(eli5, source=PATH) -> as `script`."""
+    """Run a script of prepare/ in this process in an empty folder, prepare(eli5, source=PATH)."""
     monkeypatch.chdir(tmp_path)
 
     def call(module, **knobs):
-        knobs = [f"--{name}={value}" for name, value in knobs.items()]
-        return in_process(lambda: run(module.main, module.Config), f"{module.__name__}.py", *knobs)
+        args = [f"--{name}={value}" for name, value in knobs.items()]
+        return in_process(lambda: run(module.main, module.Config), f"{module.__name__}.py", *args)
+
+    return call
+
+
+@pytest.fixture
+def prepared(prepare):
+    """Run a script as `prepare` does; return the two splits of conversations that it wrote."""
+
+    def call(module, **knobs):
+        done = prepare(module, **knobs)
+        assert done.returncode == 0, done.stderr
+        return read_back(f"data/{module.__name__.removeprefix('prepare.')}")
+
+    return call
+
+
+@pytest.fixture
+def refused(prepare, tmp_path):
+    """Run a script that must refuse and write nothing: refused(eli5, "name", source=PATH)."""
+
+    def call(module, *words, **knobs):
+        assert_refused(prepare(module, **knobs), *words)
+        assert [path for path in tmp_path.rglob("*") if ".bin" in path.name] == []
 
     return call
 
@@ -52,35 +75,31 @@ def read_back(folder):
     for split in ("train", "val"):
         shard = open_shard(Path(folder) / f"{split}.bin")
         parse = Tokenizer(shard.template).parse
-        splits[split] = [
-            parse(shard.tokens[a:b].tolist()) for a, b in itertools.pairwise(shard.offsets)
-        ]
+        borders = itertools.pairwise(shard.offsets)
+        splits[split] = [parse(shard.tokens[a:b].tolist()) for a, b in borders]
     return splits
+
+
+def everything(splits):
+    """Return the conversations of both splits in an order that can be compared."""
+    return sorted(splits["train"] + splits["val"], key=str)
 
 
 def files_in(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def written(folder):
-    """Return what a failed run may not leave: shards and parts of shards."""
-    return [path for path in Path(folder).rglob("*") if ".bin" in path.name]
-
-
-def exchange(asked, reply):
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
+def exchange(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def without_persona(messages):
     return [message for message in messages if message["role"] != "system"]
 
 
-def split_of(conversations):
-    """Return {conversation as text: its splits} of (split, messages), without personas."""
-    splits = {}
-    for split, messages in conversations:
-        splits.setdefault(json.dumps(without_persona(messages), sort_keys=True), set()).add(split)
-    return splits
+def texts(conversations):
+    """Return conversations as lists of texts, without personas."""
+    return [[m["content"] for m in without_persona(messages)] for messages in conversations]
 
 
 # ---- dividing into splits
@@ -103,14 +122,14 @@ def test_one_conversation_in_twenty_is_held_out_and_the_order_is_kept():
     assert sorted(train + val) == sorted(keys)
 
 
-def test_equal_keys_go_to_the_same_split():
-    keys = [str(i % 500) for i in range(1500)]
-    train, val = divided(keys)
+def test_equal_keys_share_a_split():
+    train, val = divided([str(i % 500) for i in range(1500)])
     assert not set(train) & set(val)
 
 
-def test_any_two_conversations_are_enough_for_both_splits():
+def test_two_conversations_are_enough_for_both_splits():
     assert [i for i in range(200) if [] in divided(["first", str(i)])] == []
+    assert divided(["first", "first", "second", "first"]) == (["second"], ["first"] * 3)
 
 
 def test_what_was_held_out_stays_so_when_conversations_are_added():
@@ -120,11 +139,11 @@ def test_what_was_held_out_stays_so_when_conversations_are_added():
     assert [key for key in after if key in keys[:500]] == before
 
 
+@pytest.mark.slow
 def test_the_split_does_not_depend_on_the_process(prepare, script, talk):
     assert prepare(jsonl, source=talk, out_dir="here").returncode == 0
-    done = script(
-        "prepare/jsonl.py", f"--source={talk}", "--out_dir=there", env={"PYTHONHASHSEED": "7"}
-    )
+    hashing = {"PYTHONHASHSEED": "7"}
+    done = script("prepare/jsonl.py", f"--source={talk}", "--out_dir=there", env=hashing)
     assert done.returncode == 0
     assert files_in("here") == files_in("there")
 
@@ -133,7 +152,7 @@ def test_the_split_does_not_depend_on_the_process(prepare, script, talk):
 
 
 def spelled(messages, opening="", closing=""):
-    """Return a conversation as the default template defines it, with marks around what is supervised."""
+    """Return a conversation as the default template defines it, its supervised parts marked."""
     lines = {
         "system": "[Persona]: {}",
         "user": "[Human]: {}",
@@ -147,77 +166,56 @@ def n_tokens(text):
 
 
 def test_the_report_counts_what_was_written(prepare, tmp_path):
-    conversations = [
-        *small_talk(5),
-        exchange("the longest", "comes first " * 200),
-        *small_talk(1500, seed=3),
-    ]
-    report = prepare(
-        jsonl, source=write_jsonl(tmp_path / "talk.jsonl", conversations)
-    ).stdout.splitlines()
+    conversations = [*small_talk(5), exchange("the longest", "comes first " * 200)]
+    conversations += small_talk(1500, seed=3)
+    source = write_jsonl(tmp_path / "talk.jsonl", conversations)
+    report = prepare(jsonl, source=source).stdout.splitlines()
     splits = read_back("data/jsonl")
-    assert sorted(map(spelled, splits["train"] + splits["val"])) == sorted(
-        map(spelled, conversations)
-    )
+    assert everything(splits) == sorted(conversations, key=str)
     for line, split in zip(report, ("train", "val"), strict=False):
-        conversations = splits[split]
-        lengths = [n_tokens(spelled(messages)) for messages in conversations]
-        messages = [message for messages in conversations for message in messages]
-        replies = [
-            f" {message['content']}<|endoftext|>"
-            for message in messages
-            if message["role"] == "assistant"
-        ]
-        share = sum(map(n_tokens, replies)) / sum(lengths)
-        assert line == (
-            f"data/jsonl/{split}.bin: {len(conversations):,} conversations, {len(without_persona(messages)):,} turns, "
-            f"{sum(lengths):,} tokens, {share:.1%} supervised, the longest {max(lengths)} tokens"
-        )
+        n_turns = supervised = 0
+        lengths = [n_tokens(spelled(messages)) for messages in splits[split]]
+        for message in itertools.chain(*splits[split]):
+            n_turns += message["role"] != "system"
+            if message["role"] == "assistant":
+                supervised += n_tokens(f" {message['content']}<|endoftext|>")
+        numbers = [f"{len(lengths):,}", f"{n_turns:,}", f"{sum(lengths):,}"]
+        numbers += [f"{supervised / sum(lengths):.1%}", f"{max(lengths)}"]
+        assert line.startswith(f"data/jsonl/{split}.bin: ")
+        assert re.findall(r"\d[\d,.]*%?(?= )", line) == numbers
 
 
-def test_the_conversation_shown_is_marked_exactly_around_what_is_learnt(prepare, tmp_path):
-    messages = [
-        {"role": "system", "content": "i am a pirate ."},
-        *exchange("hi", "ahoy"),
-        *exchange("ho !", "aye ."),
-    ]
+def test_the_example_is_marked_exactly_around_what_is_learned(prepare, tmp_path):
+    persona = {"role": "system", "content": "i am a pirate ."}
+    messages = [persona, *exchange("hi", "ahoy"), *exchange("ho !", "aye .")]
     source = write_jsonl(tmp_path / "talk.jsonl", [exchange("first", "held out"), messages])
-    heading, shown = prepare(jsonl, source=source).stdout.split("between these»:\n")
+    _, _, heading, shown = prepare(jsonl, source=source).stdout.split("\n", 3)
     assert shown == spelled(messages, "«", "»") + "\n"
-    assert heading.endswith(
-        f"the model sees it, {n_tokens(spelled(messages))} tokens, learning «what is "
-    )
+    assert f" {n_tokens(spelled(messages))} tokens" in heading
 
 
-def test_a_long_conversation_is_shown_in_part(prepare, tmp_path):
-    source = write_jsonl(
-        tmp_path / "talk.jsonl", [exchange("first", "held out"), exchange("why ?", "word " * 5000)]
-    )
-    shown = prepare(jsonl, source=source).stdout.partition("between these»:\n")[2]
+def test_a_long_example_is_cut(prepare, tmp_path):
+    long = exchange("why ?", "word " * 5000)
+    source = write_jsonl(tmp_path / "talk.jsonl", [exchange("first", "held out"), long])
+    shown = prepare(jsonl, source=source).stdout.split("\n", 3)[3]
     assert 1400 < len(shown) < 1600
     assert shown.rstrip().endswith("...")
 
 
-def test_a_terminal_that_lacks_a_character_shows_another_and_all_is_written(
-    prepare, tmp_path, monkeypatch
-):
-    source = write_jsonl(
-        tmp_path / "talk.jsonl", [exchange("first", "held out"), exchange("how ?", "😀")]
-    )
+def test_a_terminal_that_lacks_a_character_shows_another(prepared, tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "t.jsonl", [exchange("first", "val"), exchange("how ?", "😀")])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
-    assert prepare(jsonl, source=source).returncode == 0
-    assert read_back("data/jsonl")["train"] == [exchange("how ?", "😀")]
+    assert prepared(jsonl, source=source)["train"] == [exchange("how ?", "😀")]
 
 
-# ---- failures leave what was there
+# ---- failures leave the earlier shards
 
 
 @pytest.fixture
 def broken(tmp_path):
-    """A .jsonl file of which more than one batch is good before line 1,501 is not JSON."""
-    path = write_jsonl(
-        tmp_path / "broken.jsonl", [exchange(f"what is {i} ?", "a number .") for i in range(1500)]
-    )
+    """A .jsonl file with more than one batch before line 1,501, which is not JSON."""
+    conversations = [exchange(f"what is {i} ?", "a number .") for i in range(1500)]
+    path = write_jsonl(tmp_path / "broken.jsonl", conversations)
     path.write_text(path.read_text() + "{\n")
     return path
 
@@ -230,142 +228,112 @@ def test_a_failure_in_the_middle_leaves_the_earlier_shards_and_nothing_else(prep
     assert files_in("data/jsonl") == before
 
 
-def test_a_failure_in_the_middle_is_told_on_a_line_of_its_own(prepare, broken, monkeypatch):
+def test_an_error_overwrites_the_progress(prepare, broken, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    error = prepare(jsonl, source=broken).stderr
-    assert "M tokens, " in error
-    assert re.search(r"^jsonl\.py: .*line 1501 is not JSON", error, re.MULTILINE)
+    progress, error = prepare(jsonl, source=broken).stderr.split("\r")
+    assert "M tokens, " in progress
+    assert "line 1501" in error and len(error) > len(progress)
 
 
 @pytest.mark.parametrize("room", [2_000, 20_000, -10])
-def test_a_full_disk_leaves_the_earlier_shards_both_of_them(prepare, talk, tmp_path, room):
+def test_a_full_disk_leaves_the_earlier_shards_and_is_named(prepare, talk, tmp_path, room):
     other = write_jsonl(tmp_path / "other.jsonl", small_talk(1500, seed=9))
     prepare(jsonl, source=other, out_dir="elsewhere")
-    whole = Path("elsewhere/train.bin").stat().st_size
+    size = Path("elsewhere/train.bin").stat().st_size
     prepare(jsonl, source=talk)
     before = files_in("data/jsonl")
-    with largest_file(room % whole):  # -10: val.bin fits, and all but the last of train.bin
-        assert prepare(jsonl, source=other).returncode == 2
+    with largest_file(room % size):  # -10: val.bin fits, and all but the last bytes of train.bin
+        done = prepare(jsonl, source=other)
+    assert done.returncode == 2 and "data/jsonl" in done.stderr.splitlines()[-1]
     assert files_in("data/jsonl") == before
 
 
-def test_a_full_disk_is_named(prepare, talk):
-    with largest_file(2_000):
-        done = prepare(jsonl, source=talk)
-    assert "data/jsonl" in done.stderr.splitlines()[-1]
-
-
-def test_one_conversation_is_refused_and_nothing_is_written(prepare, tmp_path):
+def test_one_conversation_is_refused(refused, tmp_path):
     source = write_jsonl(tmp_path / "one.jsonl", [exchange("hi", "hello")])
-    assert_refused(prepare(jsonl, source=source), "at least two")
-    assert written(tmp_path) == []
+    refused(jsonl, "at least two", source=source)
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     def peak(n):
-        conversations = (
-            ("val" if i % 20 == 0 else "train", exchange(f"what is {i} ?", "it is ."))
-            for i in range(n)
-        )
+        numbers = (exchange(f"what is {i} ?", "it is .") for i in range(n))
+        conversations = (("train" if i % 20 else "val", talk) for i, talk in enumerate(numbers))
         tracemalloc.start()
         corpus.prepare(corpus.Config(out_dir=str(tmp_path)), "numbers", conversations)
         highest = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return highest
 
-    Tokenizer()
-    assert peak(12_000) < 1.2 * peak(3_000)
+    peak(1000)  # caches
+    assert peak(6000) < 1.2 * peak(2000)
 
 
 # ---- Synthetic-Persona-Chat
 
 
 def spc_file(path, conversations):
-    """Write [(personas of user 1, of user 2, [(who, text)])] as Synthetic-Persona-Chat publishes them."""
+    """Write [(personas of user 1, of user 2, [(user, text)])] as Synthetic-Persona-Chat has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["user 1 personas", "user 2 personas", "Best Generated Conversation"])
-        for *personas, turns in conversations:
-            said = "\n".join(f"User {who}: {text}" for who, text in turns)
-            table.writerow(["\n".join(lines) for lines in personas] + [said])
+        for first, second, turns in conversations:
+            lines = [f"User {user}: {text}" for user, text in turns]
+            table.writerow(["\n".join(first), "\n".join(second), "\n".join(lines)])
     return path
 
 
 def spc_talks(n, name):
-    return [
-        (["i am one.", f"i am {i}."], ["i am two."], [(1, f"hi {name} {i}"), (2, 'hello, "you"')])
-        for i in range(n)
-    ]
+    turns = [[(1, f"hi {name} {i}"), (2, 'hello, "you"')] for i in range(n)]
+    return [(["i am one.", f"i am {i}."], ["i am two."], turns[i]) for i in range(n)]
 
 
-def test_both_users_are_the_bot_once_with_their_own_persona(tmp_path):
-    talk = (
-        ["I bake.", "I knit."],
-        ["I sail."],
-        [(1, "Hi!"), (2, "Hello!"), (2, "You?"), (1, "Fine: thanks")],
-    )
+def test_both_users_are_the_bot_once_with_their_persona(tmp_path):
+    turns = [(1, "Hi!"), (2, "Hello!"), (2, "You?"), (1, "Fine: thanks")]
+    talk = (["I bake.", "I knit."], ["I sail."], turns)
     read = [messages for _, messages in spc.read(spc_file(tmp_path / "talks.csv", [talk] * 20))]
-    first = [("user", "Hi!"), ("assistant", "Hello! You?"), ("user", "Fine: thanks")]
-    turned = [({"user": "assistant", "assistant": "user"}[role], text) for role, text in first]
-    expected = [turned, first] * 20
-    assert [
-        [(m["role"], m["content"]) for m in without_persona(messages)] for messages in read
-    ] == expected
+    assert texts(read) == [["Hi!", "Hello! You?", "Fine: thanks"]] * 40
+    roles = [[message["role"] for message in without_persona(messages)] for messages in read]
+    assert roles == [["assistant", "user", "assistant"], ["user", "assistant", "user"]] * 20
     personas = [[m["content"] for m in messages if m["role"] == "system"] for messages in read]
     assert {str(p) for p in personas[::2]} == {"[]", "['I bake. I knit.']"}
     assert {str(p) for p in personas[1::2]} == {"[]", "['I sail.']"}
 
 
-def test_the_published_files_are_split_as_published_and_one_alone_is_divided(prepare, tmp_path):
+def test_the_published_files_are_split_as_published_and_one_alone_is_divided(prepared, tmp_path):
     for split, name in spc.FILES.items():
         spc_file(tmp_path / "published" / name, spc_talks(30 if split == "train" else 4, split))
-    assert prepare(spc, source="published").returncode == 0
-    read = read_back("data/spc")
-    assert {split: len(read[split]) for split in read} == {"train": 60, "val": 8}
-    assert all("val" in str(messages) for messages in read["val"])
-    assert prepare(spc, source=f"published/{spc.FILES['train']}", out_dir="one").returncode == 0
-    read = read_back("one")
-    assert len(read["train"]) + len(read["val"]) == 60
-    held_out = {re.search(r"hi train \d+", str(messages))[0] for messages in read["val"]}
-    assert len(held_out) == len(read["val"]) / 2  # both sides of a conversation together
-    assert not held_out & {
-        re.search(r"hi train \d+", str(messages))[0] for messages in read["train"]
-    }
+    splits = prepared(spc, source="published")
+    assert (len(splits["train"]), len(splits["val"])) == (60, 8)
+    assert all("val" in str(messages) for messages in splits["val"])
+    splits = prepared(spc, source=f"published/{spc.FILES['train']}")
+    assert len(splits["train"]) + len(splits["val"]) == 60
+    numbers = {}
+    for split, conversations in splits.items():
+        numbers[split] = {
+            re.search(r"hi train \d+", str(messages))[0] for messages in conversations
+        }
+    assert len(numbers["val"]) == len(splits["val"]) / 2  # both sides of a conversation together
+    assert not numbers["val"] & numbers["train"]
 
 
-def test_what_is_not_synthetic_persona_chat_is_refused_by_name(prepare, tmp_path):
+def test_what_is_not_synthetic_persona_chat_is_refused(refused, tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    assert_refused(prepare(spc, source="other.csv"), "other.csv", "user 1 personas")
+    refused(spc, "other.csv", "user 1 personas", source="other.csv")
     (tmp_path / "empty.csv").write_bytes(b"\0\xff")
-    assert_refused(prepare(spc, source="empty.csv"), "empty.csv")
-    open_quote = spc_file(tmp_path / "quote.csv", []).read_text() + '"a\n' + "x" * 200_000
-    (tmp_path / "quote.csv").write_text(open_quote)
-    assert_refused(prepare(spc, source="quote.csv"), "quote.csv", "damaged")
-    (tmp_path / "half").mkdir()
+    refused(spc, "empty.csv", source="empty.csv")
+    header = spc_file(tmp_path / "quote.csv", []).read_text()
+    (tmp_path / "quote.csv").write_text(header + '"a\n' + "x" * 200_000)
+    refused(spc, "quote.csv", source="quote.csv")
     spc_file(tmp_path / "half" / spc.FILES["train"], spc_talks(3, "train"))
-    assert_refused(prepare(spc, source="half"), spc.FILES["val"])
-    assert written(tmp_path) == []
-
-
-def test_synthetic_persona_chat_is_downloaded_from_the_hub_or_a_mirror(prepare, web, monkeypatch):
-    hub = web.folder / "datasets" / spc.REPO / "resolve" / "main" / "data"
-    for split, name in spc.FILES.items():
-        spc_file(hub / name, spc_talks(5, split))
-    monkeypatch.setenv("HF_ENDPOINT", web.url)
-    assert prepare(spc).returncode == 0
-    assert len(read_back("data/spc")["val"]) == 10
+    refused(spc, spc.FILES["val"], source="half")
 
 
 # ---- any corpus
 
 
-@pytest.mark.parametrize(
-    "module", [chitchat, personachat, eli5, jsonl, spc], ids=lambda module: module.__name__
-)
-def test_a_source_that_is_not_there_is_named(prepare, tmp_path, module):
-    assert_refused(prepare(module, source="nowhere/file"), "nowhere/file")
-    assert written(tmp_path) == []
+@pytest.mark.parametrize("module", [chitchat, columned_chat, personachat, eli5, jsonl, spc])
+def test_a_missing_source_is_named(refused, module):
+    refused(module, "nowhere/file", source="nowhere/file")
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -375,7 +343,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def web(tmp_path, monkeypatch):
-    """A web server of the folder web.folder at web.url; the caches of whoever runs the tests are out of reach."""
+    """A web server of web.folder at web.url; the user's caches are out of reach."""
     for variable in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(variable, "*")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -384,45 +352,78 @@ def web(tmp_path, monkeypatch):
     folder = tmp_path / "web"
     folder.mkdir()
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
-        threading.Thread(
-            target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-        ).start()
-        server.folder, server.url = folder, f"http://127.0.0.1:{server.server_port}"
+        poll = {"poll_interval": 0.01}
+        threading.Thread(target=server.serve_forever, kwargs=poll, daemon=True).start()
+        server.folder = folder
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
         server.shutdown()
 
 
-def facts(path):
-    """Return what the scripts know of a published file: its size and sha256."""
+def hub_folder(web, repo):
+    """Return the folder of web's files that stands for a dataset on the Hugging Face hub."""
+    folder = web.folder / "datasets" / repo / "resolve" / "main"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def size_and_hash(path):
     body = path.read_bytes()
     return len(body), hashlib.sha256(body).hexdigest()
+
+
+def test_synthetic_persona_chat_is_downloaded_from_the_hub_or_a_mirror(prepared, web):
+    folder = hub_folder(web, spc.REPO)
+    for split, name in spc.FILES.items():
+        spc_file(folder / "data" / name, spc_talks(5, split))
+    assert len(prepared(spc)["val"]) == 10
+
+
+def test_eli5_is_downloaded_once(prepare, web, monkeypatch):
+    folder = hub_folder(web, "rexarski/eli5_category")
+    files = {}
+    for split, (name, _, _) in eli5.FILES.items():
+        path = json_gz(folder / name, questions(30, split))
+        files[split] = (name, *size_and_hash(path))
+    monkeypatch.setattr(eli5, "FILES", files)
+    assert prepare(eli5).returncode == 0
+    expected = [exchange(f"why val {i} ?", f"so {i} .") for i in range(30)]
+    assert read_back("data/eli5")["val"] == expected
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert prepare(eli5, out_dir="again").returncode == 0
+    assert files_in("again") == files_in("data/eli5")
+
+
+def test_columned_chat_is_downloaded(prepared, web):
+    folder = hub_folder(web, "Locutusque/ColumnedChatCombined")
+    columned_file(folder / "formatted_data.json", [columned(1)], [columned(2)])
+    assert prepared(columned_chat)["val"] == [exchange("question 2 ?", "answer 2 .")]
+
+
+def test_offline_the_missing_file_is_named(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    refused(eli5, "eli5-category-train.json.gz", "HF_HUB_OFFLINE")
 
 
 # ---- jsonl
 
 
-def test_every_conversation_comes_back_with_its_persona_and_any_text(prepare, tmp_path):
+def test_every_conversation_comes_back_with_its_persona_and_any_text(prepared, tmp_path):
     odd = 'a\n[Bot]: b <|endoftext|> «c» \\ "d" \t é 漢字 😀 [Human]: \u2028 \x85 e'
     conversations = [
         [{"role": "system", "content": odd}, *exchange(odd, odd)],
         [{"role": "assistant", "content": "i begin"}, *exchange("and", "i end")],
-        [
-            {"role": "user", "content": "one"},
-            *exchange("two", "three"),
-            {"role": "user", "content": "four"},
-        ],
+        [{"role": "user", "content": "one"}, *exchange("two", "three"), *exchange("four", "5")[:1]],
         exchange("", ""),
     ]
-    prepare(
-        jsonl,
-        source=write_jsonl(
-            tmp_path / "talk.jsonl", [exchange("first", "held out"), *conversations]
-        ),
-    )
-    splits = read_back("data/jsonl")
-    assert [
-        c for c in splits["train"] + splits["val"] if c != exchange("first", "held out")
-    ] == conversations
+    source = [exchange("first", "held out"), *conversations]
+    splits = prepared(jsonl, source=write_jsonl(tmp_path / "talk.jsonl", source))
+    assert everything(splits) == sorted(source, key=str)
+    assert splits["train"] == [
+        messages for messages in conversations if messages in splits["train"]
+    ]
 
 
 def lines_of(conversations, end="\n"):
@@ -433,62 +434,41 @@ def lines_of(conversations, end="\n"):
     ("name", "pack"),
     [
         ("no_newline_at_the_end.jsonl", lines_of),
-        ("crlf.jsonl", lambda c: lines_of(c, "\r\n")),
+        ("crlf.json", lambda c: lines_of(c, "\r\n")),
         ("blank_lines.jsonl", lambda c: b"\n \n" + lines_of(c, "\n\n\t\n") + b"\n\n"),
         ("byte_order_mark.jsonl", lambda c: b"\xef\xbb\xbf" + lines_of(c)),
         ("packed.jsonl.gz", lambda c: gzip.compress(lines_of(c))),
-        (
-            "packed_in_two_parts.gz",
-            lambda c: gzip.compress(lines_of(c[:9]) + b"\n") + gzip.compress(lines_of(c[9:])),
-        ),
-        ("raw_utf8.json", lambda c: lines_of(c).decode().encode()),
-        (
-            "other_fields.jsonl",
-            lambda c: lines_of(c).replace(b'{"messages"', b'{"id": 7, "messages"'),
-        ),
+        ("parts.gz", lambda c: b"".join(gzip.compress(lines_of([m]) + b"\n") for m in c)),
+        ("fields.jsonl", lambda c: lines_of(c).replace(b'{"messages"', b'{"id": 7, "messages"')),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_lines_are_read_however_they_are_packed(prepare, tmp_path, name, pack):
+def test_lines_are_read_however_they_are_packed(prepared, tmp_path, name, pack):
     path = tmp_path / name
     path.write_bytes(pack(small_talk(60)))
-    assert prepare(jsonl, source=path).returncode == 0
-    splits = read_back("data/jsonl")
-    assert sorted(map(spelled, splits["train"] + splits["val"])) == sorted(
-        map(spelled, small_talk(60))
-    )
+    assert everything(prepared(jsonl, source=path)) == sorted(small_talk(60), key=str)
 
 
-def test_half_a_surrogate_pair_becomes_the_replacement_character_and_a_pair_its_character(
-    prepare, tmp_path
-):
-    path = write_jsonl(
-        tmp_path / "talk.jsonl",
-        [exchange("\ud800 a", "b \udfff"), exchange("\ud83d\ude00", "fine")],
-    )
+def test_half_a_surrogate_pair_becomes_the_replacement_character(prepared, tmp_path):
+    conversations = [exchange("\ud800 a", "b \udfff"), exchange("\ud83d\ude00", "fine")]
+    path = write_jsonl(tmp_path / "talk.jsonl", conversations)
     assert rb"\ud83d\ude00" in path.read_bytes()
-    assert prepare(jsonl, source=path).returncode == 0
-    assert read_back("data/jsonl") == {
-        "val": [exchange("\ufffd a", "b \ufffd")],
-        "train": [exchange("😀", "fine")],
-    }
+    splits = prepared(jsonl, source=path)
+    assert splits["val"] == [exchange("\ufffd a", "b \ufffd")]
+    assert splits["train"] == [exchange("😀", "fine")]
 
 
-def test_the_other_template_is_written_where_it_is_asked_for(prepare, talk):
+def test_another_template_can_be_written(prepare, talk):
     assert prepare(jsonl, source=talk, template="user_assistant", out_dir="deep/er").returncode == 0
     shard = open_shard("deep/er/train.bin")
     assert (shard.template, shard.vocab_size) == ("user_assistant", 50_262)
-    splits = read_back("deep/er")
-    assert sorted(map(spelled, splits["train"] + splits["val"])) == sorted(
-        map(spelled, small_talk(60))
-    )
+    assert everything(read_back("deep/er")) == sorted(small_talk(60), key=str)
     text = Tokenizer("user_assistant").decode(shard.tokens[: shard.offsets[1]].tolist())
     assert text.startswith(("<|USER|> ", "<|SYSTEM|> ")) and text.endswith(" <|End|>")
 
 
-GOOD = (
-    '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}'
-)
+HI = '{"role": "user", "content": "hi"}'
+GOOD = f'{{"messages": [{HI}, {{"role": "assistant", "content": "hello"}}]}}'
 BAD_LINES = {
     "cut": GOOD[:-20],
     "two values": GOOD + GOOD,
@@ -496,20 +476,14 @@ BAD_LINES = {
     "endless nesting": "[" * 100_000,
     "list": "[1, 2]",
     "null": "null",
-    "number": "17",
-    "text": '"hi"',
     "other field": '{"text": "hi"}',
     "no messages": '{"messages": []}',
-    "messages null": '{"messages": null}',
     "messages text": '{"messages": "hi"}',
-    "messages object": '{"messages": {"role": "assistant", "content": "hi"}}',
     "message text": '{"messages": ["hi"]}',
     "no content": '{"messages": [{"role": "assistant"}]}',
     "content null": GOOD.replace('"hello"', "null"),
-    "content number": GOOD.replace('"hello"', "5"),
     "content parts": GOOD.replace('"hello"', '[{"type": "text", "text": "hello"}]'),
-    "no role": '{"messages": [{"content": "hi"}, {"role": "assistant", "content": "hello"}]}',
-    "role null": GOOD.replace('"user"', "null"),
+    "no role": GOOD.replace('"role": "user", ', ""),
     "role list": GOOD.replace('"user"', '["user"]'),
     "other role": GOOD.replace("user", "tool"),
     "late system": GOOD.replace("]", ', {"role": "system", "content": "i am late"}]'),
@@ -518,66 +492,45 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
-def test_a_line_that_is_no_conversation_is_named_and_nothing_is_written(prepare, tmp_path, line):
+def test_a_bad_line_is_named(refused, tmp_path, line):
     path = tmp_path / "mine.jsonl"
-    path.write_text(
-        f"{GOOD}\n\n{GOOD}\n{line}\n{GOOD}\n", encoding="utf-8", errors="surrogateescape"
-    )
-    done = prepare(jsonl, source=path)
-    assert_refused(done, path, "line 4")
-    assert len(done.stderr) < 500
-    assert written(tmp_path) == []
+    path.write_text(f"{GOOD}\n\n{GOOD}\n{line}\n{GOOD}\n", "utf-8", errors="surrogateescape")
+    refused(jsonl, path, "line 4", source=path)
 
 
-@pytest.mark.parametrize(
-    "pack",
-    [
-        lambda packed: packed[: len(packed) // 2],
-        lambda packed: packed[:-4],
-        lambda _: b"not gzip",
-        lambda _: b"",
-    ],
-    ids=["cut", "cut at the end", "not packed", "empty"],
-)
-def test_a_damaged_gz_is_refused_by_name(prepare, tmp_path, pack):
+def test_a_damaged_gz_is_named(refused, tmp_path):
     path = tmp_path / "mine.jsonl.gz"
-    path.write_bytes(pack(gzip.compress(lines_of(small_talk(300)))))
-    done = prepare(jsonl, source=path)
-    assert_refused(done, "mine.jsonl.gz" if path.stat().st_size else "at least two")
-    assert written(tmp_path) == []
+    packed = gzip.compress(lines_of(small_talk(300)))
+    for body in (packed[: len(packed) // 2], packed[:-4], b"not gzip"):
+        path.write_bytes(body)
+        refused(jsonl, "mine.jsonl.gz", source=path)
+    path.write_bytes(b"")
+    refused(jsonl, "at least two", source=path)
 
 
-def test_without_a_source_the_remedy_is_said(prepare):
-    assert_refused(prepare(jsonl), "--source=FILE.jsonl")
+def test_a_source_is_needed(refused):
+    refused(jsonl, "--source=FILE.jsonl")
 
 
-def test_one_conversation_is_never_in_both_splits_however_its_lines_are_written(tmp_path):
+def test_a_conversation_is_in_one_split_however_its_lines_are_written(tmp_path):
     lines = [GOOD]
     for i in range(300):
+        messages = exchange(f"q{i}", "yes")
+        reversed_fields = [dict(reversed(message.items())) for message in messages]
+        more_fields = [message | {"date": i} for message in messages]
         lines += [
-            json.dumps({"messages": exchange(f"q{i}", "yes")}),
-            json.dumps({"messages": exchange(f"q{i}", "yes")}, indent=None, separators=(",", ":")),
-            json.dumps(
-                {
-                    "messages": [
-                        dict(reversed(message.items())) for message in exchange(f"q{i}", "yes")
-                    ]
-                }
-            ),
-            json.dumps(
-                {
-                    "id": i,
-                    "messages": [message | {"date": i} for message in exchange(f"q{i}", "yes")],
-                }
-            ),
+            json.dumps({"messages": messages}),
+            json.dumps({"messages": messages}, separators=(",", ":")),
+            json.dumps({"messages": reversed_fields}),
+            json.dumps({"id": i, "messages": more_fields}),
         ]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(lines))
-    shared = {}
+    splits = {}
     for split, messages in corpus.divide(jsonl.read(path)):
-        shared.setdefault(messages[0]["content"], set()).add(split)
-    assert len(shared) == 301
-    assert [asked for asked, splits in shared.items() if len(splits) > 1] == []
+        splits.setdefault(messages[0]["content"], set()).add(split)
+    assert len(splits) == 301
+    assert [question for question, names in splits.items() if len(names) > 1] == []
 
 
 # ---- chitchat
@@ -586,10 +539,10 @@ def test_one_conversation_is_never_in_both_splits_however_its_lines_are_written(
 def chat_of(*groups):
     """Return a conversation as dataset.json has it, from groups of (sender, text)."""
     date = "2018-05-02T19:38:15Z"
-    messages = [
-        [{"text": text, "timestamp": date, "sender": sender} for sender, text in group]
-        for group in groups
-    ]
+    messages = []
+    for group in groups:
+        fields = [{"text": text, "timestamp": date, "sender": sender} for sender, text in group]
+        messages.append(fields)
     return {"messages": messages, "ratings": {"witty": "3"}}
 
 
@@ -598,118 +551,87 @@ def dataset(path, conversations):
     return path
 
 
+A = ("a", "hi")
+B = ("b", "yo")
+
+
 @pytest.mark.parametrize(
     ("conversation", "turns"),
     [
-        (chat_of([("a", "hi")], [("b", "hello")]), ["hi", "hello"]),
-        (
-            chat_of([("a", "hi"), ("a", "there")], [("b", "yo")], [("a", "so")]),
-            ["hi there", "yo", "so"],
-        ),
-        (chat_of([("a", "hi")], [("a", "again")], [("b", "yo")]), ["hi again", "yo"]),
-        (chat_of([("a", "hi"), ("b", "in one group")], [("b", "yo")]), ["hi", "in one group yo"]),
-        (
-            chat_of([("a", "  hi\n")], [("b", " \n\t")], [("a", "there")], [("b", "yo")]),
-            ["hi there", "yo"],
-        ),
-        (chat_of([("a", "two\nlines")], [], [("b", "yo")]), ["two\nlines", "yo"]),
-        (chat_of([("a", "hi")], [("a", "nobody ?")]), None),
-        (chat_of([("a", "hi")], [("b", "  ")]), None),
+        (chat_of([A], [B]), ["hi", "yo"]),
+        (chat_of([A, ("a", "there")], [B], [("a", "so")]), ["hi there", "yo", "so"]),
+        (chat_of([A], [("a", "again")], [B]), ["hi again", "yo"]),
+        (chat_of([A, ("b", "in one group")], [B]), ["hi", "in one group yo"]),
+        (chat_of([("a", "  hi\n")], [("b", " \n\t")], [("a", "so")], [B]), ["hi so", "yo"]),
+        (chat_of([("a", "two\nlines")], [], [B]), ["two\nlines", "yo"]),
+        (chat_of([A], [("a", "nobody ?")]), None),
+        (chat_of([A], [("b", "  ")]), None),
         (chat_of(), None),
     ],
 )
-def test_consecutive_messages_of_a_speaker_are_one_turn_and_both_speakers_are_the_bot(
+def test_messages_in_a_row_are_one_turn_and_both_speakers_are_the_bot(
     tmp_path, conversation, turns
 ):
-    found = list(chitchat.read(dataset(tmp_path / "dataset.json", {"id": conversation})))
-    human_first = itertools.cycle(["user", "assistant"])
-    bot_first = itertools.cycle(["assistant", "user"])
-    assert found == [
-        (
-            "id",
-            [
-                {"role": role, "content": text}
-                for role, text in zip(roles, turns or [], strict=False)
-            ],
-        )
-        for roles in (human_first, bot_first)
-        if turns
-    ]
+    pairs = list(chitchat.read(dataset(tmp_path / "dataset.json", {"id": conversation})))
+    expected = []
+    for roles in (("user", "assistant"), ("assistant", "user")) if turns else ():
+        messages = zip(itertools.cycle(roles), turns, strict=False)
+        expected.append(("id", [{"role": role, "content": text} for role, text in messages]))
+    assert pairs == expected
 
 
-def test_both_copies_of_a_chitchat_conversation_are_in_the_same_split(prepare, tmp_path):
-    chats = {
-        f"id{i}": chat_of([("a", f"hi {i}")], [("b", f"yo {i}")], [("a", "bye")])
-        for i in range(200)
-    }
-    assert prepare(chitchat, source=dataset(tmp_path / "dataset.json", chats)).returncode == 0
-    splits = read_back("data/chitchat")
-    assert len(splits["train"]) + len(splits["val"]) == 400
+def test_both_copies_of_a_chitchat_conversation_share_a_split(prepared, tmp_path):
+    chats = {}
+    for i in range(100):
+        chats[f"id{i}"] = chat_of([("a", f"hi {i}")], [("b", f"yo {i}")], [("a", "bye")])
+    splits = prepared(chitchat, source=dataset(tmp_path / "dataset.json", chats))
+    assert len(splits["train"]) + len(splits["val"]) == 200
     for conversations in splits.values():
+        assert texts(conversations[::2]) == texts(conversations[1::2])
         for one, other in zip(conversations[::2], conversations[1::2], strict=True):
-            assert [m["content"] for m in one] == [m["content"] for m in other]
             assert [m["role"] for m in one] == ["user", "assistant", "user"]
             assert [m["role"] for m in other] == ["assistant", "user", "assistant"]
-    first_turns = {
-        split: {c[0]["content"] for c in conversations} for split, conversations in splits.items()
-    }
-    assert not first_turns["train"] & first_turns["val"]
 
 
 def real_chats():
-    """Return the turns of each conversation of the package, in its order, read by other code than the product's."""
+    """Return the turns of each conversation of the package, read by other code."""
     path = metadata.distribution("chitchat-dataset").locate_file("chitchat_dataset/dataset.json")
     chats = []
     for chat in json.loads(path.read_text(encoding="utf-8")).values():
-        turns = []  # [sender, texts]
+        turns = []
+        sender = None
         for message in itertools.chain(*chat["messages"]):
             text = message["text"].strip()
-            if text and turns and turns[-1][0] == message["sender"]:
-                turns[-1][1].append(text)
+            if text and message["sender"] == sender:
+                turns[-1] += f" {text}"
             elif text:
-                turns.append([message["sender"], [text]])
+                turns.append(text)
+                sender = message["sender"]
         if len(turns) > 1:
-            chats.append([" ".join(texts) for _, texts in turns])
+            chats.append(turns)
     return chats
 
 
-def test_the_package_holds_4017_conversations_and_none_is_lost(prepare, monkeypatch):
-    taken = []
-    monkeypatch.setattr(
-        chitchat, "prepare", lambda config, name, conversations: taken.extend(conversations)
-    )
+def test_no_conversation_of_the_package_is_lost(prepare, monkeypatch):
+    pairs = []
+    collect = lambda config, name, conversations: pairs.extend(conversations)  # noqa: E731
+    monkeypatch.setattr(chitchat, "prepare", collect)
     assert prepare(chitchat).returncode == 0
-    expected = real_chats()
-    assert len(expected) == 4017
-    assert [[message["content"] for message in messages] for _, messages in taken[::2]] == expected
-    assert [[message["content"] for message in messages] for _, messages in taken[1::2]] == expected
-    assert {messages[0]["role"] for _, messages in taken[::2]} == {"user"}
-    assert {messages[0]["role"] for _, messages in taken[1::2]} == {"assistant"}
-    assert [split for split, _ in taken[::2]] == [split for split, _ in taken[1::2]]
-    contents = {
-        split: {tuple(m["content"] for m in messages) for s, messages in taken if s == split}
-        for split in ("train", "val")
-    }
-    assert not contents["train"] & contents["val"]
+    human_first = [messages for _, messages in pairs[::2]]
+    bot_first = [messages for _, messages in pairs[1::2]]
+    assert len(human_first) == 4017
+    assert texts(human_first) == texts(bot_first) == real_chats()
+    assert {messages[0]["role"] for messages in human_first} == {"user"}
+    assert {messages[0]["role"] for messages in bot_first} == {"assistant"}
+    assert [split for split, _ in pairs[::2]] == [split for split, _ in pairs[1::2]]
 
 
 @pytest.mark.slow
 def test_the_whole_package_comes_back_from_the_shards(script, tmp_path):
     done = script("prepare/chitchat.py", timeout=600)
-    expected = real_chats()
-    turns = sum(map(len, expected))
-    counts = [
-        [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:conversations|turns)", line)]
-        for line in done.stdout.splitlines()[:2]
-    ]
-    assert [sum(pair) for pair in zip(*counts, strict=True)] == [2 * 4017, 2 * turns]
+    assert done.returncode == 0, done.stderr
     splits = read_back(tmp_path / "data" / "chitchat")
-    found = [
-        [m["content"] for m in messages]
-        for conversations in splits.values()
-        for messages in conversations
-    ]
-    assert sorted(found) == sorted(expected * 2)
+    assert sorted(texts(splits["train"] + splits["val"])) == sorted(real_chats() * 2)
 
 
 BAD_DATASETS = {
@@ -727,16 +649,15 @@ BAD_DATASETS = {
 
 
 @pytest.mark.parametrize("body", BAD_DATASETS.values(), ids=BAD_DATASETS)
-def test_what_is_not_chitchats_dataset_is_refused_by_name(prepare, tmp_path, body):
+def test_what_is_not_chitchats_dataset_is_refused(refused, tmp_path, body):
     path = tmp_path / "dataset.json"
     path.write_bytes(body)
-    assert_refused(prepare(chitchat, source=path), path)
-    assert written(tmp_path) == []
+    refused(chitchat, path, source=path)
 
 
-def test_without_the_package_the_command_that_installs_it_is_said(prepare, monkeypatch):
+def test_without_the_package_the_command_that_installs_it_is_named(refused, monkeypatch):
     monkeypatch.setattr(sys, "path", [])
-    assert_refused(prepare(chitchat), "pip install chitchat-dataset")
+    refused(chitchat, "pip install chitchat-dataset")
 
 
 # ---- PersonaChat
@@ -744,52 +665,36 @@ def test_without_the_package_the_command_that_installs_it_is_said(prepare, monke
 
 def dialogs(n, seed=0):
     """Return n dialogs, (persona's sentences, utterances)."""
-    talks = [
-        [message["content"] for message in without_persona(messages)]
-        for messages in small_talk(n, seed)
-    ]
-    return [
-        ([f"i am number {i} .", "i like tea ."], utterances) for i, utterances in enumerate(talks)
-    ]
+    utterances = texts(small_talk(n, seed))
+    return [([f"i am number {i} .", "i like tea ."], utterances[i]) for i in range(n)]
 
 
 def parlai(dialogs, candidates=""):
     """Return the text of a ParlAI file."""
     text = ""
     for persona, utterances in dialogs:
-        pairs = zip(utterances[::2], utterances[1::2], strict=True)
         lines = [f"your persona: {line}" for line in persona]
-        lines += [
-            f"{asked}\t{reply}" + (f"\t\t{candidates}|{reply}" if candidates else "")
-            for asked, reply in pairs
-        ]
+        for question, reply in zip(utterances[::2], utterances[1::2], strict=True):
+            choices = f"\t\t{candidates}|{reply}" if candidates else ""
+            lines.append(f"{question}\t{reply}{choices}")
         text += "".join(f"{number} {line}\n" for number, line in enumerate(lines, 1))
     return text
 
 
-def utterances(conversations):
-    return [
-        [message["content"] for message in without_persona(messages)] for messages in conversations
-    ]
+def read_parlai(lines):
+    return [messages for _, messages in personachat.read(lines, "file.txt")]
 
 
-TRAIN, VALID = dialogs(60, seed=1), dialogs(20, seed=2)
+TRAIN = dialogs(60, seed=1)
+VALID = dialogs(20, seed=2)
 DECOY = "this file must not be read\n"
 PERSONACHAT = {
-    f"{split}_{kind}.txt": text if kind == "self_original" else DECOY
-    for split, text in (
-        ("train", parlai(TRAIN, "no .|yes .")),
-        ("valid", parlai(VALID, "no .|yes .")),
-        ("test", DECOY),
-    )
-    for kind in (
-        "self_original",
-        "self_revised",
-        "other_original",
-        "both_original",
-        "none_original",
-    )
+    "train_self_original.txt": parlai(TRAIN, "no .|yes ."),
+    "valid_self_original.txt": parlai(VALID, "no .|yes ."),
 }
+for kind in ("self_revised", "other_original", "both_original", "none_original"):
+    for split in ("train", "valid", "test"):
+        PERSONACHAT[f"{split}_{kind}.txt"] = DECOY
 CONVAI2 = PERSONACHAT | {
     "train_self_original_no_cands.txt": parlai(TRAIN),
     "valid_self_original_no_cands.txt": parlai(VALID),
@@ -798,10 +703,9 @@ CONVAI2 = PERSONACHAT | {
 
 
 def unpacked(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text.encode())
+        (folder / name).write_text(text)
     return folder
 
 
@@ -824,31 +728,26 @@ def only(name_part, files):
 
 
 SOURCES = {
-    "PersonaChat's archive": lambda at: archive(at / "personachat.tgz", PERSONACHAT),
-    "ConvAI2's archive": lambda at: archive(at / "convai2_fix_723.tgz", CONVAI2, inside=""),
-    "ConvAI2's archive, dotted names": lambda at: archive(
-        at / "convai2_fix_723.tgz", CONVAI2, inside="./"
-    ),
-    "archive unzipped": lambda at: archive(at / "personachat.tar", PERSONACHAT),
-    "archive of another name": lambda at: archive(at / "x.tgz", PERSONACHAT).rename(at / "blob"),
-    "folder": lambda at: unpacked(at / "folder", PERSONACHAT),
-    "folder around the folder": lambda at: unpacked(at / "folder" / "personachat", CONVAI2).parent,
-    "folder without candidates": lambda at: unpacked(at / "folder", only("no_cands", CONVAI2)),
+    "PersonaChat's archive": lambda path: archive(path / "personachat.tgz", PERSONACHAT),
+    "ConvAI2's archive": lambda path: archive(path / "convai2.tgz", CONVAI2, inside=""),
+    "dotted names": lambda path: archive(path / "convai2.tgz", CONVAI2, inside="./"),
+    "archive unzipped": lambda path: archive(path / "personachat.tar", PERSONACHAT),
+    "another name": lambda path: archive(path / "x.tgz", PERSONACHAT).rename(path / "blob"),
+    "folder": lambda path: unpacked(path / "folder", PERSONACHAT),
+    "folder in a folder": lambda path: unpacked(path / "f" / "personachat", CONVAI2).parent,
+    "without candidates": lambda path: unpacked(path / "folder", only("no_cands", CONVAI2)),
 }
 
 
 @pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
-def test_every_dialog_of_personachat_is_read_in_its_order_and_split_as_published(
-    prepare, tmp_path, make
+def test_every_dialog_of_personachat_is_read_in_order_and_split_as_published(
+    prepared, tmp_path, make
 ):
-    assert prepare(personachat, source=make(tmp_path)).returncode == 0
-    splits = read_back("data/personachat")
-    assert utterances(splits["train"]) == [utterances for _, utterances in TRAIN]
-    assert utterances(splits["val"]) == [utterances for _, utterances in VALID]
+    splits = prepared(personachat, source=make(tmp_path))
     for conversations, published in ((splits["train"], TRAIN), (splits["val"], VALID)):
+        assert texts(conversations) == [utterances for _, utterances in published]
         for messages, (persona, _) in zip(conversations, published, strict=True):
             assert messages[0]["content"] == " ".join(persona) or messages[0]["role"] == "user"
-            assert {m["role"] for m in messages[-2:]} == {"user", "assistant"}
 
 
 def test_a_parlai_file_is_read_as_parlai_means_it():
@@ -864,144 +763,115 @@ def test_a_parlai_file_is_read_as_parlai_means_it():
         "1 no persona\tnone\n"
         "1 a dialog of one line\tyes\r\n"
     )
-    found = list(personachat.read(io.StringIO(text * 20, newline=None), "file.txt"))
+    conversations = read_parlai(io.StringIO(text * 20, newline=None))
+    question = exchange("and 1 of these ?", "your persona: is nice .")
     expected = [
-        exchange("hi , how are you ?", "fine .")
-        + exchange("and 1 of these ?", "your persona: is nice ."),
-        exchange("__SILENCE__", "hello !")[1:] + exchange("hi .", "bye ."),
+        exchange("hi , how are you ?", "fine .") + question,
+        exchange("", "hello !")[1:] + exchange("hi .", "bye ."),
         exchange("no persona", "none"),
         exchange("a dialog of one line", "yes"),
     ]
-    assert [without_persona(messages) for messages in found] == expected * 20
+    assert [without_persona(messages) for messages in conversations] == expected * 20
     for i, personas in enumerate([{"i like tea. i'm 6\u2032 tall."}, {"i begin."}, set(), set()]):
-        assert {m[0]["content"] for m in found[i::4] if m[0]["role"] == "system"} == personas
+        first = [messages[0] for messages in conversations[i::4]]
+        assert {m["content"] for m in first if m["role"] == "system"} == personas
 
 
-def test_half_of_the_conversations_keep_the_persona_and_the_same_ones_each_time():
+def test_half_of_the_conversations_keep_the_persona_the_same_ones_each_time():
     published = dialogs(600)
-    found = list(personachat.read(parlai(published).splitlines(), "file.txt"))
-    assert utterances(found) == [utterances for _, utterances in published]
-    kept = [messages[0]["content"] for messages in found if messages[0]["role"] == "system"]
+    conversations = read_parlai(parlai(published).splitlines())
+    assert texts(conversations) == [utterances for _, utterances in published]
+    kept = [messages[0]["content"] for messages in conversations if messages[0]["role"] == "system"]
     assert 250 < len(kept) < 350
-    assert len(set(kept)) == len(kept) and set(kept) < {
-        " ".join(persona) for persona, _ in published
-    }
-    assert found == list(personachat.read(parlai(published).splitlines(), "file.txt"))
+    assert len(set(kept)) == len(kept)
+    assert set(kept) < {" ".join(persona) for persona, _ in published}
+    assert conversations == read_parlai(parlai(published).splitlines())
 
 
 @pytest.mark.parametrize("candidates", ["", "no .|yes ."])
-def test_one_file_alone_is_divided_and_nothing_is_lost(prepare, tmp_path, candidates):
+def test_one_file_alone_is_divided_and_nothing_is_lost(prepared, tmp_path, candidates):
     path = tmp_path / "valid_self_original.txt"
     path.write_text(parlai(dialogs(300), candidates))
-    assert prepare(personachat, source=path).returncode == 0
-    splits = {
-        split: utterances(conversations)
-        for split, conversations in read_back("data/personachat").items()
-    }
-    assert sorted(splits["train"] + splits["val"]) == sorted(
-        utterances for _, utterances in dialogs(300)
-    )
-    assert 4 < len(splits["val"]) < 30
-    assert not {map(str, splits["train"])} & {map(str, splits["val"])}
+    splits = prepared(personachat, source=path)
+    train, val = (texts(splits[split]) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(utterances for _, utterances in dialogs(300))
+    assert 4 < len(val) < 30
+    assert not set(map(str, train)) & set(map(str, val))
 
 
-def test_the_two_sides_of_a_dialog_are_in_the_same_split(tmp_path):
-    """ConvAI2's training file has each dialog twice; whoever begins is the bot in one of them, after a silence."""
+def test_the_two_sides_of_a_dialog_share_a_split(tmp_path):
+    """ConvAI2's training file has each dialog twice; in one the bot begins, after a silence."""
     text = parlai([(["i am first ."], ["a", "b"])])
     for i in range(300):
-        said = [f"{i} {word}" for word in ("hi", "hello", "how are you", "fine", "good", "bye")]
-        text += parlai([(["i reply ."], said), (["i begin ."], ["__SILENCE__", *said[:-1]])])
+        utterances = [f"{i} {word}" for word in ("hi", "hello", "how are you", "fine", "ok", "bye")]
+        other_side = ["__SILENCE__", *utterances[:-1]]
+        text += parlai([(["i reply ."], utterances), (["i begin ."], other_side)])
     path = tmp_path / "train_self_original.txt"
     path.write_text(text)
     splits = {}
     for split, messages in personachat.conversations(path):
         splits.setdefault(without_persona(messages)[0]["content"], set()).add(split)
     assert len(splits) == 301
-    assert [first for first, found in splits.items() if len(found) > 1] == []
+    assert [first for first, names in splits.items() if len(names) > 1] == []
 
 
 @pytest.mark.parametrize(
     "line",
     ["hello there", "3 no reply", "x hi\tthere", "", "<html>\t</html>", "\tx", "3\thi\tthere"],
 )
-@pytest.mark.parametrize("where", ["a file", "an archive"])
-def test_a_line_that_is_not_parlais_is_named_with_its_file(prepare, tmp_path, line, where):
+def test_a_line_that_is_not_parlais_is_named_with_its_file(refused, tmp_path, line):
+    name = "train_self_original.txt"
     bad = f"1 your persona: i like tea.\n2 hi\thello\n{line}\n4 how are you ?\tfine\n"
-    if where == "a file":
-        path = tmp_path / "train_self_original.txt"
-        path.write_text(bad)
-    else:
-        path = archive(tmp_path / "personachat.tgz", PERSONACHAT | {"train_self_original.txt": bad})
-    assert_refused(prepare(personachat, source=path), "train_self_original.txt", "line 3")
-    assert written(tmp_path) == []
+    (tmp_path / name).write_text(bad)
+    refused(personachat, name, "line 3", source=name)
+    path = archive(tmp_path / "personachat.tgz", PERSONACHAT | {name: bad})
+    refused(personachat, name, "line 3", source=path)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda at: archive(at / "source.tgz", {}),
-        lambda at: archive(at / "source.tgz", only("revised", PERSONACHAT)),
-        lambda at: unpacked(at / "source", {"readme.txt": "hello"}),
-    ],
-    ids=["empty", "revised", "folder of something else"],
-)
-def test_a_source_without_the_files_is_named_with_what_it_lacks(prepare, tmp_path, make):
-    source = make(tmp_path)
-    assert_refused(prepare(personachat, source=source), source, "self_original.txt")
-    assert written(tmp_path) == []
+def test_a_source_without_the_files_is_named_with_what_it_lacks(refused, tmp_path):
+    for source in (
+        archive(tmp_path / "empty.tgz", {}),
+        archive(tmp_path / "source.tgz", only("revised", PERSONACHAT)),
+        unpacked(tmp_path / "source", {"readme.txt": "hello"}),
+    ):
+        refused(personachat, source, "self_original.txt", source=source)
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
-@pytest.mark.parametrize("form", ["archive", "folder"])
-def test_a_source_that_holds_one_split_only_is_divided(prepare, tmp_path, form, split):
+def test_a_source_with_one_split_is_divided(prepared, tmp_path, split):
     files = only(split, PERSONACHAT)
-    source = (
-        archive(tmp_path / "s.tgz", files) if form == "archive" else unpacked(tmp_path / "s", files)
-    )
-    assert prepare(personachat, source=source).returncode == 0
-    alone = unpacked(tmp_path / "alone", files) / f"{split}_self_original.txt"
-    divided = read_back("data/personachat")
-    assert prepare(personachat, source=alone).returncode == 0
-    assert divided == read_back("data/personachat") and divided["train"] and divided["val"]
+    folder = unpacked(tmp_path / "folder", files)
+    alone = prepared(personachat, source=folder / f"{split}_self_original.txt")
+    assert alone["train"] and alone["val"]
+    assert prepared(personachat, source=folder) == alone
+    assert prepared(personachat, source=archive(tmp_path / "s.tgz", files)) == alone
 
 
-@pytest.mark.parametrize("part", [0.3, 0.6, 0.95, 0.999])
-def test_a_cut_archive_is_refused_by_name(prepare, tmp_path, part):
-    long = parlai(dialogs(2000))
-    files = {
-        "train_self_original.txt": long,
-        "valid_self_original.txt": long,
-        "test_self_original.txt": long,
-    }
-    path = archive(tmp_path / "personachat.tgz", files)
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
-    assert_refused(prepare(personachat, source=path), path.name)
-    assert written(tmp_path) == []
-
-
-def test_a_damaged_archive_is_refused_by_name(prepare, tmp_path):
+@pytest.mark.parametrize("damage", [0.3, 0.6, 0.999, "zeros"])
+def test_a_damaged_archive_is_named(refused, tmp_path, damage):
+    long = parlai(dialogs(1000))
     path = archive(
         tmp_path / "personachat.tgz",
-        {"train_self_original.txt": parlai(dialogs(2000))} | PERSONACHAT,
+        PERSONACHAT | {"valid_self_original.txt": long, "end.txt": long},
     )
-    body = bytearray(path.read_bytes())
-    middle = len(body) // 2
-    body[middle : middle + 2000] = bytes(2000)
-    path.write_bytes(body)
-    assert_refused(prepare(personachat, source=path), path.name)
-    assert written(tmp_path) == []
+    body = path.read_bytes()
+    if damage == "zeros":
+        middle = len(body) // 2
+        path.write_bytes(body[:middle] + bytes(2000) + body[middle + 2000 :])
+    else:
+        path.write_bytes(body[: int(len(body) * damage)])
+    refused(personachat, path.name, source=path)
 
 
-def test_a_file_of_one_dialog_is_refused(prepare, tmp_path):
+def test_a_file_of_one_dialog_is_refused(refused, tmp_path):
     path = tmp_path / "train_self_original.txt"
     path.write_text("1 your persona: i like tea.\n2 hi\thello\n3 how are you ?\tfine\n")
-    assert_refused(prepare(personachat, source=path), "at least two")
-    assert written(tmp_path) == []
+    refused(personachat, "at least two", source=path)
 
 
 def test_personachat_is_downloaded_once_and_verified(prepare, web, monkeypatch):
     published = archive(web.folder / "personachat.tgz", PERSONACHAT)
-    size, sha256 = facts(published)
+    size, sha256 = size_and_hash(published)
     monkeypatch.setattr(personachat, "URL", f"{web.url}/personachat.tgz")
     monkeypatch.setattr(personachat, "SIZE", size)
     monkeypatch.setattr(personachat, "SHA256", "0" * 64)
@@ -1009,36 +879,32 @@ def test_personachat_is_downloaded_once_and_verified(prepare, web, monkeypatch):
     assert done.returncode == 2 and "sha256" in done.stderr and "Traceback" not in done.stderr
     monkeypatch.setattr(personachat, "SHA256", sha256)
     assert prepare(personachat).returncode == 0
-    assert utterances(read_back("data/personachat")["train"]) == [
-        utterances for _, utterances in TRAIN
-    ]
+    assert texts(read_back("data/personachat")["train"]) == [utterances for _, utterances in TRAIN]
     published.unlink()
     assert prepare(personachat, out_dir="again").returncode == 0
     assert files_in("again") == files_in("data/personachat")
 
 
-def test_personachat_without_a_network_says_that_a_file_can_be_given(prepare, web, monkeypatch):
+def test_without_a_network_the_error_names_source(refused, web, monkeypatch):
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
-        monkeypatch.setattr(
-            personachat, "URL", f"http://127.0.0.1:{nobody.getsockname()[1]}/personachat.tgz"
-        )
-        assert_refused(prepare(personachat), "127.0.0.1", "--source")
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/personachat.tgz"
+        monkeypatch.setattr(personachat, "URL", url)
+        refused(personachat, "127.0.0.1", "--source")
 
 
 # ---- ELI5
 
 
-def question(q_id="q", title="why ?", selftext="", answers=((1, "because"),), urls=None):
+def question(q_id="q", title="why ?", selftext="", answers=((1, "because"),)):
     """Return a question as eli5_category has it, from its answers as (score, text)."""
-    no_urls = {"url": []} if urls is None else urls
     return {
         "q_id": q_id,
         "category": "Engineering",
         "title": title,
-        "title_urls": no_urls,
+        "title_urls": {"url": []},
         "selftext": selftext,
-        "selftext_urls": no_urls,
+        "selftext_urls": {"url": []},
         "subreddit": "explainlikeimfive",
         "answers": {
             "a_id": [f"a{i}" for i in range(len(answers))],
@@ -1050,10 +916,8 @@ def question(q_id="q", title="why ?", selftext="", answers=((1, "because"),), ur
 
 
 def questions(n, name=""):
-    return [
-        question(f"{name}{i}", f"why {name} {i} ?", answers=[(2, "no idea"), (7, f"so {i} .")])
-        for i in range(n)
-    ]
+    answers = [[(2, "no idea"), (7, f"so {i} .")] for i in range(n)]
+    return [question(f"{name}{i}", f"why {name} {i} ?", answers=answers[i]) for i in range(n)]
 
 
 def json_gz(path, value):
@@ -1062,12 +926,9 @@ def json_gz(path, value):
     return path
 
 
-def conversations_of(tmp_path, questions):
-    return [messages for _, messages in read_eli5(json_gz(tmp_path / "eli5.json.gz", questions))]
-
-
 def read_eli5(path):
-    return eli5.read(path, {"questions": 0, "unanswered": 0}, eli5.as_messages)
+    counts = {"questions": 0, "unanswered": 0}
+    return (messages for _, messages in eli5.read(path, counts, eli5.as_messages))
 
 
 @pytest.mark.parametrize(
@@ -1078,23 +939,18 @@ def read_eli5(path):
         ([(5, "first of equals"), (5, "second of equals")], "first of equals"),
         ([(1, "\n spaced \n\nlines  ")], "spaced \n\nlines"),
         ([(9, "[deleted]"), (3, "three"), (4, "four")], "four"),
-        ([(9, "[removed]"), (3, "three")], "three"),
         ([(9, " [deleted]\n"), (8, "[removed] "), (7, " \n"), (3, "three")], "three"),
-        ([(9, "see URL_0"), (3, "three")], "three"),
         ([(9, "(URL_0)."), (8, "URL_12, and more"), (7, "a\nURL_1\nb"), (3, "three")], "three"),
         ([(9, "it was [deleted] by them"), (3, "three")], "it was [deleted] by them"),
         ([(9, "[deleted]"), (8, "read URL_0")], None),
         ([], None),
     ],
 )
-def test_the_best_scored_answer_that_can_be_learnt_is_taken(tmp_path, answers, best):
-    found = conversations_of(tmp_path, [question(title="why ?", answers=answers)])
-    assert found == ([exchange("why ?", best)] if best else [])
+def test_the_answer_is_the_best_scored_one_that_can_be_learned(tmp_path, answers, best):
+    path = json_gz(tmp_path / "eli5.json.gz", [question(answers=answers)])
+    assert list(read_eli5(path)) == ([exchange("why ?", best)] if best else [])
 
 
-@pytest.mark.parametrize(
-    "urls", [{"url": []}, [], {"url": ["http://example.org"]}, ["http://example.org"]]
-)
 @pytest.mark.parametrize(
     ("title", "selftext", "asked"),
     [
@@ -1104,11 +960,9 @@ def test_the_best_scored_answer_that_can_be_learnt_is_taken(tmp_path, answers, b
         ("", "only this", "only this"),
     ],
 )
-def test_the_question_is_the_title_and_what_was_written_below_it(
-    tmp_path, title, selftext, asked, urls
-):
-    found = conversations_of(tmp_path, [question(title=title, selftext=selftext, urls=urls)])
-    assert found == [exchange(asked, "because")]
+def test_the_question_is_the_title_and_the_text_below_it(tmp_path, title, selftext, asked):
+    path = json_gz(tmp_path / "eli5.json.gz", [question(title=title, selftext=selftext)])
+    assert list(read_eli5(path)) == [exchange(asked, "because")]
 
 
 def test_a_folder_with_the_published_files_is_split_as_published_and_counted(prepare, tmp_path):
@@ -1119,41 +973,29 @@ def test_a_folder_with_the_published_files_is_split_as_published_and_counted(pre
     json_gz(folder / "eli5-category-validation-2.json.gz", "this file must not be read")
     done = prepare(eli5, source=folder)
     assert done.stdout.splitlines()[-1].startswith("52 questions, 2 of them left out")
-    assert read_back("data/eli5") == {
-        split: [exchange(f"why {split} {i} ?", f"so {i} .") for i in range(n)]
-        for split, n in (("train", 40), ("val", 10))
-    }
+    splits = read_back("data/eli5")
+    for split, n in (("train", 40), ("val", 10)):
+        assert splits[split] == [exchange(f"why {split} {i} ?", f"so {i} .") for i in range(n)]
 
 
 @pytest.mark.parametrize("missing", ["train", "validation-1"])
-def test_a_folder_without_one_of_the_published_files_is_refused_by_that_name(
-    prepare, tmp_path, missing
-):
+def test_a_folder_without_one_of_the_published_files_is_refused(refused, tmp_path, missing):
     folder = tmp_path / "eli5"
     for split in {"train", "validation-1", "test"} - {missing}:
         json_gz(folder / f"eli5-category-{split}.json.gz", questions(5))
-    assert_refused(prepare(eli5, source=folder), folder / f"eli5-category-{missing}.json.gz")
-    assert written(tmp_path) == []
+    refused(eli5, folder / f"eli5-category-{missing}.json.gz", source=folder)
 
 
-def test_a_folder_with_one_file_is_divided_as_the_file_alone(prepare, tmp_path):
+def test_one_file_is_divided_packed_or_not_alone_or_in_a_folder(prepared, tmp_path):
     path = json_gz(tmp_path / "eli5" / "eli5-category-test.json.gz", questions(300))
-    assert prepare(eli5, source=path.parent).returncode == 0
-    divided = read_back("data/eli5")
-    assert prepare(eli5, source=path).returncode == 0
-    assert divided == read_back("data/eli5") and divided["train"] and divided["val"]
-
-
-@pytest.mark.parametrize("name", ["eli5-category-test.json.gz", "eli5-category-test.json"])
-def test_one_file_alone_packed_or_not_is_divided_and_nothing_is_lost(prepare, tmp_path, name):
-    path = json_gz(tmp_path / name, questions(300))
-    if path.suffix == ".json":
-        path.write_text(json.dumps(questions(300)))
-    assert prepare(eli5, source=path).returncode == 0
-    splits = read_back("data/eli5")
+    splits = prepared(eli5, source=path)
     assert 4 < len(splits["val"]) < 30
     expected = [exchange(f"why  {i} ?", f"so {i} .") for i in range(300)]
-    assert sorted(splits["train"] + splits["val"], key=str) == sorted(expected, key=str)
+    assert everything(splits) == sorted(expected, key=str)
+    assert prepared(eli5, source=path.parent) == splits
+    unpacked_path = tmp_path / "eli5-category-test.json"
+    unpacked_path.write_text(json.dumps(questions(300)))
+    assert prepared(eli5, source=unpacked_path) == splits
 
 
 class Trickle(io.StringIO):
@@ -1175,23 +1017,30 @@ def test_a_list_is_read_object_by_object_wherever_the_reads_cut_it(most, indent)
     assert list(JsonStream(Trickle(text, most)).items()) == values
 
 
-def test_objects_larger_than_what_is_read_at_once_are_whole():
-    values = [
-        {"text": letter * size}
-        for letter, size in (("a", 3 << 20), ("b", 1), ("c", (1 << 20) - 7), ("d", 5))
-    ]
+def test_objects_larger_than_a_read_are_whole():
+    sizes = (3 << 20, 1, (1 << 20) - 7, 5)
+    values = [{"text": "x" * size} for size in sizes]
     assert list(JsonStream(io.StringIO(json.dumps(values))).items()) == values
 
 
-def test_a_list_larger_than_memory_can_be_read(tmp_path):
-    path = json_gz(
-        tmp_path / "eli5.json.gz", [question(answers=[(1, "x" * 500_000)])] * 40
-    )  # 20 MB
+def peak_memory(iterator):
+    """Return (number of items, bytes of memory that passing through them takes)."""
     tracemalloc.start()
-    assert sum(1 for _ in read_eli5(path)) == 40
-    highest = tracemalloc.get_traced_memory()[1]
+    n = sum(1 for _ in iterator)
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert highest < 10e6
+    return n, peak
+
+
+def test_files_larger_than_memory_can_be_read(tmp_path):
+    long = question(answers=[(1, "x" * 500_000)])
+    n, peak = peak_memory(read_eli5(json_gz(tmp_path / "eli5.json.gz", [long] * 40)))  # 20 MB
+    assert n == 40 and peak < 10e6
+    train = [columned(1) | {"Assistant": "x" * 500_000}] * 40
+    path = columned_file(tmp_path / "f.json", train, [columned(2)])
+    n, peak = peak_memory(columned_chat.records(path, False))
+    assert n == 41 and peak < 10e6
+    assert columned_chat.has_validation(path)
 
 
 PACKED = gzip.compress(json.dumps(questions(500)).encode())
@@ -1202,41 +1051,32 @@ BAD_FILES = {
     "html.json.gz": b"<!DOCTYPE html><html></html>",
     "html.json": b"<!DOCTYPE html><html></html>",
     "empty.json": b"",
-    "empty.json.gz": b"",
     "packed.json": PACKED,
     "cut.json": json.dumps(questions(5)).encode()[:-40],
     "not_utf8.json": b'[{"q_id": "\xff"}]',
     "object.json": json.dumps({"train": questions(5)}).encode(),
-    "lines.json": b"\n".join(json.dumps(q).encode() for q in questions(5)),
     "nested.json": b"[" * 100_000,
     "texts.json": b'["why ?", "so"]',
-    "lists.json": b"[[1], [2]]",
     "columns.json": b'[{"prompt": "why ?", "reply": "so"}]',
 }
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_file_that_is_cut_or_something_else_is_refused_by_name(prepare, tmp_path, name):
+def test_a_damaged_or_other_file_is_refused(refused, tmp_path, name):
     path = tmp_path / name
     path.write_bytes(BAD_FILES[name])
-    assert_refused(prepare(eli5, source=path), path)
-    assert written(tmp_path) == []
+    refused(eli5, path, source=path)
 
 
 @pytest.mark.parametrize(
     "fields",
     [
         {"title": None},
-        {"title": 5},
-        {"selftext": None},
         {"selftext": ["why ?"]},
-        {"q_id": None},
         {"q_id": 5},
         {"answers": None},
-        {"answers": []},
         {"answers": {"text": ["so"]}},
         {"answers": {"text": [None], "score": [1]}},
-        {"answers": {"text": [5], "score": [1]}},
         {"answers": {"text": "so", "score": 1}},
         {"answers": {"text": ["so", "or so"], "score": [1]}},
         {"answers": {"text": ["so", "or so"], "score": [1, None]}},
@@ -1244,74 +1084,42 @@ def test_a_file_that_is_cut_or_something_else_is_refused_by_name(prepare, tmp_pa
     ],
     ids=str,
 )
-def test_a_question_with_values_of_another_type_is_refused_with_its_files_name(
-    prepare, tmp_path, fields
-):
+def test_a_question_with_values_of_another_type_is_refused(refused, tmp_path, fields):
     path = json_gz(tmp_path / "eli5.json.gz", [*questions(3), question() | fields])
-    assert_refused(prepare(eli5, source=path), path)
-    assert written(tmp_path) == []
+    refused(eli5, path, source=path)
 
 
-def test_offline_and_without_a_source_it_ends_in_a_message(script, tmp_path):
-    caches = {"HF_HUB_CACHE": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = script("prepare/eli5.py", env=caches | {"HF_HUB_OFFLINE": "1"})
-    assert_refused(done, "eli5-category-train.json.gz", "HF_HUB_OFFLINE")
-    assert written(tmp_path) == []
-
-
-def test_eli5_is_downloaded_once_from_the_hub_or_a_mirror(prepare, web, monkeypatch):
-    hub = web.folder / "datasets" / "rexarski" / "eli5_category" / "resolve" / "main"
-    published = {
-        "train": json_gz(hub / "eli5-category-train.json.gz", questions(30, "train")),
-        "val": json_gz(hub / "eli5-category-validation-1.json.gz", questions(10, "val")),
-    }
-    assert {split: entry[0] for split, entry in eli5.FILES.items()} == {
-        s: p.name for s, p in published.items()
-    }
-    monkeypatch.setattr(
-        eli5, "FILES", {split: (path.name, *facts(path)) for split, path in published.items()}
-    )
-    monkeypatch.setenv("HF_ENDPOINT", web.url)
-    assert prepare(eli5).returncode == 0
-    assert read_back("data/eli5")["val"] == [
-        exchange(f"why val {i} ?", f"so {i} .") for i in range(10)
-    ]
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert prepare(eli5, out_dir="again").returncode == 0
-    assert files_in("again") == files_in("data/eli5")
-
-
-def test_the_card_of_gpt2_finetuned_eli5_saw_all_answers_one_behind_the_other(prepare, tmp_path):
+def test_all_answers_become_plain_text_end_to_end(prepare, tmp_path):
     path = json_gz(tmp_path / "eli5" / "eli5-category-train.json.gz", questions(60))
     done = prepare(eli5, source=path.parent, mask="all", max_examples=50)
     assert done.stdout.splitlines()[-1].startswith("50 questions, 0 of them left out")
-    shards = {split: open_shard(f"data/eli5/{split}.bin") for split in ("train", "val")}
-    texts = {split: Tokenizer().decode(shard.tokens.tolist()) for split, shard in shards.items()}
-    assert all(shard.mask(0, len(shard.tokens)).all() for shard in shards.values())
-    numbers = {
-        split: [int(n) for n in re.findall(r"no idea so (\d+) \.", text)]
-        for split, text in texts.items()
-    }
-    assert len(numbers["val"]) == 10 and sorted(numbers["train"] + numbers["val"]) == list(
-        range(50)
-    )
-    assert texts["train"] == "".join(f"no idea so {n} ." for n in numbers["train"])
+    train, val = text_shards("data/eli5")
+    assert val.count("no idea") == 10
+    numbers = re.findall(r"so (\d+) \.", train)
+    assert train == "".join(f"no idea so {n} ." for n in numbers)
+    numbers += re.findall(r"so (\d+) \.", val)
+    assert sorted(map(int, numbers)) == list(range(50))
 
 
-def test_some_questions_are_the_first_ones_and_a_fifth_is_for_validation(prepare, tmp_path):
+def text_shards(folder):
+    """Return the texts of train.bin and val.bin, which must be supervised throughout."""
+    shards = [open_shard(f"{folder}/{split}.bin") for split in ("train", "val")]
+    assert all(shard.mask(0, len(shard.tokens)).all() for shard in shards)
+    return [Tokenizer().decode(shard.tokens.tolist()) for shard in shards]
+
+
+def test_max_examples_are_the_first_ones_a_fifth_of_them_for_validation(prepared, tmp_path):
     path = json_gz(tmp_path / "eli5.json.gz", questions(60))
-    assert prepare(eli5, source=path, max_examples=50).returncode == 0
-    splits = read_back("data/eli5")
+    splits = prepared(eli5, source=path, max_examples=50)
     assert (len(splits["train"]), len(splits["val"])) == (40, 10)
-    assert sorted(splits["train"] + splits["val"], key=str) == sorted(
-        (exchange(f"why  {i} ?", f"so {i} .") for i in range(50)), key=str
-    )
+    expected = [exchange(f"why  {i} ?", f"so {i} .") for i in range(50)]
+    assert everything(splits) == sorted(expected, key=str)
 
 
 @pytest.mark.parametrize(("knob", "value"), [("mask", "none"), ("max_examples", -1)])
-def test_eli5_refuses_a_knob_out_of_range(prepare, tmp_path, knob, value):
+def test_eli5_refuses_a_knob_out_of_range(refused, tmp_path, knob, value):
     path = json_gz(tmp_path / "eli5.json.gz", questions(5))
-    assert_refused(prepare(eli5, source=path, **{knob: value}), f"{knob}={value}")
+    refused(eli5, f"{knob}={value}", source=path, **{knob: value})
 
 
 # ---- ColumnedChatCombined
@@ -1322,211 +1130,151 @@ def columned(i, system=""):
 
 
 def columned_file(path, train, validation=None, indent=None):
-    """Write formatted_data.json with these records, validation left out if there is none."""
-    path.write_text(
-        json.dumps(
-            {"train": train} | ({"validation": validation} if validation else {}), indent=indent
-        )
-    )
+    """Write formatted_data.json with these records, without a validation list if there is none."""
+    lists = {"train": train} | ({"validation": validation} if validation else {})
+    path.write_text(json.dumps(lists, indent=indent))
     return path
+
+
+def numbers_of(splits):
+    """Return {split: numbers of the questions}."""
+    return {
+        split: [int(re.search(r"\d+", talk[0]["content"])[0]) for talk in conversations]
+        for split, conversations in splits.items()
+    }
 
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_three_columns_become_turns_of_locutusques_template(prepare, tmp_path, indent):
     train = [columned(0, "be kind"), *map(columned, range(1, 30)), columned(30) | {"System": None}]
     path = columned_file(tmp_path / "formatted_data.json", train, [columned(99)], indent)
-    done = prepare(
-        columned_chat, source=path if indent else tmp_path
-    )  # a file, or the folder with it
+    done = prepare(columned_chat, source=path if indent else tmp_path)  # the file or the folder
     assert done.stdout.splitlines()[-1] == "left out: 0 bad, 0 blank, 0 not English"
-    persona = [{"role": "system", "content": "be kind"}]
-    assert read_back("data/columned_chat") == {
-        "train": [
-            (persona if i == 0 else []) + exchange(f"question {i} ?", f"answer {i} .")
-            for i in range(31)
-        ],
-        "val": [exchange("question 99 ?", "answer 99 .")],
-    }
-    text = "<|USER|> question 1 ? <|ASSISTANT|> answer 1 . <|End|>"
+    splits = read_back("data/columned_chat")
+    expected = [exchange(f"question {i} ?", f"answer {i} .") for i in range(31)]
+    expected[0].insert(0, {"role": "system", "content": "be kind"})
+    assert splits["train"] == expected
+    assert splits["val"] == [exchange("question 99 ?", "answer 99 .")]
     shard = open_shard("data/columned_chat/train.bin")
-    assert (
-        Tokenizer("user_assistant").decode(shard.tokens[slice(*shard.offsets[1:3])].tolist())
-        == text
-    )
+    ids = shard.tokens[slice(*shard.offsets[1:3])].tolist()
+    text = "<|USER|> question 1 ? <|ASSISTANT|> answer 1 . <|End|>"
+    assert Tokenizer("user_assistant").decode(ids) == text
 
 
-def test_max_examples_are_the_first_ones_of_each_list(prepare, tmp_path):
-    path = columned_file(
-        tmp_path / "f.json", [columned(i) for i in range(9)], [columned(i) for i in range(50, 60)]
-    )
-    assert prepare(columned_chat, source=path, max_examples=2).returncode == 0
-    asked = {
-        split: [talk[0]["content"] for talk in talks]
-        for split, talks in read_back("data/columned_chat").items()
-    }
-    assert asked == {
-        "train": ["question 0 ?", "question 1 ?"],
-        "val": ["question 50 ?", "question 51 ?"],
-    }
+def test_max_examples_are_the_first_ones_of_each_list(prepared, tmp_path):
+    train = [columned(i) for i in range(9)]
+    path = columned_file(tmp_path / "f.json", train, [columned(i) for i in range(50, 60)])
+    splits = prepared(columned_chat, source=path, max_examples=2)
+    assert numbers_of(splits) == {"train": [0, 1], "val": [50, 51]}
 
 
 def test_blank_turns_are_left_out_and_counted(prepare, tmp_path):
     train = [columned(0), columned(1) | {"User": " "}, columned(2) | {"Assistant": ""}]
     path = columned_file(tmp_path / "f.json", train, [columned(9)])
-    assert (
-        prepare(columned_chat, source=path)
-        .stdout.splitlines()[-1]
-        .startswith("left out: 0 bad, 2 blank")
-    )
+    report = prepare(columned_chat, source=path).stdout.splitlines()[-1]
+    assert report == "left out: 0 bad, 2 blank, 0 not English"
 
 
-def test_what_is_not_english_can_be_left_out(prepare, tmp_path):
+def test_other_languages_can_be_left_out(prepare, tmp_path):
     pytest.importorskip("py3langid")
-    german = {
-        "System": "",
-        "User": "Was ist das für ein schöner Baum?",
-        "Assistant": "Das ist eine alte Eiche, glaube ich.",
-    }
-    english = {
-        "System": "",
-        "User": "What kind of tree is that?",
-        "Assistant": "I think that it is an old oak tree.",
-    }
+    answer = "Das ist eine alte Eiche, glaube ich."
+    german = {"User": "Was ist das für ein schöner Baum?", "Assistant": answer}
+    answer = "I think that it is an old oak tree."
+    english = {"User": "What kind of tree is that?", "Assistant": answer}
     path = columned_file(tmp_path / "f.json", [german, english], [english])
     done = prepare(columned_chat, source=path, english="true")
     assert done.stdout.splitlines()[-1] == "left out: 0 bad, 0 blank, 1 not English"
-    assert read_back("data/columned_chat")["train"] == [
-        exchange(english["User"], english["Assistant"])
-    ]
-
-
-BAD_RECORDS = {
-    "no User": ({"System": "", "Assistant": "a"}, "no User"),
-    "a number": (columned(1) | {"User": 5}, "5 as User"),
-    "a list": (columned(1) | {"Assistant": ["a"]}, "Assistant"),
-    "no object": ("text", "'text'"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_RECORDS)
-def test_a_bad_record_is_named_by_its_number_and_can_be_skipped(prepare, tmp_path, name):
-    bad, reason = BAD_RECORDS[name]
-    path = columned_file(tmp_path / "f.json", [columned(0), bad, columned(2)], [columned(9)])
-    assert_refused(
-        prepare(columned_chat, source=path), path, "record 2 of train", reason, "--skip_bad=true"
-    )
-    assert written(tmp_path) == []
-    done = prepare(columned_chat, source=path, skip_bad="true")
-    assert done.returncode == 0 and "record 2 of train" in done.stderr
-    assert done.stdout.splitlines()[-1].startswith("left out: 1 bad")
-    assert [talk[0]["content"] for talk in read_back("data/columned_chat")["train"]] == [
-        "question 0 ?",
-        "question 2 ?",
-    ]
-
-
-def test_damage_within_the_file_is_placed_and_can_be_skipped(prepare, tmp_path):
-    train = [
-        columned(i) | {"Assistant": f'so {i}: [{{}}, "a"], {{"b": [{{}}]}}, ]}}'} for i in range(40)
-    ]  # as code
-    path = columned_file(tmp_path / "f.json", train, [columned(99)])
-    text = path.read_text()
-    path.write_text(text.replace('"question 3 ?"', "question 3 ?"))
-    at = text.index('"question 3 ?"')
-    assert_refused(prepare(columned_chat, source=path), "record 4 of train", f"at character {at:,}")
-    done = prepare(columned_chat, source=path, skip_bad="true")
-    asked = [talk[0]["content"] for talk in read_back("data/columned_chat")["train"]]
-    assert asked == [f"question {i} ?" for i in range(40) if i != 3] and "1 bad" in done.stdout
-    del train[9]["User"]
-    columned_file(path, train, [columned(99)])
-    path.write_text(path.read_text().replace('"question 3 ?"', "question 3 ?"))
-    done = prepare(columned_chat, source=path, skip_bad="true")
-    assert "record 4 of train" in done.stderr and "record 10 of train: has no User" in done.stderr
-
-
-@pytest.mark.parametrize("damage", ["a comma", "no brace"])
-def test_damage_at_the_end_of_a_list_costs_nothing_of_the_next(prepare, tmp_path, damage):
-    path = columned_file(
-        tmp_path / "f.json", [columned(i) for i in range(4)], [columned(i) for i in range(50, 53)]
-    )
-    end = '"}], "validation"'
-    broken = {"a comma": '"},], "validation"', "no brace": '"], "validation"'}[damage]
-    path.write_text(path.read_text().replace(end, broken))
-    assert_refused(prepare(columned_chat, source=path), "of train")
-    assert prepare(columned_chat, source=path, skip_bad="true").returncode == 0
-    asked = {
-        split: [talk[0]["content"] for talk in talks]
-        for split, talks in read_back("data/columned_chat").items()
-    }
-    assert asked["val"] == [f"question {i} ?" for i in range(50, 53)]
-    assert asked["train"] == [f"question {i} ?" for i in range(4 if damage == "a comma" else 3)]
-
-
-def test_a_file_that_was_cut_is_refused_or_used_as_far_as_it_goes(prepare, tmp_path):
-    path = columned_file(tmp_path / "f.json", [columned(i) for i in range(100)], [columned(999)])
-    path.write_text(path.read_text()[: path.read_text().index("question 60 ?")])
-    assert_refused(
-        prepare(columned_chat, source=path), path, "record 61 of train", "Unterminated string"
-    )
-    done = prepare(columned_chat, source=path, skip_bad="true")
-    assert done.returncode == 0 and done.stderr.count("\n") == 1
     splits = read_back("data/columned_chat")
-    assert sorted(talk[0]["content"] for talk in splits["train"] + splits["val"]) == sorted(
-        f"question {i} ?" for i in range(60)
-    )
+    assert splits["train"] == [exchange(english["User"], english["Assistant"])]
 
 
 @pytest.mark.parametrize(
-    ("content", "what"),
+    ("bad", "word"),
     [
-        ("", "it ends before {"),
+        ({"System": "", "Assistant": "a"}, "User"),
+        (columned(1) | {"User": 5}, "User"),
+        (columned(1) | {"Assistant": ["a"]}, "Assistant"),
+        ("text", "'text'"),
+    ],
+)
+def test_a_bad_record_is_named_by_its_number_and_can_be_skipped(prepare, tmp_path, bad, word):
+    path = columned_file(tmp_path / "f.json", [columned(0), bad, columned(2)], [columned(9)])
+    words = (path, "record 2 of train", word, "--skip_bad=true")
+    assert_refused(prepare(columned_chat, source=path), *words)
+    done = prepare(columned_chat, source=path, skip_bad="true")
+    assert done.returncode == 0 and "record 2 of train" in done.stderr
+    assert done.stdout.splitlines()[-1].startswith("left out: 1 bad")
+    assert numbers_of(read_back("data/columned_chat"))["train"] == [0, 2]
+
+
+def test_damage_within_the_file_is_placed_and_can_be_skipped(prepare, tmp_path):
+    code = ': [{}, "a"], {"b": [{}]}, ]}'
+    train = [columned(i) | {"Assistant": f"so {i}{code}"} for i in range(40)]
+    del train[9]["User"]
+    path = columned_file(tmp_path / "f.json", train, [columned(99)])
+    text = path.read_text()
+    path.write_text(text.replace('"question 3 ?"', "question 3 ?"))
+    position = text.index('"question 3 ?"')
+    place = f"at character {position:,}"
+    assert_refused(prepare(columned_chat, source=path), "record 4 of train", place)
+    done = prepare(columned_chat, source=path, skip_bad="true")
+    expected = [i for i in range(40) if i not in (3, 9)]
+    assert numbers_of(read_back("data/columned_chat"))["train"] == expected
+    assert "2 bad" in done.stdout
+    assert "record 4 of train" in done.stderr and "record 10 of train" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("broken", "n_train"), [('"},], "validation"', 4), ('"], "validation"', 3)]
+)
+def test_damage_at_the_end_of_a_list_costs_nothing_of_the_next(prepare, tmp_path, broken, n_train):
+    train = [columned(i) for i in range(4)]
+    path = columned_file(tmp_path / "f.json", train, [columned(i) for i in range(50, 53)])
+    path.write_text(path.read_text().replace('"}], "validation"', broken))
+    assert_refused(prepare(columned_chat, source=path), "of train")
+    assert prepare(columned_chat, source=path, skip_bad="true").returncode == 0
+    expected = {"train": list(range(n_train)), "val": [50, 51, 52]}
+    assert numbers_of(read_back("data/columned_chat")) == expected
+
+
+def test_a_cut_file_is_refused_or_used_as_far_as_it_goes(prepare, tmp_path):
+    path = columned_file(tmp_path / "f.json", [columned(i) for i in range(100)], [columned(999)])
+    path.write_text(path.read_text()[: path.read_text().index("question 60 ?")])
+    for knobs in ({}, {"max_examples": 5}):
+        assert_refused(prepare(columned_chat, source=path, **knobs), path, "record 61 of train")
+    done = prepare(columned_chat, source=path, skip_bad="true")
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    numbers = numbers_of(read_back("data/columned_chat"))
+    assert sorted(numbers["train"] + numbers["val"]) == list(range(60))
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("", "{"),
         ("[]", "'[' instead of {"),
         ("{}", "record 1 of the file"),
         ('{"test": []}', "neither train nor validation"),
         ('{["a"]: []}', "neither train nor validation"),
         ('{"train": {}}', "'{' instead of ["),
-        ('{"train": [{"a": x}]}', "Expecting value at character 17"),
+        ('{"train": [{"a": x}]}', "character 17"),
         ("<html>", "'<' instead of {"),
-        ('{"train": [], "validation": []}', "no conversation is left"),
+        ('{"train": [], "validation": []}', "at least two"),
     ],
 )
-def test_another_file_is_refused(prepare, tmp_path, content, what):
+def test_another_file_is_refused(refused, tmp_path, content, word):
     path = tmp_path / "f.json"
     path.write_text(content)
-    assert_refused(prepare(columned_chat, source=path), what)
-    assert written(tmp_path) == []
-
-
-def test_a_file_larger_than_memory_can_be_streamed(tmp_path):
-    path = columned_file(
-        tmp_path / "f.json", [columned(1) | {"Assistant": "x" * 500_000}] * 40, [columned(2)]
-    )  # 20 MB
-    tracemalloc.start()
-    assert sum(1 for _ in columned_chat.records(path, None, False)) == 41
-    highest = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert highest < 10e6
-    assert columned_chat.has_validation(path)
+    refused(columned_chat, word, source=path)
 
 
 @pytest.mark.parametrize("size", [10, (1 << 24) - 5, (1 << 24) + 3])
-def test_a_validation_list_is_found_wherever_it_is_and_its_name_in_a_text_is_none(tmp_path, size):
-    for train, validation in (
-        ('a "validation": [] b' + "x" * size, [columned(2)]),
-        ('"validation"', None),
-    ):
-        record = columned(1) | {"Assistant": train, "System": "validation"}
-        path = columned_file(tmp_path / "f.json", [record], validation)
-        assert columned_chat.has_validation(path) == bool(validation)
-
-
-def test_the_hub_has_it(prepare, web, monkeypatch):
-    hub = web.folder / "datasets" / "Locutusque" / "ColumnedChatCombined" / "resolve" / "main"
-    hub.mkdir(parents=True)
-    columned_file(hub / "formatted_data.json", [columned(1)], [columned(2)])
-    monkeypatch.setenv("HF_ENDPOINT", web.url)
-    assert prepare(columned_chat).returncode == 0
-    assert read_back("data/columned_chat")["val"] == [exchange("question 2 ?", "answer 2 .")]
+def test_a_validation_list_is_found_anywhere_but_not_in_a_text(tmp_path, size):
+    record = columned(1) | {"Assistant": 'a "validation": [] b' + "x" * size}
+    path = columned_file(tmp_path / "f.json", [record], [columned(2)])
+    assert columned_chat.has_validation(path)
+    path = columned_file(tmp_path / "f.json", [record | {"System": "validation"}])
+    assert not columned_chat.has_validation(path)
 
 
 # ---- plain text
@@ -1535,32 +1283,22 @@ def test_the_hub_has_it(prepare, web, monkeypatch):
 def test_plain_text_is_divided_by_paragraphs_and_learned_whole(prepare, tmp_path):
     folder = tmp_path / "books"
     folder.mkdir()
-    (folder / "a.txt").write_text(
-        "\ufeff" + "".join(f"line {i}\n  goes on\n\n\n" for i in range(100))
-    )
-    (folder / "b.txt").write_text("a story\n<|endoftext|>\nanother\n")
+    lines = [f"line {i}\n  goes on\n\n\n" for i in range(100)]
+    (folder / "a.txt").write_text("\ufeff" + "".join(lines))
+    (folder / "b.txt").write_text("a story\n<|endoftext|>\nanother")
     assert prepare(plain_text, source=folder).returncode == 0
-    shards = {split: open_shard(f"data/text/{split}.bin") for split in ("train", "val")}
-    found = {
-        split: Tokenizer().decode(shard.tokens.tolist()).split("\n\n")
-        for split, shard in shards.items()
-    }
-    assert all(paragraphs.pop(0) == "" for paragraphs in found.values())
+    train, val = (text.split("\n\n") for text in text_shards("data/text"))
+    assert train.pop(0) == val.pop(0) == ""
     expected = [*(f"line {i} goes on" for i in range(100)), "a story", "another"]
-    assert sorted(found["train"] + found["val"]) == sorted(expected)
-    assert 1 <= len(found["val"]) < 20
-    assert all(shard.mask(0, len(shard.tokens)).all() for shard in shards.values())
+    assert sorted(train + val) == sorted(expected)
+    assert 1 <= len(val) < 20
 
 
-def test_a_folder_without_texts_is_refused(prepare, tmp_path):
+def test_a_source_that_is_not_text_is_refused(refused, tmp_path):
+    refused(plain_text, "--source=PATH")
     (tmp_path / "empty").mkdir()
-    assert_refused(prepare(plain_text, source=tmp_path / "empty"), "empty has no .txt file")
-
-
-def test_text_without_a_source_or_a_second_paragraph_is_refused(prepare, tmp_path):
-    assert_refused(prepare(plain_text), "--source=PATH")
+    refused(plain_text, "empty", ".txt", source=tmp_path / "empty")
     (tmp_path / "b.txt").write_bytes(b"PK\3\4\0\0 no text")
-    assert_refused(prepare(plain_text, source=tmp_path / "b.txt"), "b.txt is no text")
+    refused(plain_text, "b.txt", "NUL", source=tmp_path / "b.txt")
     (tmp_path / "a.txt").write_text("one line\n")
-    assert_refused(prepare(plain_text, source=tmp_path / "a.txt"), "no text is left")
-    assert written(tmp_path) == []
+    refused(plain_text, "at least two", source=tmp_path / "a.txt")

@@ -1,9 +1,11 @@
-"""prepare/retry.py: what people kept and what not, from each form of record; each conversation in one split."""
+"""prepare/retry.py: kept and rejected replies from each form of record, divided by conversation."""
 
 import csv
 import gzip
 import itertools
 import json
+import statistics
+from importlib import metadata
 
 import pytest
 from conftest import ROOT, assert_refused, small_talk
@@ -14,56 +16,76 @@ from nanochatgpt.tokenizer import Tokenizer
 from prepare import retry
 
 PREFERENCE = ROOT.parent / "shared" / "data" / "preference"
-HI = {"role": "user", "content": "hi"}
-HELLO = {"role": "assistant", "content": "hello"}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def bot(text):
+    return {"role": "assistant", "content": text}
+
+
+HI = user("hi")
+HELLO = bot("hello")
 
 
 @pytest.fixture
 def prepare(tmp_path, monkeypatch, in_process):
-    """Run the script within this process in an empty folder: prepare(source=PATH) -> as `script`."""
+    """Run the script in this process in an empty folder: prepare(source=PATH) -> as `script`."""
     monkeypatch.chdir(tmp_path)
-    return lambda **knobs: in_process(
-        lambda: run(retry.main, retry.Config),
-        "retry.py",
-        *(f"--{name}={value}" for name, value in knobs.items()),
-    )
+
+    def call(**knobs):
+        args = [f"--{name}={value}" for name, value in knobs.items()]
+        return in_process(lambda: run(retry.main, retry.Config), "retry.py", *args)
+
+    return call
 
 
-def read_back(folder="data/retry"):
-    """Return {split: [(text, the text that is supervised)]} of a prepared folder."""
+@pytest.fixture
+def prepared(prepare, tmp_path):
+    """Prepare a .jsonl file of records; return them as `read_back` does."""
+
+    def call(records):
+        done = prepare(source=write(tmp_path / "records.jsonl", records))
+        assert done.returncode == 0, done.stderr
+        return read_back()
+
+    return call
+
+
+def read_back():
+    """Return {split: [(text, the text that is supervised)]} of the prepared folder."""
     splits = {}
     for split in ("train", "val"):
-        shard = open_shard(f"{folder}/{split}.bin")
+        shard = open_shard(f"data/retry/{split}.bin")
         decode = Tokenizer(shard.template).decode
         splits[split] = []
-        for a, b in itertools.pairwise(shard.offsets.tolist()):
-            ids, mask = shard.tokens[a:b], shard.mask(a, b)
-            splits[split].append((decode(ids.tolist()), decode(ids[mask].tolist())))
+        for start, stop in itertools.pairwise(shard.offsets.tolist()):
+            ids = shard.tokens[start:stop]
+            supervised = ids[shard.mask(start, stop)]
+            splits[split].append((decode(ids.tolist()), decode(supervised.tolist())))
     return splits
 
 
 def labelled(n):
-    return [
-        {"text": f"[Human]: question {i}\n[Bot]: answer {i % 7}", "label": i % 2} for i in range(n)
-    ]
+    texts = [f"[Human]: question {i}\n[Bot]: answer {i % 7}" for i in range(n)]
+    return [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
 
 
 def write(path, records):
     """Write records in the form that the path's name says."""
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    with (gzip.open if path.suffix == ".gz" else open)(
-        path, "wt", encoding="utf-8", newline=""
-    ) as file:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8", newline="") as file:
         if kind == "csv":
             table = csv.DictWriter(file, records[0])
             table.writeheader()
             table.writerows(records)
+        elif kind == "json":
+            json.dump(records, file)
         else:
-            file.write(
-                json.dumps(records)
-                if kind == "json"
-                else "".join(json.dumps(r) + "\n" for r in records)
-            )
+            file.writelines(json.dumps(record) + "\n" for record in records)
     return path
 
 
@@ -71,337 +93,265 @@ def write(path, records):
 
 
 @pytest.mark.parametrize(
-    "file", ["r.jsonl", "r.json", "r.csv", "r.jsonl.gz", "r.json.gz", "r.csv.gz"]
+    ("file", "names"),
+    [
+        ("r.jsonl", ("text", "label")),
+        ("r.json", ("input_text", "labels")),
+        ("r.csv", ("input_ids", "labels")),
+        ("r.jsonl.gz", ("input_text", "label")),
+        ("r.json.gz", ("text", "labels")),
+        ("r.csv.gz", ("text", "label")),
+    ],
 )
-@pytest.mark.parametrize(
-    "names", [("text", "label"), ("input_text", "labels"), ("input_ids", "labels")]
-)
-def test_texts_with_labels_come_back_supervised_where_they_were_kept(
-    prepare, tmp_path, file, names
-):
+def test_texts_with_labels_are_supervised_if_they_were_kept(prepare, tmp_path, file, names):
     records = labelled(60)
     renamed = [dict(zip(names, record.values(), strict=True)) for record in records]
     done = prepare(source=write(tmp_path / file, renamed))
     assert done.returncode == 0, done.stderr
-    found = read_back()
+    splits = read_back()
     expected = {(r["text"], r["text"] if r["label"] else "") for r in records}
-    assert set(found["train"]) | set(found["val"]) == expected
-    assert sum(map(len, found.values())) == 60
+    assert set(splits["train"]) | set(splits["val"]) == expected
+    assert sum(map(len, splits.values())) == 60
 
 
-def test_of_a_pair_the_reply_that_was_chosen_comes_first(prepare, tmp_path):
+def test_the_chosen_reply_of_a_pair_comes_first(prepared):
     pairs = [
         {"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"}
         for i in range(30)
     ]
-    pairs += [
-        {
-            "prompt": [HI, HELLO, {"role": "user", "content": "and?"}],
-            "chosen": "yes",
-            "rejected": "no",
-        }
-    ]
-    assert prepare(source=write(tmp_path / "pairs.jsonl", pairs)).returncode == 0
-    found = read_back()
-    texts = found["train"] + found["val"]
+    pairs.append({"prompt": [HI, HELLO, user("and?")], "chosen": "yes", "rejected": "no"})
+    splits = prepared(pairs)
+    texts = splits["train"] + splits["val"]
     assert len(texts) == 62
     for (kept, supervised), (rejected, nothing) in zip(texts[::2], texts[1::2], strict=True):
         prompt = kept.rpartition("[Bot]:")[0]
         assert rejected.startswith(prompt) and nothing == ""
         assert supervised == kept.removeprefix(f"{prompt}[Bot]:")
-    assert (
-        "[Human]: hi\n[Bot]: hello<|endoftext|>\n[Human]: and?\n[Bot]: yes<|endoftext|>",
-        " yes<|endoftext|>",
-    ) in texts
+    chat = "[Human]: hi\n[Bot]: hello<|endoftext|>\n[Human]: and?\n[Bot]: yes<|endoftext|>"
+    assert (chat, " yes<|endoftext|>") in texts
 
 
-def test_a_reply_that_was_talked_on_after_was_kept_and_one_that_was_taken_back_was_not():
+def test_a_reply_is_kept_if_the_human_went_on_and_rejected_if_retried():
     persona = {"role": "system", "content": "i like tea."}
-    go_on, fine = (
-        {"role": "user", "content": "how are you"},
-        {"role": "assistant", "content": "fine"},
-    )
+    how = user("how are you")
     record = {
-        "messages": [persona, HI, HELLO, go_on, fine],
+        "messages": [persona, HI, HELLO, how, bot("fine")],
         "retried": [{"before": 3, "content": "what?"}],
     }
     assert retry.examples(record)[1] == [
-        ([persona, HI, HELLO], 1),  # of the last reply nobody knows
-        ([persona, HI, HELLO, go_on, {"role": "assistant", "content": "what?"}], 0),
+        ([persona, HI, HELLO], 1),  # the last reply has no label
+        ([persona, HI, HELLO, how, bot("what?")], 0),
     ]
 
 
-def test_dailydialog_gives_good_replies_and_those_that_are_asked_for():
+@pytest.mark.parametrize(
+    ("negatives", "bad"),
+    [("adversarial", ["bad"]), ("random", ["other"]), ("both", ["bad", "other"])],
+)
+def test_dailydialog_has_good_replies_and_the_chosen_bad_ones(negatives, bad):
     record = {
         "context": ["a", "b", "c"],
         "positive_responses": ["good"],
         "adversarial_negative_responses": ["bad"],
+        "random_negative_responses": ["other"],
     }
-    record |= {"random_negative_responses": ["other"]}
-    context = [
-        {"role": role, "content": text}
-        for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))
-    ]
-    for negatives, bad in (
-        ("adversarial", ["bad"]),
-        ("random", ["other"]),
-        ("both", ["bad", "other"]),
-    ):
-        expected = [("good", 1), *((text, 0) for text in bad)]
-        assert retry.examples(record, negatives)[1] == [
-            ([*context, {"role": "assistant", "content": text}], label) for text, label in expected
-        ]
+    context = [user("a"), bot("b"), user("c")]
+    expected = [([*context, bot("good")], 1), *(([*context, bot(text)], 0) for text in bad)]
+    assert retry.examples(record, negatives)[1] == expected
 
 
-def test_in_convai2_whoever_says_the_reply_is_the_assistant_and_turns_in_a_row_are_one():
-    said = [
+def test_in_convai2_the_assistant_says_the_reply_and_messages_in_a_row_are_one_turn():
+    utterances = [
         ("p1", "hello there", None),
         ("p2", "hey", None),
         ("p1", "fine", None),
         ("p1", "are you here?", None),
+        ("p2", "i am", 1),
     ]
-    said += [("p2", "i am", 1)]
-    record = {
-        "dialog": [
-            {"sender": who, "text": text, "evaluation_score": score} for who, text, score in said
-        ]
-    }
-    ((messages, label),) = retry.examples(record)[1]
-    assert label == 1
-    assert [(m["role"], m["content"]) for m in messages] == [
-        ("user", "hello there"),
-        ("assistant", "hey"),
-        ("user", "fine are you here?"),
-        ("assistant", "i am"),
-    ]
+    names = ("sender", "text", "evaluation_score")
+    record = {"dialog": [dict(zip(names, values, strict=True)) for values in utterances]}
+    messages = [user("hello there"), bot("hey"), user("fine are you here?"), bot("i am")]
+    assert retry.examples(record)[1] == [(messages, 1)]
 
 
-def test_convai2_gives_the_utterances_that_have_a_score():
-    dialog = [
-        ("hi", None),
-        ("hello", None),
-        ("how are you", None),
-        ("tea", 0),
-        ("what?", None),
-        ("sorry", 1),
-    ]
-    record = {"dialog": [{"text": text, "evaluation_score": score} for text, score in dialog]}
-    (first, bad), (second, good) = retry.examples(record)[1]
-    assert (bad, good) == (0, 1)
-    assert [m["content"] for m in first] == ["hi", "hello", "how are you", "tea"]
-    assert [m["role"] for m in second] == ["user", "assistant"] * 3
+def test_convai2_has_the_utterances_with_a_score():
+    texts = ["hi", "hello", "how are you", "tea", "what?", "sorry"]
+    scores = [None, None, None, 0, None, 1]
+    pairs = zip(texts, scores, strict=True)
+    record = {"dialog": [{"text": text, "evaluation_score": score} for text, score in pairs]}
+    whole = [(user, bot)[i % 2](text) for i, text in enumerate(texts)]
+    assert retry.examples(record)[1] == [(whole[:4], 0), (whole, 1)]
 
 
-def test_chitchats_conversations_are_kept_where_they_were_rated_well(prepare):
-    done = prepare(source="chitchat")
-    assert done.returncode == 0, done.stderr
-    found = read_back()
-    assert len(found["train"]) > 500 and len(found["val"]) > 20
-    assert {bool(supervised) for _, supervised in found["train"]} == {True, False}
+def test_chitchats_conversations_are_kept_if_they_were_rated_well():
+    path = metadata.distribution("chitchat-dataset").locate_file("chitchat_dataset/dataset.json")
+    published = json.loads(path.read_text(encoding="utf-8"))
+    n_labels = [0, 0]
+    for key, ((messages, label),) in retry.from_chitchat():
+        mean = statistics.mean(published[key]["ratings"].values())
+        assert label == (mean >= 6) and not 4 < mean < 6
+        assert messages[-1]["role"] == "assistant"
+        n_labels[label] += 1
+    assert min(n_labels) > 100
 
 
 @pytest.mark.skipif(not PREFERENCE.exists(), reason="the real files are not part of the repository")
 @pytest.mark.parametrize(
-    ("file", "kept", "not_kept"),
+    ("file", "n_kept", "n_rejected"),
     [("convai2_wild_volunteers.json", 935, 440), ("dailydialogpp_dev.jsonl", None, None)],
 )
-def test_the_real_files_are_read_whole(prepare, file, kept, not_kept):
+def test_the_real_files_are_read_whole(prepare, file, n_kept, n_rejected):
     done = prepare(source=PREFERENCE / file)
     assert done.returncode == 0, done.stderr
-    found = read_back()
-    counts = [
-        sum(bool(s) is label for texts in found.values() for _, s in texts)
-        for label in (True, False)
-    ]
-    assert counts == [kept, not_kept] if kept else counts[0] == counts[1] > 1000
+    splits = read_back()
+    kept = [bool(supervised) for texts in splits.values() for _, supervised in texts]
+    counts = (sum(kept), len(kept) - sum(kept))
+    assert counts == (n_kept, n_rejected) if n_kept else counts[0] == counts[1] > 1000
     split_of = {}
-    for split, texts in found.items():
+    for split, texts in splits.items():
         for text, _ in texts:
             context = text.rpartition("\n[Bot]:")[0]
             if context.count("[Human]:") > 1:  # many begin with hi
                 split_of.setdefault(context, set()).add(split)
-    assert {len(splits) for splits in split_of.values()} == {1}
+    assert {len(names) for names in split_of.values()} == {1}
 
 
 # ---- splits
 
 
-def test_no_conversation_is_in_both_splits_however_far_it_had_got(prepare, tmp_path):
+def test_no_conversation_is_in_both_splits_however_long_it_was_when_saved(prepared):
     logs = []
     for messages in small_talk(200):
-        if messages[-1]["role"] == "assistant":
-            logs += [
-                {"messages": messages[: i + 1]}
-                for i, m in enumerate(messages)
-                if m["role"] == "assistant"
-            ]
-            logs[-1]["retried"] = [{"before": 1, "content": "what?"}]
-    assert prepare(source=write(tmp_path / "logs.jsonl", logs)).returncode == 0
+        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
+        logs += [{"messages": messages[:end]} for end in ends]
+        logs[-1]["retried"] = [{"before": 1, "content": "what?"}]
     # a conversation is known by its first exchange
-    beginnings = {
-        split: {text.partition("<|endoftext|>")[0] for text, s in texts if s}
-        for split, texts in read_back().items()
-    }
-    assert beginnings["train"] and beginnings["val"] and not beginnings["train"] & beginnings["val"]
+    beginnings = {}
+    for split, texts in prepared(logs).items():
+        beginnings[split] = {text.partition("<|endoftext|>")[0] for text, kept in texts if kept}
+    assert beginnings["train"] and beginnings["val"]
+    assert not beginnings["train"] & beginnings["val"]
 
 
-def test_what_chat_saves_is_read(prepare, tmp_path, monkeypatch):
+def test_what_chat_saves_is_read(prepared, tmp_path):
     """Two replies were taken back; a persona given meanwhile does not count as a turn."""
     from chat import Chat
 
     chat = Chat.__new__(Chat)
-    chat.system, chat.retried = [], []
-    chat.turns = [HI, HELLO, HI, {"role": "assistant", "content": "bad"}]
+    chat.system = []
+    chat.retried = []
+    chat.turns = [HI, HELLO, HI, bot("bad")]
     assert chat.take_back() == "hi"
     chat.system = [{"role": "system", "content": "i like tea."}]
-    chat.turns += [
-        HI,
-        {"role": "assistant", "content": "good"},
-        HI,
-        {"role": "assistant", "content": "last"},
-    ]
-    for _ in range(30):
-        chat.turns[0] = {"role": "user", "content": f"hi {_}"}
+    chat.turns += [HI, bot("good"), HI, bot("last")]
+    for n in range(30):
+        chat.turns[0] = user(f"hi {n}")
         chat.save(tmp_path / "log.jsonl")
-    done = prepare(source=tmp_path / "log.jsonl")
-    assert done.returncode == 0, done.stderr
-    found = read_back()
-    texts = found["train"] + found["val"]
-    assert len(texts) == 90
-    assert (
-        sum(text.endswith("\n[Human]: hi\n[Bot]: bad<|endoftext|>") and not s for text, s in texts)
-        == 30
-    )
-    assert (
-        sum(s == " good<|endoftext|>" for _, s in texts)
-        == sum(s == " hello<|endoftext|>" for _, s in texts)
-        == 30
-    )
+    splits = prepared([json.loads(line) for line in (tmp_path / "log.jsonl").open()])
+    texts = splits["train"] + splits["val"]
+    kept = [supervised for _, supervised in texts if supervised]
+    rejected = [text for text, supervised in texts if not supervised]
+    assert sorted(kept) == [" good<|endoftext|>"] * 30 + [" hello<|endoftext|>"] * 30
+    assert len(rejected) == 30
+    assert all(t.endswith("\n[Human]: hi\n[Bot]: bad<|endoftext|>") for t in rejected)
 
 
-def test_what_is_saved_twice_counts_once_and_a_reply_that_came_again_was_kept(prepare, tmp_path):
+def test_what_is_saved_twice_counts_once_and_a_reply_that_came_again_was_kept(prepared):
+    what = {"before": 1, "content": "what?"}
+    hello = {"before": 1, "content": "hello"}
     logs = []
     for n in range(30):
-        talk = [
-            {"role": "user", "content": f"hi {n}"},
-            HELLO,
-            HI,
-            {"role": "assistant", "content": "yes"},
-            HI,
-        ]
-        talk += [{"role": "assistant", "content": "last"}]
-        logs += [{"messages": talk[:4], "retried": [{"before": 1, "content": "what?"}]}]
-        logs += [
-            {
-                "messages": talk,
-                "retried": [{"before": 1, "content": "what?"}, {"before": 1, "content": "hello"}],
-            }
-        ]
-    assert prepare(source=write(tmp_path / "logs.jsonl", logs)).returncode == 0
-    found = read_back()
-    texts = found["train"] + found["val"]
+        talk = [user(f"hi {n}"), HELLO, HI, bot("yes"), HI, bot("last")]
+        logs.append({"messages": talk[:4], "retried": [what]})
+        logs.append({"messages": talk, "retried": [what, hello]})
+    splits = prepared(logs)
+    texts = splits["train"] + splits["val"]
     assert len(texts) == len(set(texts)) == 30 * 3
-    assert sum(bool(s) for _, s in texts) == 60
+    assert sum(bool(supervised) for _, supervised in texts) == 60
 
 
-def test_chats_that_begin_alike_are_divided(prepare, tmp_path):
-    logs = [
-        {"messages": [HI, {"role": "assistant", "content": f"hello {n}"}, HI, HELLO]}
-        for n in range(60)
-    ]
-    for n, log in enumerate(logs):
-        log["retried"] = [{"before": 3, "content": f"what? {n}"}]
-    assert prepare(source=write(tmp_path / "logs.jsonl", logs)).returncode == 0
-    assert all(len(texts) > 1 for texts in read_back().values())
+def test_chats_that_begin_alike_are_divided(prepared):
+    logs = []
+    for n in range(60):
+        retried = [{"before": 3, "content": f"what? {n}"}]
+        logs.append({"messages": [HI, bot(f"hello {n}"), HI, HELLO], "retried": retried})
+    assert all(len(texts) > 1 for texts in prepared(logs).values())
 
 
 # ---- refusals
 
+PAIR = {"prompt": "a", "chosen": "good", "rejected": "bad"}
+CHAT = {"messages": [HI, HELLO]}
+DIALOG = {"context": ["a"], "positive_responses": ["b"], "adversarial_negative_responses": ["c"]}
+
 
 @pytest.mark.parametrize(
-    ("record", "words"),
+    ("record", "word"),
     [
-        ({"text": "a", "label": 2}, ["label 2 is not 0 or 1"]),
-        ({"text": "a", "label": "good"}, ["label 'good'"]),
-        ({"text": "a"}, ["labels nor label"]),
-        ({"label": 1}, ["input_text nor text nor input_ids"]),
-        ({"text": 5, "label": 1}, ["text is no text: 5"]),
-        ({"prompt": "a", "chosen": "", "rejected": "b"}, ["chosen is no text"]),
-        ({"messages": [{"role": "bot", "content": "a"}]}, ["message 1 has role 'bot'"]),
-        (
-            {"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"},
-            ["prompt: message 1 is not"],
-        ),
-        (
-            {"prompt": [HI, {"role": "system", "content": "a"}], "chosen": "a", "rejected": "b"},
-            ["only come first"],
-        ),
-        ({"prompt": 5, "chosen": "a", "rejected": "b"}, ["prompt: not"]),
-        ({"messages": [HI, HELLO], "retried": [{"content": "a"}]}, ["before"]),
-        (
-            {"messages": [HI, HELLO], "retried": [{"before": "q", "content": "a"}]},
-            ["before='q'", "1 to 2"],
-        ),
-        ({"messages": [HI, HELLO], "retried": [{"before": 9, "content": "a"}]}, ["before=9"]),
-        ({"context": ["a"], "positive_responses": ["b"]}, ["adversarial_negative_responses"]),
-        (["a", 1], ["is no object"]),
-        ({"messages": [HI, HELLO], "retried": None}, ["is of no known form"]),
-        ({"context": "hello", "positive_responses": []}, ["context is no list"]),
-        ({"dialog": [{"text": 5, "evaluation_score": 1}]}, ["text is no text: 5"]),
-        (
-            {"context": ["a"], "positive_responses": [5], "adversarial_negative_responses": ["b"]},
-            ["positive_responses is no text: 5"],
-        ),
+        ({"text": "a", "label": 2}, "label 2"),
+        ({"text": "a", "label": "good"}, "label 'good'"),
+        ({"text": "a"}, "label"),
+        ({"label": 1}, "text"),
+        ({"text": 5, "label": 1}, "5"),
+        (PAIR | {"chosen": ""}, "chosen"),
+        (PAIR | {"prompt": [{"role": "user"}]}, "prompt"),
+        (PAIR | {"prompt": [HI, {"role": "system", "content": "a"}]}, "system"),
+        (PAIR | {"prompt": 5}, ""),
+        ({"messages": [{"role": "bot", "content": "a"}]}, "'bot'"),
+        (CHAT | {"retried": [{"content": "a"}]}, "before"),
+        (CHAT | {"retried": [{"before": "q", "content": "a"}]}, "before='q'"),
+        (CHAT | {"retried": [{"before": 9, "content": "a"}]}, "before=9"),
+        (CHAT | {"retried": None}, ""),
+        ({"context": ["a"], "positive_responses": ["b"]}, "adversarial_negative_responses"),
+        (DIALOG | {"context": 5}, ""),
+        (DIALOG | {"positive_responses": [5]}, "5"),
+        ({"dialog": [{"text": 5, "evaluation_score": 1}]}, "5"),
+        ("a", "'a'"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_record_that_is_not_right_is_named_by_its_line(prepare, tmp_path, record, words):
+def test_a_bad_record_is_named_by_its_line(prepare, tmp_path, record, word):
     path = write(tmp_path / "r.jsonl", [*labelled(2), record])
-    assert_refused(prepare(source=path), "r.jsonl, line 3", *words)
+    assert_refused(prepare(source=path), "r.jsonl, line 3", word)
     assert not list(tmp_path.rglob("*.bin*"))
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "word"),
     [
-        ("r.jsonl", b'{"text": "a", "label": 1}\n{"text"\n', ["behind line 1"]),
-        ("r.json", b'[{"text": "a", "label": 1}, {"text"', ["behind record 1"]),
-        ("r.jsonl.gz", b"\x1f\x8b no", ["r.jsonl.gz"]),
-        ("r.txt", b"hi\n", ["not .jsonl, .json or .csv"]),
+        ("r.jsonl", b'{"text": "a", "label": 1}\n{"text"\n', "line 1"),
+        ("r.json", b'[{"text": "a", "label": 1}, {"text"', "record 1"),
+        ("r.jsonl.gz", b"\x1f\x8b no", ""),
+        ("r.txt", b"hi\n", ".jsonl, .json or .csv"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_refused_with_the_place(
-    prepare, tmp_path, name, content, words
-):
+def test_a_damaged_file_is_refused_with_the_place(prepare, tmp_path, name, content, word):
     (tmp_path / name).write_bytes(content)
-    assert_refused(prepare(source=tmp_path / name), name, *words)
-
-
-def test_a_file_of_one_conversation_or_of_nothing_is_refused(prepare, tmp_path):
-    alike = [{"text": f"[Human]: hi\n[Bot]: {n}", "label": n % 2} for n in range(30)]
-    refused = prepare(source=write(tmp_path / "r.jsonl", alike))
-    assert_refused(refused, "what begins with the same message stays in one of the two")
-    assert not list((tmp_path / "data").glob("*"))  # not even an empty folder
-    (tmp_path / "empty.jsonl").touch()
-    assert_refused(
-        prepare(source=tmp_path / "empty.jsonl"), "there is no reply of which it is known"
-    )
-
-
-def test_labels_that_are_all_alike_are_refused(prepare, tmp_path):
-    path = write(tmp_path / "r.jsonl", [record | {"label": 1} for record in labelled(20)])
-    assert_refused(prepare(source=path), "0 that were not")
-    assert not list(tmp_path.rglob("*.bin*"))
+    assert_refused(prepare(source=tmp_path / name), name, word)
 
 
 @pytest.mark.parametrize(
-    ("knobs", "words"),
+    "records",
     [
-        ({}, ["--source=PATH"]),
-        ({"source": "nowhere.jsonl"}, ["nowhere.jsonl does not exist"]),
-        ({"hub": "org/name"}, ["hub=org/name is not org/name/FILE"]),
-        ({"source": "chitchat", "negatives": "all"}, ["negatives=all is not one of"]),
+        [{"text": f"[Human]: hi\n[Bot]: {n}", "label": n % 2} for n in range(30)],  # one split
+        [record | {"label": 1} for record in labelled(20)],  # one label
+        [],
     ],
 )
-def test_knobs_that_cannot_be_are_refused(prepare, knobs, words):
-    assert_refused(prepare(**knobs), *words)
+def test_both_splits_need_kept_and_rejected_replies(prepare, tmp_path, records):
+    refused = prepare(source=write(tmp_path / "r.jsonl", records))
+    assert_refused(refused, ".bin would have", "kept", "rejected")
+    assert not list((tmp_path / "data").glob("*"))  # not even an empty folder
+
+
+@pytest.mark.parametrize(
+    ("knobs", "word"),
+    [
+        ({}, "--source=PATH"),
+        ({"source": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"hub": "org/name"}, "org/name/FILE"),
+        ({"source": "chitchat", "negatives": "all"}, "negatives=all"),
+    ],
+)
+def test_bad_knobs_are_refused(prepare, knobs, word):
+    assert_refused(prepare(**knobs), word)
