@@ -1,11 +1,10 @@
 """
 Weights in and out. A checkpoint is a Hugging Face GPT-2 directory; `init_from` says which one:
 
-    gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2    OpenAI's and Hugging Face's, from the hub
-    org/name                                              any model on the hub that is a GPT-2
-    nano                                                  the small chat model in assets/nano/
-    a directory                                           config.json and model.safetensors or
-                                                          pytorch_model.bin
+    nano                    the small chat model in assets/nano/
+    a directory             config.json and model.safetensors or pytorch_model.bin
+    gpt2, gpt2-medium, ...  one of HUB, from the Hugging Face hub
+    org/name                any GPT-2 on the hub
 """
 
 import contextlib
@@ -29,7 +28,7 @@ HUB = {
     "gpt2-xl": "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
     "distilgpt2": "e1ff18884359fe8beb795a5f414feb85a6ce3d929ad019c0d958c039d2b94a1b",
 }
-NANO = Path(__file__).parents[1] / "assets" / "nano"  # the model in the box; see its README.md
+NANO = Path(__file__).parents[1] / "assets" / "nano"  # its README.md says how it was trained
 
 
 @torch.no_grad()
@@ -38,23 +37,21 @@ def load_model(
 ):
     """Return (model, Tokenizer) of `init_from` (see above), with weights in `dtype` on `device`.
 
-    inference: on an x86 CPU, pack bfloat16, float16 and int8 weights into the fast layers of
-    quantize.py, which can be neither trained nor saved. model_class: GPT or RewardModel.
-    Raises FileNotFoundError or ConnectionError if there is no such model, ValueError if it is
-    damaged or not a GPT-2.
+    inference: on an x86 CPU, pack 16- and 8-bit weights into the layers of quantize.py, which can
+    be neither trained nor saved. model_class: GPT or RewardModel. Raises FileNotFoundError or
+    ConnectionError if there is no such model, ValueError if it is damaged or not a GPT-2.
     """
-    # find
     path, config, tokenizer = find(init_from)
     if config.vocab_size < tokenizer.n_vocab:
-        sizes = f"{config.vocab_size} tokens, but its tokenizer makes {tokenizer.n_vocab}"
-        raise ValueError(f"{init_from} knows {sizes}: they do not belong together")
+        sizes = f"{config.vocab_size} embeddings for the {tokenizer.n_vocab} ids of its tokenizer"
+        raise ValueError(f"{init_from} has {sizes}")
 
-    # build, without memory for the weights
+    # build the model without memory for the weights
     config.dropout = dropout
     with torch.device("meta"):
         model = model_class(config)
 
-    # fill, one tensor at a time, so that there is never a second copy of the model
+    # load one tensor at a time: a second copy of the model may not fit into memory
     read = huggingface.open_weights(path, model)
     if inference and FBGEMM and torch.device(device).type == "cpu" and dtype != torch.float32:
         from nanochatgpt.quantize import pack
@@ -62,7 +59,7 @@ def load_model(
         return pack(model, read, dtype), tokenizer
     tensors = {}
     for name in model.state_dict().keys() - {"lm_head.weight"}:
-        # a copy is 64-byte aligned, a mapped tensor may not be, and sums then end in other bits
+        # copies are 64-byte aligned; mapped tensors may not be, which changes sums in the last bits
         tensors[name] = read(name).to(device, dtype, copy=True)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
@@ -70,12 +67,14 @@ def load_model(
 
 
 def save_model(model, tokenizer, directory):
-    """Write a Hugging Face GPT-2 directory. If that fails, the old files stay whole. Raises
-    ValueError for a model that was packed for inference."""
+    """Write a Hugging Face GPT-2 directory. If that fails, the old files stay. Raises ValueError
+    for a model that was loaded for inference."""
     if not isinstance(model.transformer.h[0].mlp.c_fc, Conv1D):
         raise ValueError("a model loaded for inference is packed and cannot be saved")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+
+    # the contents of the files
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":  # tied to the embedding
@@ -94,53 +93,46 @@ def save_model(model, tokenizer, directory):
 
 
 def default_model():
-    """Return the model that scripts use by default: the chat model trained here, else nano."""
+    """Return the chat model that train.py wrote, else nano."""
     return "out/chat" if Path("out/chat/model.safetensors").exists() else "nano"
 
 
 def find(init_from):
     """Return (path of the weights, GPTConfig, Tokenizer)."""
-    # on this machine
-    if init_from == "nano":
-        return _find_local(NANO)
-    if Path(init_from).is_dir():
-        return _find_local(Path(init_from))
+    # a directory on this machine
+    directory = NANO if init_from == "nano" else Path(init_from)
+    if directory.is_dir():
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (directory / name).is_file():
+                config = huggingface.read_config(directory / "config.json")
+                return directory / name, config, huggingface.read_tokenizer(directory)
+        raise FileNotFoundError(f"{directory} has neither model.safetensors nor pytorch_model.bin")
 
-    # on the hub
+    # a short name
     if init_from in HUB:
         owner = "distilbert" if init_from == "distilgpt2" else "openai-community"
         path = hub_file(f"{owner}/{init_from}", "model.safetensors", sha256=HUB[init_from])
         return path, GPTConfig(**PRESETS[init_from]), Tokenizer()
-    # out/NAME is where train.py writes: never ask the hub for it
-    local = init_from.startswith("out/") or Path(init_from).parent.is_dir()
-    if init_from.count("/") == 1 and not local:
+
+    # org/name, but not out/NAME, where train.py writes
+    if init_from.count("/") == 1 and not directory.parent.is_dir() and directory.parts[0] != "out":
         return _find_on_hub(init_from)
-    raise FileNotFoundError(
-        f"init_from={init_from}: there is no such directory; train a model into it first, "
-        f"or take an org/name on the hub or one of nano, {', '.join(HUB)}"
-    )
-
-
-def _find_local(directory):
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / name).is_file():
-            config = huggingface.read_config(directory / "config.json")
-            return directory / name, config, huggingface.read_tokenizer(directory)
-    raise FileNotFoundError(f"{directory} has neither model.safetensors nor pytorch_model.bin")
+    names = f"one of nano, {', '.join(HUB)}, or an org/name on the hub"
+    raise FileNotFoundError(f"init_from={init_from}: train this directory first, or take {names}")
 
 
 def _find_on_hub(repo):
     def fetch(name):
-        """Return the path of the repository's file, None if it has none of that name."""
+        """Return the path of a file of the repository, None if there is no such file."""
         with contextlib.suppress(FileNotFoundError):
             return hub_file(repo, name)
 
     config = hub_file(repo, "config.json")
     fetch("tokenizer_config.json")  # has the chat template
-    tokenizer = fetch("tokenizer.json")
-    if not tokenizer:  # older repositories have two files instead
-        tokenizer = fetch("vocab.json")
+    # older repositories have two files in place of tokenizer.json
+    tokenizer = fetch("tokenizer.json") or fetch("vocab.json") or config
+    if tokenizer.name == "vocab.json":
         fetch("added_tokens.json")
     weights = fetch("model.safetensors") or hub_file(repo, "pytorch_model.bin")
-    tokenizer = huggingface.read_tokenizer((tokenizer or config).parent)
+    tokenizer = huggingface.read_tokenizer(tokenizer.parent)
     return weights, huggingface.read_config(config), tokenizer
