@@ -1,10 +1,10 @@
 """
 Knobs of a script: a dataclass, overridden by config files and --knob=value arguments.
 
-    python SCRIPT.py [config/FILE.py ...] [--knob=value ...]        later wins; --help lists them
+    python SCRIPT.py [config/FILE.py ...] [--knob=value ...]        the last one wins
 
-A config file is Python: plain assignments. The annotation of a field (int, float, bool or str) is
-the knob's type, the comment after it is its line of --help.
+A config file holds plain Python assignments. A knob is a field of type int, float, bool or str; the
+comment after it is its line of --help.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from pathlib import Path
 
 
 def parse(Config, argv):
-    """Return a `Config` with its defaults overridden by the files and arguments in `argv`. A field
-    named `given` is not a knob: it gets the names of the knobs that were set. Raises ValueError for
-    an unknown knob or a wrong type, FileNotFoundError for a missing file."""
+    """Return a `Config`, overridden by the files and arguments in `argv`. Its field `given`, if it
+    has one, gets the names of the knobs that were set. Raises ValueError for an unknown knob or a
+    wrong type, FileNotFoundError for a missing file."""
     knobs = _knobs(Config)
     values = {}
     for arg in argv:
-        # a config file sets several knobs, --knob=value one
+        # a config file sets several knobs, an argument sets one
         name, equals, text = arg.removeprefix("--").partition("=")
         if not arg.startswith("-"):
             assignments = _run_file(arg)
@@ -34,12 +34,12 @@ def parse(Config, argv):
             assignments = {name: text}
         else:
             raise ValueError(f"{arg}: write --knob=value; --help lists the knobs")
-        # check their names and types
+        # check names and types
         for name, value in assignments.items():
             if name not in knobs:
                 nearest = difflib.get_close_matches(name, knobs, n=1, cutoff=0)[0]
                 raise ValueError(f"{arg}: unknown knob '{name}', did you mean '{nearest}'?")
-            values[name] = _convert(knobs[name], value, arg)  # the last one wins
+            values[name] = _convert(knobs[name], value, arg)
     if hasattr(Config, "given"):
         values["given"] = frozenset(values)
     return Config(**values)
@@ -48,8 +48,8 @@ def parse(Config, argv):
 def run(main, Config):
     """Call `main(config)`, or print the knobs for --help. An error that the user can fix ends in
     one or two lines on stderr and exit status 2; `python -X dev SCRIPT.py` shows its traceback."""
+    # print each line at once, in a pipe too, and "?" for characters that the terminal lacks
     if sys.stdout:  # None if the shell closed it
-        # lines appear at once in a pipe too; "?" stands for what the terminal cannot show
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
@@ -61,6 +61,8 @@ def run(main, Config):
     except BrokenPipeError:  # the reader of our output, such as `head`, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if sys.flags.dev_mode:
+            raise
         message = str(error)
         full = re.search("out of memory|can't allocate memory", message)
         if full or isinstance(error, MemoryError):
@@ -69,11 +71,10 @@ def run(main, Config):
             raise
         elif isinstance(error, OSError) and error.strerror:  # without "[Errno 2]"
             message = f"{error.filename or ''}: {error.strerror}".lstrip(": ")
-        if sys.flags.dev_mode:
-            raise
+        # two lines at most; a message may quote a damaged file
         message = f"{Path(sys.argv[0]).name}: {message}"
         for line in message.splitlines()[:2]:
-            print(line[:480], file=sys.stderr)  # a message may quote a damaged file
+            print(line[:480], file=sys.stderr)
         sys.exit(2)
 
 
@@ -88,11 +89,12 @@ def at_least(minimum, config, *names):
 def usage(Config, script, doc):
     """Return the text of --help: the script's docstring, then a line for each knob."""
     lines = [doc.strip(), "", f"usage: python {script} [config/FILE.py ...] [--knob=value ...]", ""]
-    # a field of a subclass keeps the comment of its base; the formatter may wrap a default in ()
+    # the comments of the fields; the formatter may wrap a default in ()
     field = re.compile(r"^    (\w+): \w+ = (?:\(\n[^#]*?)?.*?  # (.*)$", re.MULTILINE)
     comments = {}
     for base in reversed(Config.__mro__[:-1]):
         comments |= field.findall(inspect.getsource(base))
+    # one line per knob
     for name, knob in _knobs(Config).items():
         assignment = f"{name}={knob.default}"
         lines.append(f"  --{assignment:<38} {comments.get(name, '')}".rstrip())
@@ -104,7 +106,7 @@ def _knobs(Config):
 
 
 def _convert(knob, value, source):
-    """Return the value in the knob's type: text is read as one, an int may stand for a float."""
+    """Return the value in the knob's type: parse text, and let an int stand for a float."""
     if knob.type is bool and isinstance(value, str):
         value = {"true": True, "false": False}.get(value.lower())
     elif isinstance(value, str) or (knob.type is float and type(value) is int):
@@ -124,12 +126,13 @@ def _run_file(path):
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), names)
     except (Exception, SystemExit) as error:
-        # name the line of the file, even if the error is raised in a function that it calls
+        # the last line of this file in the traceback
         place = path
         for frame in traceback.extract_tb(error.__traceback__):
             if frame.filename == path:
                 place = f"{path}, line {frame.lineno}"
         raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
+    # keep what may be knobs
     values = {}
     for name, value in names.items():
         if name[0] != "_" and not callable(value) and not isinstance(value, types.ModuleType):

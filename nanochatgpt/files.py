@@ -5,7 +5,6 @@ Downloads that resume and are verified; writes that happen completely or not at 
 import contextlib
 import hashlib
 import os
-import pickle
 import sys
 import time
 from pathlib import Path
@@ -17,21 +16,21 @@ import torch
 import urllib3
 
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
-TRIES = 5  # then give up, unless one of them brought new bytes
+TRIES = 5  # failures in a row, without a new byte, before we give up
 
 
 def download(url, path, size=None, sha256=None, headers=None):
-    """Fetch `url` into the file `path` and return the path. A finished file is left as it is.
+    """Download `url` to the file `path`, unless it exists; return the path.
 
-    The bytes go to path.part, which a later call resumes; it is renamed once size (bytes) and
+    The bytes go to path.part, which a later call resumes; it is renamed once its size (bytes) and
     sha256 are right. Raises ConnectionError, FileNotFoundError (404), PermissionError (401, 403),
-    ValueError (another file), OSError (disk full).
+    ValueError (wrong file), OSError (disk full).
     """
     path = Path(path)
     if _is_finished(path, size):
         return path
     part = path.with_name(path.name + ".part")
-    failures = 0  # in a row, without a new byte
+    failures = 0
     while True:
         length = _length(part)
         try:
@@ -41,7 +40,7 @@ def download(url, path, size=None, sha256=None, headers=None):
             failures = 1 if _length(part) > length else failures + 1
             reason = str(error).rpartition(": ")[2].rstrip("\"')")  # without urllib3's wrapping
             problem = f"cannot fetch from {urlsplit(url).netloc}: {reason}"
-            # wait for a network that fails, not for one that is not there
+            # wait for a network that fails, but not for a missing one
             no_network = failures == 1 and isinstance(error, requests.ConnectionError)
             if failures == TRIES or no_network:
                 remedy = f"check the network or proxy and run again, or place the file at {path}"
@@ -49,36 +48,39 @@ def download(url, path, size=None, sha256=None, headers=None):
         print(f"{problem}; trying again in {2**failures} s", file=sys.stderr)
         time.sleep(2**failures)  # seconds
 
-    # keep only the file that was expected: not another version, not a network's login page
+    # keep only the right file: not another version, nor a network's login page
     with part.open("rb+") as file:
         os.fsync(file.fileno())  # on the disk before it gets its name
         digest = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
     if digest != sha256 or size not in (None, _length(part)):
         part.unlink()
-        remedy = f"run again to fetch it from the start, or place the right file at {path}"
-        raise ValueError(f"{url} is not the file expected: another size or sha256\n{remedy}")
+        remedy = f"run again to download it anew, or place the right file at {path}"
+        raise ValueError(f"{url} has the wrong size or sha256\n{remedy}")
     part.replace(path)
     return path
 
 
 def _receive(url, part, headers):
-    """Ask once for the bytes that `part` lacks and append them."""
+    """Request the bytes that `part` lacks, once, and append them."""
     done = _length(part)  # bytes
     headers = headers | {"Accept-Encoding": "identity"}  # the bytes as they are stored
     if done:
         headers["Range"] = f"bytes={done}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        # what the server answers
         status = response.status_code
         if status == 404:
             raise FileNotFoundError(f"{url} does not exist (404): check the name")
         if status in (401, 403):
             raise PermissionError(f"{url} is private or misspelt ({status}): set HF_TOKEN")
-        if status == 416:  # there are no such bytes: start again
+        if status == 416:  # part is longer than the file: start again
             part.unlink(missing_ok=True)
-        if status not in (200, 206):
-            raise requests.HTTPError(f"{status} {response.reason}")  # try again
+        if status not in (200, 206):  # `download` tries again
+            raise requests.HTTPError(f"{status} {response.reason}")
         if status == 200:  # the whole file, from a server without ranges
             done = 0
+
+        # append the bytes
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else None  # bytes of the whole file
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +94,7 @@ def _receive(url, part, headers):
 
 
 def _with_progress(chunks, name, done, total):
-    """Pass `chunks` on and print how many bytes are done, on a terminal five times a second."""
+    """Yield `chunks` and print the progress five times a second, in a log twice a minute."""
     terminal = sys.stderr.isatty()
     next_time = 0  # of a line, in seconds
     for chunk in chunks:
@@ -114,18 +116,18 @@ def _length(part):
 
 
 def hub_file(repo, name, size=None, sha256=None, kind="models"):
-    """Return the path of a file of `repo` ("org/name") on the Hugging Face hub, of the `kind`
-    "models" or "datasets": from transformers' cache, else from ours, else downloaded into ours.
+    """Return the path of a file of `repo` ("org/name") on the Hugging Face hub: in transformers'
+    cache, else in ours, else downloaded into ours. kind: "models" or "datasets".
 
     HF_HUB_CACHE, HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to
-    transformers. size, sha256 and errors are those of `download`.
+    transformers. For size, sha256 and errors see `download`.
     """
-    # look in the cache of transformers and huggingface_hub
+    # transformers' cache
     env = os.environ
     cache = env.get("XDG_CACHE_HOME") or "~/.cache"
     home = env.get("HF_HOME") or f"{cache}/huggingface"
     hub = Path(os.path.expanduser(env.get("HF_HUB_CACHE") or f"{home}/hub"))
-    # gpt2 and distilgpt2 had no organization until 2024; transformers still caches both names
+    # gpt2 and distilgpt2 had no organization until 2024; transformers caches either name
     short = repo.removeprefix("openai-community/").removeprefix("distilbert/")
     for alias in (repo, short):
         folder = hub / f"{kind}--{alias.replace('/', '--')}"
@@ -135,20 +137,19 @@ def hub_file(repo, name, size=None, sha256=None, kind="models"):
             if _is_finished(path, size):
                 return path
 
-    # look in ours
+    # our cache
     path = Path(os.path.expanduser(cache)) / "nanochatgpt" / kind / repo / name
     offline = env.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     if offline and not _is_finished(path, size):
-        raise FileNotFoundError(
-            f"{repo}/{name} is not on this machine, and HF_HUB_OFFLINE forbids downloading it\n"
-            f"unset HF_HUB_OFFLINE, or place the file at {path} (or in {hub})"
-        )
+        remedy = f"unset HF_HUB_OFFLINE, or place the file at {path} (or in {hub})"
+        raise FileNotFoundError(f"{repo}/{name} is not here, and HF_HUB_OFFLINE is set\n{remedy}")
+
     # download
     endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     folder = "datasets/" if kind == "datasets" else ""
     headers = {}
-    if token := env.get("HF_TOKEN"):  # requests keeps it from the host that we are redirected to
-        headers["Authorization"] = f"Bearer {token.strip()}"
+    if env.get("HF_TOKEN"):  # requests drops it when another host takes over
+        headers["Authorization"] = f"Bearer {env['HF_TOKEN'].strip()}"
     url = f"{endpoint}/{folder}{repo}/resolve/main/{name}"
     return download(url, path, size, sha256, headers)
 
@@ -156,7 +157,7 @@ def hub_file(repo, name, size=None, sha256=None, kind="models"):
 @contextlib.contextmanager
 def replacing(path):
     """Yield a path to write to; rename it to `path` at the end, or remove it after an error.
-    Raises OSError, with the path, if it cannot be written."""
+    Raises OSError, with the path, if writing fails."""
     part = path.with_name(path.name + ".part")
     try:
         with _naming(path):
@@ -164,7 +165,7 @@ def replacing(path):
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())  # on the disk before it gets its name
             part.replace(path)
-    except (safetensors.SafetensorError, RuntimeError) as error:  # a full disk, to these and torch
+    except (safetensors.SafetensorError, RuntimeError) as error:  # safetensors, torch: disk full
         raise OSError(f"cannot write {path}: {error}") from error
     finally:
         part.unlink(missing_ok=True)
@@ -172,7 +173,7 @@ def replacing(path):
 
 @contextlib.contextmanager
 def _naming(path):
-    """Add the path to an OSError that lacks it, such as that of a full disk."""
+    """Add the path to an OSError that lacks it, such as disk full."""
     try:
         yield
     except OSError as error:
@@ -183,10 +184,9 @@ def _naming(path):
 
 def load_tensors(path):
     """Return what torch.save wrote to `path`. Raises ValueError if that is not tensors and plain
-    values, since anything else could run code."""
+    values: anything else could run code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is damaged or holds more than tensors: not loaded") from error
     except Exception as error:  # damaged bytes raise errors of many types
-        raise ValueError(f"{path} is damaged ({error}); fetch or save it again") from error
+        reason = f"damaged or holds more than tensors ({type(error).__name__})"
+        raise ValueError(f"{path} is {reason}: not loaded") from error
