@@ -1,8 +1,8 @@
 """
 Linear layers for inference on a CPU: weights in 16 or 8 bits, inputs and outputs in float32.
 
-Decoding reads all weights for each token: half the bytes are twice the speed. Up to rounding, a row
-gives the same whatever the other rows are. All layers copy a weight (n_out, n_in) and a bias
+Decoding reads all weights for each token, so half the bytes give twice the speed. Up to rounding, a
+row's output does not depend on the other rows. Layers copy a weight (n_out, n_in) and a bias
 (n_out,), both float32, and map inputs (..., n_in) to outputs (..., n_out).
 """
 
@@ -26,7 +26,8 @@ class Float16Linear(nn.Module):
 
     def __init__(self, weight, bias=None):
         super().__init__()
-        self.packed = quantized.linear_prepack_fp16(weight, bias if bias is None else bias.clone())
+        bias = None if bias is None else bias.clone()
+        self.packed = quantized.linear_prepack_fp16(weight, bias)
 
     def forward(self, x):
         return quantized.linear_dynamic_fp16(x, self.packed)
@@ -52,48 +53,56 @@ class BFloat16Linear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """Weights in int8 with a scale for each output; each input row in 8 bits between its extremes.
+    """Weights in int8 with a scale per output; each input row in 8 bits between its extremes. Sums
+    of integers are exact, so a row gives the same alone and among others."""
 
-    The sums are of integers, hence exact: a row gives the same alone and among others.
-    """
-
-    # Without VNNI, FBGEMM adds pairs of products in 16 bits: inputs get 7 bits, lest they overflow
+    # without VNNI, FBGEMM adds pairs of products in 16 bits, which 7-bit inputs cannot overflow
     REDUCED = not torch.cpu._is_vnni_supported()
     LEVELS = 127 if REDUCED else 255
 
     def __init__(self, weight, bias=None):
         super().__init__()
-        scale = torch.linalg.vector_norm(weight, math.inf, 1).clamp(min=1e-30) / 127  # (n_out,)
+        self.bias = None if bias is None else bias.clone()
+        largest = torch.linalg.vector_norm(weight, math.inf, 1)  # (n_out,)
+        scales = largest.clamp(min=1e-30) / 127  # (n_out,)
         rounded = torch.empty(weight.shape, dtype=torch.int8)
-        self.sums = torch.empty(len(weight))  # (n_out,): sum of the rounded weights
-        # in parts: the head's weights are 154 MB in float32
+        self.sums = torch.empty(len(weight))  # (n_out,): sums of the rounded weights
+
+        # in parts, since the head's weights are 154 MB in float32
         for start in range(0, len(weight), 4096):
             part = slice(start, start + 4096)
-            rounded[part] = (weight[part] / scale[part, None]).round()
-            self.sums[part] = rounded[part].float().sum(1) * scale[part]
+            scale = scales[part]
+            rounded[part] = (weight[part] / scale[:, None]).round()
+            self.sums[part] = rounded[part].float().sum(1) * scale
+
+        # deprecated, but the fastest for one row
+        zeros = torch.zeros(len(weight), dtype=torch.int64)
+        scales = scales.double()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecated, but the fastest there is for one row
-            weight = torch._make_per_channel_quantized_tensor(
-                rounded, scale.double(), torch.zeros_like(scale).long(), 0
-            )
-        self.bias = bias if bias is None else bias.clone()
+            warnings.simplefilter("ignore")
+            weight = torch._make_per_channel_quantized_tensor(rounded, scales, zeros, 0)
         self.packed = quantized.linear_prepack(weight, self.bias)
 
     def forward(self, x):
         if x.numel() == x.size(-1):  # one row
             return quantized.linear_dynamic(x, self.packed, self.REDUCED)
 
-        # linear_dynamic rounds all rows between common extremes. Do what it does row by row:
+        # linear_dynamic rounds all rows between common extremes. Do the same row by row:
         # x is about (q - zero) * scale with integers q, so y = (q W - zero sum(W)) * scale + bias.
-        low = x.amin(-1, keepdim=True).clamp_(max=0)  # (..., 1)
-        high = x.amax(-1, keepdim=True).clamp_(min=0)
-        scale = ((high - low) / self.LEVELS).clamp(min=6.1e-5)  # FBGEMM's smallest
+        low = x.amin(-1, keepdim=True)  # (..., 1)
+        low.clamp_(max=0)
+        high = x.amax(-1, keepdim=True)  # (..., 1)
+        high.clamp_(min=0)
+        scale = (high - low) / self.LEVELS
+        scale.clamp_(min=6.1e-5)  # FBGEMM's smallest
         zero = (-low / scale).round()
         q = (x / scale).add_(zero)  # the kernel rounds it
         y = quantized.linear_with_input_q_dq_qweight_dq_output_fp32(q, 1.0, 0, self.packed)
+        if self.bias is not None:
+            y.sub_(self.bias)  # the kernel has added it
+        y.addcmul_(zero, self.sums, value=-1)
         if self.bias is None:
-            return y.addcmul_(zero, self.sums, value=-1).mul_(scale)
-        y.sub_(self.bias).addcmul_(zero, self.sums, value=-1)
+            return y.mul_(scale)
         return torch.addcmul(self.bias, y, scale)
 
 
@@ -101,10 +110,10 @@ LAYERS = {torch.bfloat16: BFloat16Linear, torch.float16: Float16Linear, torch.in
 
 
 def pack(model, read, dtype):
-    """Fill a model on the meta device (a GPT or RewardModel) with weights of `dtype`, its matrices
-    in the layers above; return it. read(name) -> tensor is called once for each weight."""
+    """Load the weights into a GPT or RewardModel on the meta device, its matrices into the layers
+    above; return it. read(name) -> tensor reads each weight once."""
     Linear = LAYERS[dtype]
-    # give freed memory back at once: loading GPT-2 as int8 peaks at 640 MB instead of 660 to 890
+    # return freed memory at once: loading GPT-2 as int8 peaks at 640 MB instead of 660 to 890
     mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
     # the head, and the token embedding in at least 16 bits
@@ -116,12 +125,14 @@ def pack(model, read, dtype):
     tensors["transformer.wte.weight"] = embedding.to(embedding_dtype)
     del embedding
 
-    # the matrices of the blocks, then the rest in float32: biases, LayerNorms, positions
+    # the matrices of the blocks
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             weight = read(f"{name}.weight").float()
             bias = read(f"{name}.bias").float()
             model.set_submodule(name, Linear(weight.T.contiguous(), bias))
+
+    # the rest in float32: LayerNorms and positions
     for name in model.state_dict().keys() - tensors.keys() - {"lm_head.weight"}:
         tensors[name] = read(name).to(torch.float32, copy=True)
     model.load_state_dict(tensors, strict=False, assign=True)

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-CANDIDATES = 1024  # tokens that `draw_token` sorts at first: a tenth of the time for all 50,257
+CANDIDATES = 1024  # `draw_token` first sorts the k most likely: a tenth of the time of all 50,257
 
 
 @dataclass
 class Sampling:
-    """How the next token is chosen. Names and meaning are those of transformers, for the presence
-    and frequency penalty those of OpenAI."""
+    """How to choose the next token; the names are those of transformers and OpenAI."""
 
     max_new_tokens: int = 128  # new tokens, at most
     temperature: float = 1.0  # below 1 more predictable, above 1 more random; 0: the most likely
@@ -45,21 +44,18 @@ class Sampling:
 class ChatSampling(Sampling):
     """Defaults for chats, chosen by evaluate.py's metrics of the model in the box.
 
-    The frequency penalty counts what the reply itself says: 0.6% of its 4-grams are repeated, 20%
-    without it. A repetition penalty of 1.1 instead leaves 5.1%, and also penalises what the human
-    said and the bot has to remember.
+    With the frequency penalty 0.6% of the 4-grams in a reply are repeated, without it 20%. A
+    repetition penalty of 1.1 leaves 5.1%, and also penalises what the bot has to remember.
     """
 
     temperature: float = 0.6
     top_k: int = 50
     top_p: float = 0.8
     frequency_penalty: float = 0.7
-    # names of the knobs that config files or the command line set
-    given: frozenset = field(default=frozenset(), repr=False, kw_only=True)
+    given: frozenset = field(default=frozenset(), repr=False, kw_only=True)  # knobs the user set
 
 
-# defaults for models with another chat template; user_assistant's come from the card of
-# Locutusque/gpt2-conversational-or-qa
+# other templates' defaults; these are from the card of Locutusque/gpt2-conversational-or-qa
 TEMPLATE_SAMPLING = {
     "user_assistant": {"temperature": 1.0, "top_k": 35, "top_p": 0.8, "frequency_penalty": 0.0}
 }
@@ -80,13 +76,12 @@ def penalize(logits, options, rows):
     rows: (prompt ids, new ids, logit bias {id: number}) of each. Order: bias, repetition_penalty
     (CTRL, arXiv 1909.05858), presence and frequency penalty (OpenAI's), no_repeat_ngram_size.
     """
+    # collect the tokens of all rows, so that each penalty is one operation
     V = logits.size(-1)
-
-    # collect (row, id) of all rows, so that each penalty is one operation
-    bias = {}
-    seen = []
-    penalties = {}
-    banned = []
+    bias = {}  # (row, id) -> number
+    seen = []  # (row, id)
+    penalties = {}  # (row, id) -> number
+    banned = []  # (row, id)
     for n, (prompt, new, logit_bias) in enumerate(rows):
         for token, value in logit_bias.items():
             bias[n, token] = value
@@ -100,12 +95,12 @@ def penalize(logits, options, rows):
             banned += [(n, token) for token in ends if token < V]
 
     def indices(pairs):
-        pairs = torch.tensor(list(pairs), device=logits.device)  # (N, 2)
-        return pairs[:, 0], pairs[:, 1]
+        return torch.tensor(list(pairs), device=logits.device).unbind(1)  # rows (N,), ids (N,)
 
     def numbers(values):
-        return torch.tensor(list(values.values()), device=logits.device)
+        return torch.tensor(list(values.values()), device=logits.device)  # (N,)
 
+    # apply them
     if bias:
         logits[indices(bias)] += numbers(bias)
     if seen:
@@ -119,7 +114,7 @@ def penalize(logits, options, rows):
 
 
 def _ngram_ends(ids, size):
-    """Return the tokens that would complete an n-gram of this size a second time."""
+    """Return the tokens that would repeat an n-gram of this size."""
     newest = ids[len(ids) - size + 1 :]  # the size - 1 newest ids
     ends = []
     for i in range(len(ids) - size + 1):
@@ -131,22 +126,24 @@ def _ngram_ends(ids, size):
 def draw_token(logits, uniform, options, candidates=CANDIDATES):
     """Return one id per row, (B,) int64, drawn from logits (B, V) float32.
 
-    Temperature, top_k, top_p, min_p, in transformers' order. Then uniform (B,), in [0, 1), inverts
-    the cumulative distribution. Only the most likely `candidates` are sorted at first; rows where
-    the draw may lie beyond them are drawn again from all.
+    temperature, top_k, top_p and min_p apply in this order, transformers'. Then uniform (B,), in
+    [0, 1), inverts the cumulative distribution of the most likely `candidates`; rows where the draw
+    may lie beyond them are drawn again from all tokens.
     """
     temperature = options.temperature
     if temperature < 1e-5:  # dividing by less could overflow
         return logits.argmax(-1)
+
+    # probabilities of the most likely tokens, in falling order
     V = logits.size(-1)
     k = min(options.top_k or candidates, V)
-    falling, ids = logits.topk(k)  # (B, k)
-    falling = falling / temperature
     complete = k == V or options.top_k > 0  # no other token can be drawn
+    top_logits, ids = logits.topk(k)  # (B, k)
+    top_logits = top_logits / temperature
     if complete:
-        p = falling.softmax(-1)
+        p = top_logits.softmax(-1)
     else:
-        p = (falling - (logits / temperature).logsumexp(-1, keepdim=True)).exp()
+        p = (top_logits - (logits / temperature).logsumexp(-1, keepdim=True)).exp()
 
     # top_p and min_p; the first token always stays
     filtered = options.top_p < 1 or options.min_p > 0
@@ -155,19 +152,21 @@ def draw_token(logits, uniform, options, candidates=CANDIDATES):
         p = torch.where(keep, p, 0.0)
     cumulative = p.cumsum(-1)  # (B, k)
 
-    # if even the last candidate is kept, tokens after it may be as well
+    # the mass to draw from; if the last candidate is kept, tokens after it may be as well
     open_end = p[:, -1:] > 0  # (B, 1)
     mass = cumulative[:, -1:]
     if not complete:
         mass = torch.where(open_end, 1.0, mass)
-    target = uniform[:, None] * mass
+
+    # the first token whose cumulative probability exceeds uniform * mass
+    target = uniform[:, None] * mass  # (B, 1)
     last = ((p > 0).sum(-1, keepdim=True) - 1).clamp(min=0)  # rounding may lead beyond it
     index = torch.searchsorted(cumulative, target, right=True).minimum(last)  # (B, 1)
     chosen = ids.gather(1, index)[:, 0]
     if complete:
         return chosen
 
-    # with a filter, the mass of what is kept after the candidates is unknown
+    # draw again beyond the candidates; with a filter, the mass that it keeps there is unknown
     again = (open_end & (filtered | (target >= cumulative[:, -1:])))[:, 0]
     if again.any():
         chosen[again] = draw_token(logits[again], uniform[again], options, candidates=V)

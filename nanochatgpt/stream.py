@@ -1,5 +1,5 @@
 """
-Text from token ids as they arrive: whole characters, up to a stop string.
+Text from token ids as they arrive, in whole characters, up to a stop string.
 """
 
 import codecs
@@ -10,10 +10,10 @@ class Trim:
 
     def __init__(self):
         self.started = False  # whether text other than white space has come
-        self.held = ""  # white space that is only shown if more text follows
+        self.held = ""  # white space to print only if more text follows
 
     def push(self, text):
-        """Take the next piece; return what can be shown now."""
+        """Take the next piece; return the text to print now."""
         text = self.held + text
         if not self.started:
             text = text.lstrip()
@@ -25,7 +25,7 @@ class Trim:
 
 class TextStream:
     """Turns ids into text as they arrive, up to the first stop string. Holds back half characters
-    and what may be the beginning of a stop string."""
+    and text that may begin a stop string."""
 
     def __init__(self, tokenizer, stop_strings=()):
         self.tokenizer = tokenizer
@@ -33,20 +33,20 @@ class TextStream:
         self.length = 0  # characters of text so far
         self.stopped_at = None  # index in the text where the first stop string begins
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half characters
-        self._held = ""  # the end of the text, which may be the beginning of a stop string
+        self._held = ""  # the end of the text, if it may begin a stop string
 
     @property
     def within_character(self):
-        """Whether the ids so far end within a character."""
+        """Whether the last id ends within a character."""
         return bool(self._decoder.getstate()[0])
 
     def push(self, token):
-        """Take the next id; return the text that has become certain."""
+        """Take the next id; return the text that is certain now."""
         text = self._decoder.decode(self.tokenizer.token_bytes(token))
         self.length += len(text)
         self._held += text
 
-        # a stop string: the text ends where the first one begins
+        # the text ends where the first stop string begins
         stops = [self._held.find(stop) for stop in self.stop_strings if stop in self._held]
         if stops:
             self.stopped_at = self.length - len(self._held) + min(stops)
@@ -54,14 +54,14 @@ class TextStream:
             self._held = ""
             return ready
 
-        # the beginning of one: hold it back
+        # hold back the beginning of a stop string
         n_held = max((overlap(self._held, stop) for stop in self.stop_strings), default=0)
         ready = self._held[: len(self._held) - n_held]
         self._held = self._held[len(ready) :]
         return ready
 
     def rest(self):
-        """Return what is held back, when no more ids follow; drop half a character."""
+        """Return the text held back when no more ids follow, without half a character."""
         text = self._held
         self._held = ""
         return text
