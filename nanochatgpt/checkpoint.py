@@ -61,7 +61,7 @@ def load_model(
     for name in model.state_dict().keys() - {"lm_head.weight"}:
         # copies are 64-byte aligned; mapped tensors may not be, which changes sums in the last bits
         tensors[name] = read(name).to(device, dtype, copy=True)
-    model.load_state_dict(tensors, strict=False, assign=True)
+    model.load_state_dict(tensors, strict=False, assign=True)  # all but lm_head, which is tied
     model.tie_weights()
     return model, tokenizer
 
@@ -122,11 +122,11 @@ def find(init_from):
 
 
 def _find_on_hub(repo):
-    def fetch(name):
-        """Return the path of a file of the repository, None if there is no such file."""
+    def fetch(name):  # None if the repository lacks the file
         with contextlib.suppress(FileNotFoundError):
             return hub_file(repo, name)
 
+    # download before reading
     config = hub_file(repo, "config.json")
     fetch("tokenizer_config.json")  # has the chat template
     # older repositories have two files in place of tokenizer.json

@@ -33,9 +33,7 @@ def pick_device(name):
     ValueError if this machine has no such device."""
     available = []  # the fastest first
     if torch.cuda.is_available():
-        available.append("cuda")
-        for i in range(torch.cuda.device_count()):
-            available.append(f"cuda:{i}")
+        available += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         available.append("mps")
     available.append("cpu")
@@ -54,6 +52,7 @@ def pick_dtype(name, device, inference=False):
     names = ["float32", "bfloat16", "float16"]
     if packed:
         names.append("int8")
+    # bfloat16 if the GPU computes with it, not if it emulates it
     if name == "auto" and cuda and torch.cuda.is_bf16_supported(including_emulation=False):
         name = "bfloat16"
     elif name == "auto":
@@ -88,7 +87,7 @@ def peak_flops(device):
 
 
 def move(tensor, device):
-    """Return the tensor on the device; a copy from the CPU to a GPU runs in the background."""
+    """Return the tensor on the device; a GPU copies it in the background."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()  # without it, the copy blocks
     return tensor.to(device, non_blocking=True)

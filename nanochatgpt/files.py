@@ -101,7 +101,7 @@ def _with_progress(chunks, name, done, total):
         yield chunk
         done += len(chunk)
         if time.monotonic() > next_time or done == total:
-            next_time = time.monotonic() + (0.2 if terminal else 30)
+            next_time = time.monotonic() + (0.2 if terminal else 30)  # seconds
             line = f"{name}: {done / 1e6:.1f}" + (f" of {total / 1e6:.1f} MB" if total else " MB")
             end = "\r" if terminal and done != total else "\n"
             print(f"{line:<70}", end=end, file=sys.stderr, flush=True)
@@ -147,10 +147,9 @@ def hub_file(repo, name, size=None, sha256=None, kind="models"):
     # download
     endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     folder = "datasets/" if kind == "datasets" else ""
-    headers = {}
-    if env.get("HF_TOKEN"):  # requests drops it when another host takes over
-        headers["Authorization"] = f"Bearer {env['HF_TOKEN'].strip()}"
     url = f"{endpoint}/{folder}{repo}/resolve/main/{name}"
+    token = env.get("HF_TOKEN", "").strip()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}  # not sent to other hosts
     return download(url, path, size, sha256, headers)
 
 

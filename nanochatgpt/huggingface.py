@@ -19,13 +19,13 @@ from nanochatgpt.tokenizer import END_OF_TEXT, TEMPLATES, Tokenizer, gpt2_vocab,
 SUPPORTED = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
+    "layer_norm_epsilon": 1e-5,  # torch's default
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
     "tie_word_embeddings": True,
-    "quantization_config": None,
+    "quantization_config": None,  # weights in floating point
 }
 SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
 LARGEST = 1 << 20  # a larger size means damage
@@ -89,9 +89,8 @@ def config_files(model, tokenizer):
     # special tokens
     ids = {"bos_token_id": END_OF_TEXT, "eos_token_id": tokenizer.eos_id}
     ids["pad_token_id"] = tokenizer.pad_id
-    generation_config = json.dumps(ids, indent=2)
-    config_json = json.dumps(config | ids, indent=2)
-    return {"config.json": config_json, "generation_config.json": generation_config}
+    config = json.dumps(config | ids, indent=2)
+    return {"config.json": config, "generation_config.json": json.dumps(ids, indent=2)}
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -142,15 +141,14 @@ def open_weights(path, model):
         raise NoScore(f"{path} is not a reward model: it has no {SCORE}")
     if SCORE in stored_name and SCORE not in expected:
         raise ValueError(f"{path} is a reward model: it scores text and writes none")
-    for name in sorted(expected.keys() | stored_name.keys()):
-        if name not in stored_name:
-            raise ValueError(f"{path} lacks the tensor {name} of the model in its config")
-        if name not in expected:
-            raise ValueError(f"{path} has the tensor {name}, unlike the model in its config")
+    for name in sorted(expected.keys() ^ stored_name.keys()):
+        verb = "lacks" if name in expected else "has"
+        raise ValueError(f"{path} {verb} the tensor {name}, unlike the model in its config")
+    for name, tensor in expected.items():
         shape, dtype = stored[stored_name[name]]
-        model_shape = tuple(expected[name].shape)
-        if shape != model_shape:
-            raise ValueError(f"{path}: {name} has shape {shape}, its config says {model_shape}")
+        if shape != tensor.shape:
+            wanted = tuple(tensor.shape)
+            raise ValueError(f"{path}: {name} has shape {shape}, its config says {wanted}")
         if dtype.lower().removeprefix("torch.") not in FLOATS:
             raise ValueError(f"{path}: {name} is {dtype}; quantized weights are not supported")
     return lambda name: read(stored_name[name])
@@ -166,10 +164,12 @@ def tokenizer_files(template):
     # the vocabulary, in the format of the tokenizers library
     lines = vocab_file("vocab.bpe").read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines[1:-1]]  # the first line is the format's version
+    # special tokens match anywhere, as they are
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = []
     for text, token in tokenizer.special_ids.items():
         added.append({"id": token, "content": text, **flags, "special": True})
+    # words are split and mapped from bytes to characters as in GPT-2
     byte_level = {"type": "ByteLevel", "add_prefix_space": False}
     byte_level |= {"trim_offsets": True, "use_regex": True}
     fast = {
@@ -195,6 +195,7 @@ def tokenizer_files(template):
 def chat_template(template):
     """Return a template in Jinja for transformers' `apply_chat_template`."""
     t = TEMPLATES[template]
+    # as in Tokenizer.render: opener, content, and the end token of a reply
     return (
         f"{{%- set openers = {json.dumps(t.openers)} -%}}"
         "{%- for message in messages -%}"

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from nanochatgpt.configurator import at_least
+
 CANDIDATES = 1024  # `draw_token` first sorts the k most likely: a tenth of the time of all 50,257
 
 
@@ -27,14 +29,11 @@ class Sampling:
 
     def __post_init__(self):
         """Raises ValueError for a value out of range."""
+        at_least(0, self, "max_new_tokens", "temperature", "top_k", "no_repeat_ngram_size")
         for name, valid, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 or more"),
         ):
             if not valid:
                 raise ValueError(f"{name}={getattr(self, name)} is out of range: {expected}")
