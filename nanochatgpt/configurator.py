@@ -48,7 +48,7 @@ def run(main, Config):
     """Call `main(config)`, or print the knobs for --help. An error that the user can fix ends in
     one or two lines on stderr and exit status 2; `python -X dev SCRIPT.py` shows its traceback."""
     # print each line at once, in a pipe too, and "?" for characters that the terminal lacks
-    if sys.stdout:  # else the shell closed it
+    if sys.stdout:  # None if the shell closed it
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
@@ -70,7 +70,7 @@ def run(main, Config):
             raise
         elif isinstance(error, OSError) and error.strerror:  # without "[Errno 2]"
             message = f"{error.filename or ''}: {error.strerror}".lstrip(": ")
-        # in short: a message may quote a damaged file
+        # two short lines at most, since a message may quote a damaged file
         message = f"{Path(sys.argv[0]).name}: {message}"
         for line in message.splitlines()[:2]:
             print(line[:480], file=sys.stderr)

@@ -168,7 +168,7 @@ class Tokenizer:
         """Spell openers inside a message with other tokens, so that no text can open a turn: the
         last token of "\n[Bot]:", which is "]:", becomes "]" and ":"."""
         for opener in self._later.values():
-            if opener[-1] not in ids:  # as a rule
+            if opener[-1] not in ids:  # no opener: the usual case
                 continue
             # the opener's last token, character by character
             spelled = []
@@ -236,9 +236,9 @@ class Tokenizer:
         # an exchange begins after the persona, or with a user's turn after the end of a reply
         borders = []  # where exchanges begin, and the end of the last
         for role, start, _ in self._turns(ids):
-            first = role != "system" and not borders
-            later = role == "user" and ids[start - 1] == self.eos_id
-            if first or later or role is None:
+            after_persona = role != "system" and not borders
+            after_reply = role == "user" and ids[start - 1] == self.eos_id
+            if after_persona or after_reply or role is None:
                 borders.append(start)
         n = borders[0]
 
