@@ -22,18 +22,7 @@ from nanochatgpt.optimizer import TrainConfig, check_train_config, make_adamw
 from nanochatgpt.prompts import sample_prompts
 from nanochatgpt.resume import Run
 from nanochatgpt.shards import find_shards, open_shard
-from rlhf.ppo import (
-    MEANS,
-    ActorCritic,
-    adapted_kl_coef,
-    advantages_and_returns,
-    make_reward,
-    policy_losses,
-    roll_out,
-    token_rewards,
-    value_losses,
-    whiten,
-)
+from rlhf import ppo
 
 MUST_MATCH = ("reward", "dataset", "temperature", "max_new_tokens")  # in a resumed run
 NORMALIZE_ON = 256  # replies of the initial model that define the unit of scores
@@ -86,23 +75,23 @@ def check(config):
 
 
 def draw_prompts(shards, tokenizer, n, config, *seed):
-    """Return the ids of n prompts, a function of the seed. No conversation gives a second prompt
-    before all have given one."""
+    """Return the ids of n prompts, a function of the seed. Every conversation gives one before any
+    gives a second."""
     seed = seed_for(config.seed, *seed)
+    room = config.max_prompt
     prompts = []
     while len(prompts) < n:
         missing = n - len(prompts)
-        more, _ = sample_prompts(shards, tokenizer, missing, config.max_prompt, seed + len(prompts))
+        more, _ = sample_prompts(shards, tokenizer, missing, room, seed + len(prompts))
         if not more:
-            room = f"max_prompt={config.max_prompt}"
-            raise ValueError(f"no prompt in {config.dataset} is as short as {room}: raise it")
+            raise ValueError(f"no prompt in {config.dataset} fits max_prompt={room}: raise it")
         prompts += more
     return prompts
 
 
 def check_kl(kl, it, config):
-    """Raise ValueError if the KL is NaN or far beyond its target."""
-    if not kl < RUNAWAY * config.kl_target:
+    """Raise ValueError if the KL is far beyond its target."""
+    if not kl < RUNAWAY * config.kl_target:  # also for NaN
         raise ValueError(
             f"the KL is {kl:.1f} nats at iter {it}, its target {config.kl_target}: the run "
             "diverges. Lower learning_rate or raise kl_coef; the saved checkpoints are from before"
@@ -133,8 +122,8 @@ def main(config):
         if new and distributed.master:
             save_model(initial, tokenizer, reference_dir)
     policy = copy.deepcopy(initial)
-    raw_model = ActorCritic(policy, tokenizer.n_vocab, config.temperature).to(device)
-    reference = ActorCritic(initial.eval(), tokenizer.n_vocab, config.temperature).to(device)
+    raw_model = ppo.ActorCritic(policy, tokenizer.n_vocab, config.temperature).to(device)
+    reference = ppo.ActorCritic(initial.eval(), tokenizer.n_vocab, config.temperature).to(device)
     reference.requires_grad_(False)
     longest = config.max_prompt + config.max_new_tokens
     if longest > policy.config.block_size:
@@ -144,7 +133,7 @@ def main(config):
         )
 
     # 3. the reward. Scores are rewards in standard deviations from the initial model's mean
-    reward = make_reward(config.reward, tokenizer, device, autocast)
+    reward = ppo.make_reward(config.reward, tokenizer, device, autocast)
     progress = {"name": config.init_from, "best_score": -math.inf, "mean": 0.0, "std": 1.0}
     progress |= {"kl_coef": config.kl_coef, "kl_coef_at_first": config.kl_coef}
     if not new:
@@ -155,7 +144,7 @@ def main(config):
 
     def play(model, prompts, seed):
         """Return a Rollout with rewards and scores."""
-        rollout = roll_out(model, tokenizer, prompts, config, seed)
+        rollout = ppo.roll_out(model, tokenizer, prompts, config, seed)
         rollout.rewards = reward(rollout)
         score = (rollout.rewards - progress["mean"]) / progress["std"]
         rollout.score = score.masked_fill(~rollout.ended, NO_END)
@@ -163,7 +152,7 @@ def main(config):
 
     if new:
         unit = torch.zeros(2, dtype=torch.float64)
-        if distributed.master:  # alone: on another GPU a token may differ, and so the unit
+        if distributed.master:  # one process draws: on another GPU a token may differ
             prompts = draw_prompts(shards["train"], tokenizer, NORMALIZE_ON, config, 0)
             rewards = play(initial, prompts, config.seed).rewards
             unit[:] = torch.stack([rewards.mean(), rewards.std()])
@@ -190,12 +179,12 @@ def main(config):
         logprobs, _ = raw_model.evaluate(rollout, batch_size, autocast)
         ref_logprobs, _ = reference.evaluate(rollout, batch_size, autocast)
         means = rollout.means(logprobs - ref_logprobs).tolist()
-        metrics = {f"val_{name}": mean for name, mean in zip(MEANS, means, strict=True)}
+        metrics = {f"val_{name}": mean for name, mean in zip(ppo.MEANS, means, strict=True)}
         metrics["val_gain"] = (metrics["val_reward"] - progress["mean"]) / progress["std"]
         texts = [tokenizer.decode(ids) for ids in rollout.replies]
         return metrics | {"val_repeated_4grams": repeated_4grams(texts)}
 
-    # 5. the loop; this process has `share` of the replies
+    # 5. the loop; this process plays `share` of the replies
     share = config.rollouts // world_size
     first = rank * share
     for it in range(first_iter, config.max_iters + 1):
@@ -228,17 +217,17 @@ def main(config):
         old_logprobs, old_values = raw_model.evaluate(rollout, batch_size, autocast)
         ref_logprobs, _ = reference.evaluate(rollout, batch_size, autocast)
         means = distributed.sum(rollout.means(old_logprobs - ref_logprobs)) / world_size
-        metrics = dict(zip(MEANS, means.tolist(), strict=True))
+        metrics = dict(zip(ppo.MEANS, means.tolist(), strict=True))
         kl = metrics["kl"]
         check_kl(kl, it, config)
 
         # 5.3 advantages
         kl_coef = progress["kl_coef"]
-        rewards = token_rewards(rollout.score, old_logprobs, ref_logprobs, mask, kl_coef)
-        advantages, returns = advantages_and_returns(
-            rewards, old_values, mask, config.gamma, config.lam
-        )
-        advantages = whiten(advantages, mask, distributed)
+        rewards = ppo.token_rewards(rollout.score, old_logprobs, ref_logprobs, mask, kl_coef)
+        gamma = config.gamma
+        lam = config.lam
+        advantages, returns = ppo.advantages_and_returns(rewards, old_values, mask, gamma, lam)
+        advantages = ppo.whiten(advantages, mask, distributed)
 
         # 5.4 the learning rate decays linearly; it is lower if the KL is beyond twice its target
         lr = config.learning_rate * (1 - it / config.max_iters)
@@ -247,7 +236,7 @@ def main(config):
             group["lr"] = lr
 
         # ==== 5.5 the update ======================================================================
-        sums = torch.zeros(4, dtype=torch.float64)  # over tokens, for the log
+        sums = torch.zeros(4, dtype=torch.float64)
         n_tokens = 0
         for epoch in range(config.epochs):
             order = torch.arange(share)
@@ -267,8 +256,8 @@ def main(config):
                 with autocast:
                     logprobs, entropy, values = model(*rollout.minibatch(rows, device))
                 ratio = (logprobs - mb_logprobs).exp()
-                policy_loss = policy_losses(ratio, mb_advantages, config.clip)
-                value_loss = value_losses(values, mb_values, mb_returns, VALUE_CLIP)
+                policy_loss = ppo.policy_losses(ratio, mb_advantages, config.clip)
+                value_loss = ppo.value_losses(values, mb_values, mb_returns, VALUE_CLIP)
                 loss = (policy_loss + config.value_coef * value_loss).sum() / total
                 scaler.scale(loss * world_size).backward()  # DDP averages; we want the sum
 
@@ -279,19 +268,22 @@ def main(config):
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
 
+                # sums over tokens, for the log
                 clipped = ((ratio - 1).abs() > config.clip).float()
-                parts = (policy_loss, value_loss, entropy, clipped)
+                parts = (policy_loss, value_loss, entropy, clipped)  # (N,) each
                 sums += torch.stack([x.detach().sum() for x in parts]).cpu()
                 n_tokens += total
-        progress["kl_coef"] = adapted_kl_coef(kl_coef, kl, config)
+        progress["kl_coef"] = ppo.adapted_kl_coef(kl_coef, kl, config)
         # ==========================================================================================
 
         # 5.6 the log; the explained variance is that of rank 0's replies
-        policy_loss, value_loss, entropy, clipped = (distributed.sum(sums) / n_tokens).tolist()
+        means = distributed.sum(sums) / n_tokens
+        policy_loss, value_loss, entropy, clipped = means.tolist()
         errors = (returns - old_values)[mask].double()
+        unexplained = errors.var() / returns[mask].double().var()
         metrics |= {"kl_coef": kl_coef, "entropy": entropy, "clip_fraction": clipped}
         metrics |= {"policy_loss": policy_loss, "value_loss": value_loss, "lr": lr}
-        metrics["explained_variance"] = 1 - (errors.var() / returns[mask].double().var()).item()
+        metrics["explained_variance"] = 1 - unexplained.item()
         if distributed.master:
             seconds = timer.seconds_per_step(it + 1)
             log(iter=it + 1, **metrics, seconds=seconds)
@@ -314,7 +306,8 @@ def summary(metrics):
 
 def sample_reply(rollout, tokenizer):
     """Return the first message and reply of a rollout on one line, to watch the policy learn."""
-    texts = [message["content"] for message in tokenizer.parse(rollout.prompts[0])[-1:]]
+    messages = tokenizer.parse(rollout.prompts[0])
+    texts = [message["content"] for message in messages[-1:]]  # none if the bot speaks first
     texts.append(tokenizer.decode(rollout.replies[0]))
     return " -> ".join(" ".join(text.split())[-200:] for text in texts)
 

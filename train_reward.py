@@ -64,8 +64,6 @@ def check(config):
     check_schedule(config)
     at_least(1, config, "block_size", "gradient_accumulation_steps", "eval_iters", "log_interval")
     at_least(0, config, "max_epochs")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout={config.dropout} is not from 0 to below 1")
     if config.loss not in ("labels", "pairs"):
         raise ValueError(f"loss={config.loss} is not one of labels, pairs")
     if config.loss == "pairs" and config.batch_size % 2:
@@ -73,8 +71,8 @@ def check(config):
 
 
 def make_model(config, state, distributed):
-    """Return (RewardModel, Tokenizer): from the state of a run to resume, from a reward model, or
-    from a GPT, whose head gives way to a new score."""
+    """Return (RewardModel, Tokenizer): of a run to resume, from a reward model, or from a GPT whose
+    head is replaced by a new score."""
     if state is not None:
         model = RewardModel(GPTConfig(**state["config"] | {"dropout": config.dropout}))
         model.load_state_dict(state.pop("model"))
@@ -90,7 +88,7 @@ def make_model(config, state, distributed):
         tokenizer = Tokenizer(config.template)
     model.grow_vocab(tokenizer.n_vocab)
 
-    # the score starts at random, the context ends where training does
+    # a GPT gets a random score; the context shrinks to what training uses
     if not isinstance(model, RewardModel):
         gpt = model
         model = RewardModel(gpt.config)
@@ -204,8 +202,8 @@ def main(config):
         if it == config.max_iters:
             break
 
-        # read this step's micro-batches and count the losses, over all processes; the sum also
-        # tells everybody if somebody was asked to stop
+        # read this step's micro-batches; sum over the processes the number of losses and, in the
+        # same message, whether any process was asked to stop
         first = it * config.gradient_accumulation_steps
         steps = range(rank, config.gradient_accumulation_steps, world_size)
         batches = [train.batch(first + step, device) for step in steps]
@@ -249,10 +247,8 @@ def main(config):
                 rate = total * train.unit / seconds
                 log(iter=it + 1, loss=loss, lr=lr, grad_norm=norm.item(), replies_per_s=rate)
                 left = time_left(seconds * (config.max_iters - it - 1))
-                print(
-                    f"iter {it + 1}/{config.max_iters}: loss {loss:.4f}, lr {lr:.2e}, "
-                    f"{rate:,.0f} replies/s, {left} left"
-                )
+                text = f"iter {it + 1}/{config.max_iters}: loss {loss:.4f}, lr {lr:.2e}"
+                print(f"{text}, {rate:,.0f} replies/s, {left} left")
             divergence.check("loss", loss, it + 1)
             if not scaler.is_enabled():  # which skips steps whose gradient overflows float16
                 divergence.check("gradient norm", norm.item(), it + 1)
@@ -268,10 +264,9 @@ def print_verdict(out_dir, progress, baselines, measure):
     best = progress["best_measure"]
     constant = baselines["constant_loss"]
     length = baselines[f"length_{measure}"]
-    print(
-        f"the best validation loss is {loss:.4f} (constant: {constant:.4f}), {measure} {best:.3f} "
-        f"(length: {length:.3f}); its weights are in {out_dir}"
-    )
+    text = f"the best validation loss is {loss:.4f} (constant: {constant:.4f}), "
+    text += f"{measure} {best:.3f} (length: {length:.3f})"
+    print(f"{text}; its weights are in {out_dir}")
     if loss < constant and best > length:
         print(f"choose replies by it: python chat.py --best_of=8 --reward={out_dir}")
     else:

@@ -33,43 +33,51 @@ class Rollout:
 
     @property
     def mask(self):
-        lengths = torch.tensor(list(map(len, self.replies)))
+        lengths = torch.tensor([len(reply) for reply in self.replies])  # (B,)
         return torch.arange(max(lengths)) < lengths[:, None]  # (B, R)
 
     def means(self, kl):
         """Return the means over the replies, (5,) float64, that MEANS names. kl: (B, R) nats."""
-        columns = (self.rewards, self.score, kl.sum(1), self.mask.sum(1), self.ended)  # (B,) each
+        per_reply = kl.sum(1)  # (B,)
+        lengths = self.mask.sum(1)
+        columns = (self.rewards, self.score, per_reply, lengths, self.ended)
         return torch.stack([column.double().mean() for column in columns])
 
     def minibatch(self, rows, device):
-        """Return what ActorCritic takes for these rows: idx (b, T), and of their N reply tokens the
-        row in idx, the position before the token, and the token, (N,) each."""
+        """Return what ActorCritic takes: idx (b, T), prompts with replies, and for each of the N
+        reply tokens its row in idx, the position before it, and the token, (N,) each."""
         texts = []
         tokens = []
         for row, b in enumerate(rows.tolist()):
             prompt = self.prompts[b]
             reply = self.replies[b]
             texts.append(prompt + reply)
+            # a token is predicted one position earlier, the first one at the prompt's end
             for position, token in enumerate(reply, len(prompt) - 1):
                 tokens.append((row, position, token))
         idx, _ = pad(texts, device)
-        return idx, *torch.tensor(tokens, device=device).T
+        rows, positions, tokens = torch.tensor(tokens, device=device).T
+        return idx, rows, positions, tokens
 
 
 def roll_out(policy, tokenizer, prompts, config, seed):
-    """Return the Rollout of a policy; prompt i has the seed `seed + i`. Only temperature shapes the
-    distribution, so that the log-probabilities that are trained are of what was drawn."""
+    """Return the Rollout of a policy; prompt i has the seed `seed + i`."""
+    # temperature alone shapes the distribution, so training sees the probabilities of the draw
     sampling = Sampling(config.max_new_tokens, config.temperature)
     end = (tokenizer.eos_id,)
     replies = generate(policy, prompts, sampling, seed=seed, stop_ids=end, tokenizer=tokenizer)
+
     ended = []
     for ids in replies:
         # a reply with a turn marker speaks for the human
         text = tokenizer.decode(ids)
-        markers = set(ids) & set(tokenizer.stop_ids)
-        markers |= {marker for marker in tokenizer.stop_strings if marker in text}
+        speaks_for_human = not set(tokenizer.stop_ids).isdisjoint(ids)
+        for marker in tokenizer.stop_strings:
+            speaks_for_human |= marker in text
+
+        # the policy chose the end token, which generate leaves out
         complete = len(ids) < config.max_new_tokens
-        ended.append(complete and not markers)
+        ended.append(complete and not speaks_for_human)
         if complete:
             ids.append(tokenizer.eos_id)
     return Rollout(prompts, replies, torch.tensor(ended))
@@ -84,7 +92,8 @@ def make_reward(name, tokenizer, device, autocast):
     def reward(rollout):
         texts = []
         for prompt, reply in zip(rollout.prompts, rollout.replies, strict=True):
-            texts.append(scored_ids(prompt + reply, tokenizer, model.config.block_size))
+            text = scored_ids(prompt + reply, tokenizer, model.config.block_size)
+            texts.append(text)
         with autocast:
             return score_texts(model, texts)  # float32
 
@@ -99,7 +108,7 @@ def toy_reward(name, tokenizer):
     length = kind == "length" and value.isdecimal() and int(value) > 0
     if not (share or length):
         raise ValueError(f"reward={name} is neither a reward model nor share:WORD or length:N")
-    word = {*tokenizer.encode(value), *tokenizer.encode(f" {value}")}  # also after a space
+    word = tokenizer.encode(value) + tokenizer.encode(f" {value}")  # also after a space
 
     def reward(rollout):
         rewards = []
@@ -109,7 +118,8 @@ def toy_reward(name, tokenizer):
                 n = sum(token in word for token in ids)
                 rewards.append(n / max(1, len(ids)))
             else:
-                rewards.append(1 - abs(len(ids) / int(value) - 1))
+                error = len(ids) / int(value) - 1
+                rewards.append(1 - abs(error))
         return torch.tensor(rewards)
 
     return reward
@@ -128,12 +138,13 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value.bias)
 
     def forward(self, idx, rows, positions, tokens):
-        """Return (logprobs, entropy, values), (N,) float32 each, of N tokens in idx (b, T).
+        """Return (logprobs, entropy, values), (N,) float32 each, of the N tokens of a minibatch.
 
-        rows, positions, tokens: (N,), see Rollout.minibatch. logprobs and entropy are in nats, of
-        the distribution that roll_out draws from.
+        logprobs and entropy are in nats, of the distribution that roll_out draws from.
         """
-        hidden = self.policy.hidden(idx)[rows, positions].float()  # (N, C)
+        hidden = self.policy.hidden(idx)  # (b, T, C)
+        hidden = hidden[rows, positions].float()  # (N, C)
+
         # in float32: GPT-2's logits are around -100, where 16 bits have steps of a half
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self.policy.lm_head(hidden)[:, : self.n_vocab]  # (N, n_vocab)
@@ -141,31 +152,39 @@ class ActorCritic(nn.Module):
         logprobs = (logits / self.temperature).log_softmax(-1)
         with torch.no_grad():  # only logged
             entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(1, tokens[:, None])[:, 0], entropy, values
+
+        # the log-probability of the token that follows each position
+        logprobs = logprobs.gather(1, tokens[:, None])[:, 0]
+        return logprobs, entropy, values
 
     @torch.no_grad()
     def evaluate(self, rollout, batch_size, autocast):
-        """Return (logprobs, values) of a Rollout, (B, R) each, on the CPU, 0 outside the mask.
-
-        The minibatches are those of the update's first epoch: its first ratios are exactly 1.
-        """
+        """Return (logprobs, values) of a Rollout, (B, R) each, on the CPU, 0 outside the mask."""
+        device = self.value.weight.device
         parts = []
+        # the minibatches of the update's first epoch, so that its first ratios are exactly 1
         for rows in torch.arange(len(rollout.replies)).split(batch_size):
+            minibatch = rollout.minibatch(rows, device)
             with autocast:
-                tokens = rollout.minibatch(rows, self.value.weight.device)
-                logprobs, _, values = self(*tokens)
-            parts.append(torch.stack([logprobs, values]).cpu())  # (2, N)
-        padded = torch.zeros(2, *rollout.mask.shape)  # (2, B, R)
-        padded[:, rollout.mask] = torch.cat(parts, 1)
+                logprobs, _, values = self(*minibatch)
+            part = torch.stack([logprobs, values])  # (2, N)
+            parts.append(part.cpu())
+
+        # from a list of tokens to a row for each reply
+        mask = rollout.mask
+        padded = torch.zeros(2, *mask.shape)  # (2, B, R)
+        padded[:, mask] = torch.cat(parts, 1)
         return padded
 
 
 def token_rewards(score, logprobs, ref_logprobs, mask, kl_coef):
     """Return the reward of each token (B, R): minus its share of the KL from the reference, plus
     the score (B,) at the last token."""
-    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    kl = (logprobs - ref_logprobs) * mask  # (B, R) an estimate, in nats
+    rewards = -kl_coef * kl
+    rows = torch.arange(len(mask))
     last = mask.sum(1) - 1  # (B,)
-    rewards[torch.arange(len(mask)), last] += score
+    rewards[rows, last] += score
     return rewards
 
 
@@ -176,21 +195,26 @@ def advantages_and_returns(rewards, values, mask, gamma, lam):
     advantage = torch.zeros(len(values))  # (B,) of token t + 1
     next_value = torch.zeros(len(values))  # (B,)
     for t in reversed(range(values.size(1))):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        value = values[:, t]
+        delta = rewards[:, t] + gamma * next_value - value
         advantage = (delta + gamma * lam * advantage) * mask[:, t]
-        next_value = values[:, t] * mask[:, t]
+        next_value = value * mask[:, t]
         advantages[:, t] = advantage
-    return advantages, (advantages + values) * mask
+    returns = (advantages + values) * mask
+    return advantages, returns
 
 
 def whiten(x, mask, distributed):
     """Return x with mean 0 and variance 1 over the reply tokens of all processes; 0 elsewhere."""
     x = x.double() * mask
+
+    # the mean and the variance from sums, so that every process has its part
     sums = torch.stack([x.sum(), x.square().sum(), mask.sum()])
     total, squares, n = distributed.sum(sums)
     mean = total / n
     variance = squares / n - mean.square()
-    return ((x - mean) * (variance + 1e-8).rsqrt() * mask).float()
+    white = (x - mean) * (variance + 1e-8).rsqrt()
+    return (white * mask).float()
 
 
 def policy_losses(ratio, advantages, clip):
@@ -203,11 +227,14 @@ def value_losses(values, old_values, returns, clip):
     """Return half the squared errors (N,) of the values, or of values clipped to a distance of
     `clip` from the old ones, whichever is larger."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
+    error = (values - returns).square()
+    clipped_error = (clipped - returns).square()
+    return 0.5 * torch.maximum(error, clipped_error)
 
 
 def adapted_kl_coef(kl_coef, kl, config):
     """Return the KL coefficient after an iteration: higher if the KL was above its target, lower if
     below (Ziegler et al. 2019, section 2.2)."""
-    error = min(max(kl / config.kl_target - 1, -0.2), 0.2)  # relative, clipped
+    error = kl / config.kl_target - 1  # relative
+    error = min(max(error, -0.2), 0.2)
     return kl_coef * (1 + error * config.rollouts / config.kl_horizon)

@@ -20,7 +20,7 @@ def scored_ids(ids, tokenizer, block_size):
 
 def pad(rows, device="cpu"):
     """Return (idx (B, T) int64, padded on the right; lengths (B,) int64) of rows of ids."""
-    lengths = torch.tensor(list(map(len, rows)))
+    lengths = torch.tensor([len(row) for row in rows])
     idx = torch.zeros(len(rows), max(lengths), dtype=torch.long)
     for b, row in enumerate(rows):
         idx[b, : len(row)] = torch.as_tensor(row)
@@ -32,13 +32,16 @@ def score_texts(model, texts):
     """Return the scores (n,) float32, on the CPU, of texts, each what scored_ids returns."""
     device = model.transformer.wpe.weight.device
     scores = torch.empty(len(texts))
+
     # batch texts of similar length, the longest first
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     while order:
-        size = max(1, BATCH_TOKENS // len(texts[order[-1]]))
+        longest = len(texts[order[-1]])
+        size = max(1, BATCH_TOKENS // longest)
         batch = order[-size:]
         order = order[:-size]
-        idx, lengths = pad([texts[i] for i in batch], device)
+        rows = [texts[i] for i in batch]
+        idx, lengths = pad(rows, device)
         scores[batch] = model(idx, lengths).cpu()
     return scores
 
@@ -64,28 +67,34 @@ def score_replies(model, tokenizer, prompt, replies):
     replies = [(ids + end)[1 - block_size :] for ids in replies]
     longest = max(map(len, replies))
     prompt = prompt[longest - block_size :]
+    hidden = hidden_of_branches(model, prompt, replies)  # (T, C)
 
     # score the last token of each text; an empty reply has the prompt's
-    hidden = hidden_of_branches(model, prompt, replies)  # (T, C)
     last = []  # (n,) positions in T
     stop = len(prompt)
     for ids in replies:
         stop += len(ids)
         last.append(stop - 1 if ids else len(prompt) - 1)
-    return model.score_of(hidden[last]).cpu()
+    scores = model.score_of(hidden[last])
+    return scores.cpu()
 
 
 def best_of(
     engine, reward_model, tokenizer, prompt, n, sampling, *, seed=None, stop_ids=(), stop_strings=()
 ):
-    """Return [(score, ids)] of n replies to a prompt, the best first. The engine must be idle.
-
-    The prompt is read once; the replies are decoded together and scored together.
-    """
-    options = {"seed": seed, "stop_ids": stop_ids, "stop_strings": stop_strings}
-    prompts = [prompt] * n
+    """Return [(score, ids)] of n replies to a prompt, the best first. The engine must be idle."""
+    # the prompt is read once; the replies are decoded together and scored together
     replies = generate(
-        engine.model, prompts, sampling, tokenizer=tokenizer, engine=engine, **options
+        engine.model,
+        [prompt] * n,
+        sampling,
+        seed=seed,
+        stop_ids=stop_ids,
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
+        engine=engine,
     )
     scores = score_replies(reward_model, tokenizer, prompt, replies).tolist()
-    return sorted(zip(scores, replies, strict=True), key=lambda pair: -pair[0])
+    ranking = list(zip(scores, replies, strict=True))
+    ranking.sort(key=lambda pair: -pair[0])
+    return ranking

@@ -221,7 +221,7 @@ def test_the_first_ratios_are_exactly_1_and_the_first_kl_is_0(dtype, monkeypatch
         ratios.append(ratio.detach())
         return policy_losses(ratio, *rest)
 
-    monkeypatch.setattr(train_ppo, "policy_losses", watched)
+    monkeypatch.setattr("rlhf.ppo.policy_losses", watched)
     assert steps_of(fit(dtype=dtype, max_iters=1))[0]["kl"] == 0
     assert (ratios[0] == 1).all()
     assert len(ratios) == 2 * 8 // 4 and (ratios[1] != 1).any()
@@ -338,7 +338,7 @@ def test_the_weights_of_the_highest_held_out_score_are_kept(monkeypatch):
     def reward(rollout):
         return torch.full((len(rollout.replies),), next(rewards))
 
-    monkeypatch.setattr(train_ppo, "make_reward", lambda *_: reward)
+    monkeypatch.setattr("rlhf.ppo.make_reward", lambda *_: reward)
     Path("out/last").mkdir(parents=True)
     fit(max_iters=2, eval_interval=1, epochs=1)
     assert saved == ["out/reference", "out", "out/last", "out", "out/last", "out/last"]
