@@ -2,6 +2,7 @@
 Charts as SVG, without a drawing library: the loss of training runs, lengths of replies, any curves.
 """
 
+import itertools
 import math
 from html import escape
 from pathlib import Path
@@ -18,8 +19,9 @@ MARGIN = 46  # on each side
 
 
 def pick_colors(names):
-    """Return {name: color}."""
-    return {name: COLORS[i % len(COLORS)] for i, name in enumerate(dict.fromkeys(names))}
+    """Return {name: color}; a name may come more than once."""
+    names = dict.fromkeys(names)
+    return dict(zip(names, itertools.cycle(COLORS)))
 
 
 class Chart:
@@ -30,9 +32,13 @@ class Chart:
         self.y_max = y_max
         self.y_range = (y_max - y_min) or 1
         self.parts = []  # SVG elements
+
+        # the names of the axes
         self._text(WIDTH - MARGIN, HEIGHT - 10, x_label)
         self._text(2, 14, y_label, anchor="start")
-        for i in range(5):  # the ticks
+
+        # five values on each axis, and a thin line across at those of y
+        for i in range(5):
             x = self.x_max * i / 5
             y = y_min + self.y_range * i / 4
             self._text(self._x(x), HEIGHT - 28, f"{x:,.0f}", anchor="middle")
@@ -40,9 +46,12 @@ class Chart:
             self.line([0, self.x_max], [y, y], GRAY, width=0.3)
 
     def line(self, xs, ys, color, width=1.5):
-        points = [f"{self._x(x):.1f},{self._y(y):.1f}" for x, y in zip(xs, ys, strict=True)]
+        """Connect points. width: in pixels."""
+        points = ""
+        for x, y in zip(xs, ys, strict=True):
+            points += f"{self._x(x):.1f},{self._y(y):.1f} "
         stroke = f'fill="none" stroke="{color}" stroke-width="{width}"'
-        self.parts.append(f'<polyline points="{" ".join(points)}" {stroke}/>')
+        self.parts.append(f'<polyline points="{points.rstrip()}" {stroke}/>')
 
     def dots(self, xs, ys, color):
         for x, y in zip(xs, ys, strict=True):
@@ -50,21 +59,25 @@ class Chart:
             self.parts.append(f'<circle {center} r="3.5" fill="{color}"/>')
 
     def svg(self, label, colors):
-        """Return the chart as text. label: for screen readers; colors: {name: color}, the
-        legend."""
-        for i, (name, color) in enumerate(colors.items()):
-            self._text(WIDTH - MARGIN, 14 + 13 * i, f"● {name}", color)
+        """Return the chart as text. label: for screen readers; colors: {name: color}."""
+        # the legend, in the corner
+        y = 14
+        for name, color in colors.items():
+            self._text(WIDTH - MARGIN, y, f"● {name}", color)
+            y += 13
         head = f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}"'
         size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
         body = "\n".join(self.parts)
         return f'{head} {size} font-family="sans-serif" font-size="12">\n{body}\n</svg>\n'
 
-    # values to pixels
+    # values to pixels; y grows downward
     def _x(self, value):
-        return MARGIN + value / self.x_max * (WIDTH - 2 * MARGIN)
+        fraction = value / self.x_max
+        return MARGIN + fraction * (WIDTH - 2 * MARGIN)
 
     def _y(self, value):
-        return MARGIN + (self.y_max - value) / self.y_range * (HEIGHT - 2 * MARGIN)
+        fraction = (self.y_max - value) / self.y_range
+        return MARGIN + fraction * (HEIGHT - 2 * MARGIN)
 
     def _text(self, x, y, text, color=GRAY, anchor="end"):
         place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
@@ -77,6 +90,8 @@ def read_run(out_dir):
     path = Path(out_dir) / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give the out_dir of a run of train.py")
+
+    # a record has one of the losses, or none
     curves = {"loss": {}, "val_loss": {}}
     for _, record in read_log(path):
         for name, curve in curves.items():
@@ -104,24 +119,31 @@ def loss_chart(runs, colors):
     for name, curves in runs.items():
         iters = list(curves["loss"])
         losses = list(curves["loss"].values())
+        color = colors[name]
         if losses:
             n = 1 + len(losses) // 50  # steps in a mean
             means = np.convolve(losses, np.ones(n) / n, "valid")
-            chart.line(iters, losses, colors[name], width=0.4)
-            chart.line(iters[n - 1 :], means, colors[name])
-        chart.dots(curves["val_loss"].keys(), curves["val_loss"].values(), colors[name])
+            chart.line(iters, losses, color, width=0.4)
+            chart.line(iters[n - 1 :], means, color)
+        val_loss = curves["val_loss"]
+        chart.dots(val_loss.keys(), val_loss.values(), color)
     return chart.svg("loss curves", {name: colors[name] for name in runs})
 
 
-def length_chart(lengths, colors, bins=20):
+def length_chart(lengths, colors):
     """Return the distribution of {name: [tokens of a reply]} as SVG."""
+    # twenty bins
     longest = max(max(tokens) for tokens in lengths.values())
-    edges = np.arange(bins + 1) * (longest // bins + 1)  # tokens
+    edges = np.arange(21) * (longest // 20 + 1)  # (21,) tokens
+    centers = (edges[:-1] + edges[1:]) / 2
+
+    # the share of replies in each bin
     percents = {}
     for name, tokens in lengths.items():
-        percents[name] = np.histogram(tokens, edges)[0] * 100 / len(tokens)  # (bins,)
+        counts, _ = np.histogram(tokens, edges)
+        percents[name] = counts * 100 / len(tokens)  # (20,)
     highest = max(percent.max() for percent in percents.values())
     chart = Chart("tokens", "% of replies", edges[-1], highest)
     for name, percent in percents.items():
-        chart.line((edges[:-1] + edges[1:]) / 2, percent, colors[name])
+        chart.line(centers, percent, colors[name])
     return chart.svg("lengths of replies", {name: colors[name] for name in lengths})

@@ -22,6 +22,7 @@ class Config:
 
 def summary(name, curves):
     """Return a line about a run."""
+    # {iter: nats} each; a run that has only begun may lack one
     loss, val_loss = curves.values()
     text = f"{name}: {max(loss | val_loss):,} iters"
     if loss:
@@ -40,9 +41,14 @@ def main():
     def draw(config):
         if not out_dirs:
             raise ValueError("name a run: python evaluation/plot.py out/chat")
+
+        # the picture
         runs = {out_dir: read_run(out_dir) for out_dir in out_dirs}
-        write(config.svg, loss_chart(runs, pick_colors(runs)))
+        colors = pick_colors(runs)
+        write(config.svg, loss_chart(runs, colors))
         print(f"wrote {config.svg}")
+
+        # a line about each run
         for name, curves in runs.items():
             print(summary(name, curves))
 

@@ -9,8 +9,10 @@ from nanochatgpt.branches import hidden_of_branches
 
 def continuation(tokenizer, text):
     """Return the ids of a reply after its opener, the end token included."""
-    ids, mask = tokenizer.render([{"role": "assistant", "content": text}])
-    return [token for token, supervised in zip(ids, mask, strict=True) if supervised]
+    message = {"role": "assistant", "content": text}
+    ids, mask = tokenizer.render([message])
+    start = mask.index(1)  # the opener is not supervised, everything after it is
+    return ids[start:]
 
 
 @torch.no_grad()
@@ -21,18 +23,24 @@ def loglikelihoods(model, context, continuations):
     Raises ValueError if the context and a continuation exceed the model's context.
     """
     # the last token of each is only a target
-    hidden = hidden_of_branches(model, context, [ids[:-1] for ids in continuations])  # (T, C)
+    inputs = [ids[:-1] for ids in continuations]
+    hidden = hidden_of_branches(model, context, inputs)  # (T, C)
 
-    # where each token is predicted: the first one at the end of the context, which all share
-    pos = []
-    targets = []
+    # the position that predicts each token: for the first one, the end of the context
+    pos = []  # (N,)
+    targets = []  # (N,)
     start = len(context)
     for ids in continuations:
         end = start + len(ids) - 1
-        pos += [len(context) - 1, *range(start, end)]
+        pos.append(len(context) - 1)
+        pos += range(start, end)
         targets += ids
         start = end
-    targets = torch.tensor(targets, device=hidden.device)  # (N,)
-    logprobs = model.lm_head(hidden[pos]).float().log_softmax(-1)  # (N, V)
-    logprobs = logprobs.gather(1, targets[:, None])[:, 0]
-    return [part.sum().item() for part in logprobs.split([len(ids) for ids in continuations])]
+
+    # the log-probability of each token, then the sum over each continuation
+    targets = torch.tensor(targets, device=hidden.device)
+    logits = model.lm_head(hidden[pos]).float()  # (N, V)
+    logprobs = logits.log_softmax(-1)
+    logprobs = logprobs.gather(1, targets[:, None])[:, 0]  # (N,)
+    lengths = [len(ids) for ids in continuations]
+    return [part.sum().item() for part in logprobs.split(lengths)]

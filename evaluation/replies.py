@@ -22,7 +22,7 @@ class Reply:
 def reply_to(prompts, model, tokenizer, sampling, seed, label):
     """Return [Reply], one to each prompt (a list of ids). sampling: a Sampling; prompt i is sampled
     with seed + i; label: for the progress line."""
-    # only the end token stops a reply: we want to see whether it goes on to speak for the human
+    # only the end token stops a reply, to see whether it goes on to speak for the human
     stop_ids = (tokenizer.eos_id, END_OF_TEXT)
     openers = re.compile("|".join(map(re.escape, tokenizer.stop_strings)))
     replies = []
@@ -31,6 +31,8 @@ def reply_to(prompts, model, tokenizer, sampling, seed, label):
         generated = generate(
             model, chunk, sampling, seed=seed + start, stop_ids=stop_ids, tokenizer=tokenizer
         )
+
+        # cut each reply where another turn begins
         for ids in generated:
             text = tokenizer.decode(ids)
             opener = openers.search(text)
