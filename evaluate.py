@@ -9,6 +9,7 @@ corpus: whether it remembers names, facts and sentences that prepare/recall.py d
 """
 
 import contextlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -89,13 +90,14 @@ class EvalSet:
 
 @torch.no_grad()
 def predictions(model, loader, device):
-    """Return `rates` over all supervised tokens of a Loader. They depend on the precision: use
-    dtype=float32 to compare with other programs."""
+    """Return `rates` over all supervised tokens of a Loader. Compare with other programs in
+    float32, because the precision changes them."""
     sums = torch.zeros(5, dtype=torch.float64)
-    n_batches = -(-loader.n_rows // loader.batch_size)
+    n_batches = math.ceil(loader.n_rows / loader.batch_size)
     for number in progress(range(n_batches), "predicting"):
         x, y, documents = loader.batch(number)
-        y[loader.n_rows - number * loader.batch_size :] = -100  # rows of the next epoch
+        rows_left = loader.n_rows - number * loader.batch_size
+        y[rows_left:] = -100  # rows of the next epoch
         if (y != -100).any():
             sums += predict(model, x, y, documents, device).sums()
     return rates(sums)
@@ -129,8 +131,9 @@ def evaluate(config, model, tokenizer, eval_set):
 
     # 4. whether it ends and keeps to its turn
     if replies:
-        metrics["ended"] = sum(r.ended for r in replies) / len(replies)
-        metrics["speaks_for_human"] = sum(r.speaks_for_human for r in replies) / len(replies)
+        n = len(replies)
+        metrics["ended"] = sum(reply.ended for reply in replies) / n
+        metrics["speaks_for_human"] = sum(reply.speaks_for_human for reply in replies) / n
     return metrics, texts
 
 
@@ -146,9 +149,12 @@ def report(title, rows, replies, tokenizer, eval_set):
 
     # twenty of the conversations
     talks = []
-    for i in range(0, len(eval_set.prompts), -(-len(eval_set.prompts) // 20) or 1):
-        messages = tokenizer.parse(eval_set.prompts[i])
-        talks.append((messages, {name: texts[i] for name, texts in replies.items()}))
+    prompts = eval_set.prompts
+    step = max(1, math.ceil(len(prompts) / 20))
+    for i in range(0, len(prompts), step):
+        messages = tokenizer.parse(prompts[i])
+        one_each = {name: texts[i] for name, texts in replies.items()}
+        talks.append((messages, one_each))
     return page(title, rows, runs, lengths, talks)
 
 
@@ -165,7 +171,8 @@ def main(config):
         keep_freed_memory()
     models = {}
     templates = set()
-    for name in [config.base, config.init_from] if config.base else [config.init_from]:
+    names = [config.base, config.init_from] if config.base else [config.init_from]
+    for name in names:
         model, tokenizer = load_model(name, device, dtype, inference=True)
         models[name] = speed_up(model)
         templates.add(tokenizer.template)
@@ -192,8 +199,8 @@ def main(config):
         columns["people"] = diversity(eval_set.references, tokenizer)
     rows = table(columns)
     print_table(rows)
-    for name, metric in SACREBLEU.items():
-        if eval_set.references:
+    if eval_set.references:
+        for name, metric in SACREBLEU.items():
             print(f"sacrebleu's {name}: {metric.get_signature()}")
 
     # 5. the files

@@ -40,18 +40,22 @@ class Config:
 def head_attention(model, x, documents, layer, head):
     """Return (mask (T, T) bool, attention weights (T, T) of a head) of a packed row x (1, T).
     documents: as in GPT.hidden."""
+    # the conversation that each token is in, and its position in that
     index = torch.arange(x.size(1), dtype=documents.dtype)
     number = torch.searchsorted(documents, index, right=True) - 1  # (T,)
-    mask = (number[:, None] == number).tril()  # (T, T)
+    positions = index - documents[number]
+    mask = number[:, None] == number
+    mask = mask.tril()  # (T, T)
     weights = []
 
     def attend(i, q, k, v, dropout):
         if i == layer:
-            scores = q[0, head] @ k[0, head].T / math.sqrt(q.size(-1))  # (T, T)
-            weights.append(scores.masked_fill(~mask, -math.inf).softmax(-1))
+            scores = q[0, head] @ k[0, head].T  # (T, T)
+            scores /= math.sqrt(q.size(-1))
+            scores = scores.masked_fill(~mask, -math.inf)
+            weights.append(scores.softmax(-1))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    positions = index - documents[number]
     model.hidden(x, positions=positions[None], attend=attend)
     return mask, weights[0]
 
@@ -66,23 +70,33 @@ def main(config):
     if config.layer not in range(c.n_layer) or config.head not in range(c.n_head):
         raise ValueError(f"the model has {c.n_layer} layers of {c.n_head} heads, counted from 0")
 
-    # the row: where its conversations begin, and which positions learn the next token
+    # the row
     shards = find_shards(config.data_dir, config.dataset, "val")
-    x, y, documents = Loader(shards, 1, config.tokens, 0, tokenizer).batch(config.row)
+    loader = Loader(shards, 1, config.tokens, 0, tokenizer)
+    x, y, documents = loader.batch(config.row)
     mask, weights = head_attention(model, x, documents, config.layer, config.head)
-    learned = (y[0] != -100).nonzero()[:, 0]
+
+    # the positions that learn the next token, and where each conversation begins
+    learned = (y[0] != -100).nonzero()[:, 0].tolist()
     starts = documents.unique().tolist()  # ends with the length of the row
     if not x[0, starts[-2] :].any():
         del starts[-2]  # where the padding begins
-    labels = []
-    for token in x[0].tolist():
-        labels.append(tokenizer.decode([token]).replace("\n", r"\n").replace("$", r"\$"))
 
     # the last reply of the second conversation, or of the only one
     start, stop = starts[:3][-2:]
-    reply = learned[(learned >= start) & (learned < stop)]
-    gaps = (reply.diff() > 1).nonzero()[:, 0].tolist()
-    reply = reply[gaps[-1] + 1 :] if gaps else reply
+    reply = []
+    for pos in learned:
+        if start <= pos < stop:
+            if pos - 1 not in reply:
+                reply = []  # a new reply
+            reply.append(pos)
+
+    # the text of each token; matplotlib would read $ as mathematics
+    labels = []
+    for token in x[0].tolist():
+        text = tokenizer.decode([token])
+        labels.append(text.replace("\n", r"\n").replace("$", r"\$"))
+    reply_labels = [labels[pos] for pos in reply]
 
     # left: the mask, every other conversation darker; the positions that learn in orange
     figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
@@ -90,24 +104,25 @@ def main(config):
     shade = torch.zeros(config.tokens, 1)
     for i, first in enumerate(starts[:-1]):
         shade[first:] = 1 + i % 2
-    left.imshow((mask * shade).numpy(), cmap="Blues", vmin=0, vmax=3, interpolation="none")
+    picture = (mask * shade).numpy()
+    left.imshow(picture, cmap="Blues", vmin=0, vmax=3, interpolation="none")
     margin = [-config.tokens // 50] * len(learned)
-    left.scatter(margin, learned.tolist(), s=4, color=COLORS[1], marker="s", clip_on=False)
-    left.set(xlabel="looked at: position in the row", ylabel="looking (orange: learns the next)")
+    left.scatter(margin, learned, s=4, color=COLORS[1], marker="s", clip_on=False)
+    left.set_xlabel("looked at: position in the row")
+    left.set_ylabel("looking (orange: learns the next)")
     left.set_title("who may look at whom")
 
     # right: the reply's tokens (rows) over the tokens of their conversation
-    reply_weights = weights[reply, start:stop].numpy()
-    right.imshow(reply_weights, cmap="Blues", aspect="auto", interpolation="none")
+    picture = weights[reply, start:stop].numpy()
+    right.imshow(picture, cmap="Blues", aspect="auto", interpolation="none")
     right.set_xticks(range(stop - start), labels[start:stop], rotation=90, fontsize=6)
-    right.set_yticks(range(len(reply)), [labels[pos] for pos in reply], fontsize=7)
+    right.set_yticks(range(len(reply)), reply_labels, fontsize=7)
     right.set_title(f"where head {config.head} of layer {config.layer} looks")
 
     with replacing(Path(config.png)) as part:
         figure.savefig(part, format="png")
     print(f"wrote {config.png}", file=sys.stderr)
-    text = "".join(labels[pos] for pos in reply)
-    print(json.dumps({"begin": starts[:-1], "reply": text}))
+    print(json.dumps({"begin": starts[:-1], "reply": "".join(reply_labels)}))
 
 
 if __name__ == "__main__":

@@ -60,19 +60,20 @@ def rank(model, tokenizer, lines):
     """Return {hits_1, persona_perplexity, plain_perplexity} of lines (persona, messages, reply,
     candidates).
 
-    hits_1: how often the reply has the highest mean log-likelihood per token of the candidates, as
-    ParlAI ranks with a generative model; None if no line has candidates. Older turns are left out
-    if a line is too long.
+    hits_1: how often the reply has the highest mean log-likelihood per token, as ParlAI ranks with
+    a generative model; None without candidates. The oldest turns of a long line are left out.
     """
     nll = 0.0  # nats, over all replies
     nll_plain = 0.0  # without the persona
     n_tokens = 0
     hits = []  # whether the reply is ranked first
     for persona, messages, reply, candidates in progress(lines, "ranking"):
-        replies = [continuation(tokenizer, text) for text in [*candidates[:-1], reply]]
-        room = model.config.block_size - max(map(len, replies)) + 1
+        texts = [*candidates[:-1], reply]  # the last candidate is the reply
+        replies = [continuation(tokenizer, text) for text in texts]
+        longest = max(len(ids) for ids in replies)
+        room = model.config.block_size - longest + 1  # the last token is only a target
 
-        # the candidates after the persona and the conversation; the last one is the reply
+        # the candidates after the persona and the conversation
         prompt, _ = fit_context(tokenizer, with_persona(persona, messages), room)
         scores = loglikelihoods(model, prompt, replies)
         nll -= scores[-1]
@@ -104,17 +105,22 @@ def main(config):
     room = model.config.block_size - config.max_new_tokens
     prompts = []
     for persona, messages, _, _ in lines:
-        prompts.append(fit_context(tokenizer, with_persona(persona, messages), room)[0])
+        prompt, _ = fit_context(tokenizer, with_persona(persona, messages), room)
+        prompts.append(prompt)
     sampling = for_template(config, tokenizer.template)
     replies = reply_to(prompts, model, tokenizer, sampling, config.seed, "replying")
-    scores = [f1(reply.text, line[2]) for reply, line in zip(replies, lines, strict=True)]
-    metrics = {"f1": sum(scores) / len(scores)} | rank(model, tokenizer, lines)
+    total = 0.0
+    for (_, _, reference, _), reply in zip(lines, replies, strict=True):
+        total += f1(reply.text, reference)
+    metrics = {"f1": total / len(lines)} | rank(model, tokenizer, lines)
 
-    print_table(table({config.init_from: metrics} | PUBLISHED, ROWS))
+    # next to the published numbers
+    metrics = {config.init_from: metrics}
+    print_table(table(metrics | PUBLISHED, ROWS))
     print("the published perplexities are per dictionary word, without the end token; ours are per")
     print("token of GPT-2, with it")
     if config.json:
-        write_json(config.json, {config.init_from: metrics})
+        write_json(config.json, metrics)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """
-Fine-tune a model for a few batches, or two side by side, and show the metrics of each batch before
-the step on it:
+Fine-tune a model for a few batches, or two, and print the metrics of each batch before its step:
 
     python evaluation/first_batches.py --init_from=out/columned --base=gpt2 --dataset=mine
 
@@ -44,7 +43,7 @@ class Config:
 
 
 def train(config, name, model, loader, device):
-    """Fine-tune a model; return the metrics of each batch before the step on it."""
+    """Fine-tune a model; return the metrics of each batch before its step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)
     batches = []
     for number in progress(range(config.batches), f"training {name}"):
@@ -76,7 +75,8 @@ def main(config):
 
     # the models; one that does not know the template of the data can learn it
     models = {}
-    for name in [config.base, config.init_from] if config.base else [config.init_from]:
+    names = [config.base, config.init_from] if config.base else [config.init_from]
+    for name in names:
         model, tokenizer = load_model(name, device)
         if template not in (None, tokenizer.template):
             tokenizer = Tokenizer(template)

@@ -26,22 +26,22 @@ class Prediction:
 
     def sums(self):
         """Return what adds up over batches, (5,) float64, for `rates`."""
-        counts = [
-            self.nll,
-            self.predicted == self.targets,
-            (self.predicted.diff() == 0) & self.continues,  # repeats the prediction before it
-            torch.ones_like(self.targets),
-            self.continues,
-        ]
-        return torch.stack([count.cpu().double().sum() for count in counts])
+        correct = self.predicted == self.targets
+        repeated = (self.predicted.diff() == 0) & self.continues  # equals the prediction before it
+        token = torch.ones_like(self.targets)
+        columns = (self.nll, correct, repeated, token, self.continues)
+        return torch.stack([column.cpu().double().sum() for column in columns])
 
     def replies(self):
         """Return [(predicted ids, target ids)] of each reply, without its last token, the end."""
-        ends = [*(~self.continues).nonzero()[:, 0].tolist(), len(self.targets) - 1]
+        predicted = self.predicted.tolist()
+        targets = self.targets.tolist()
+        ends = (~self.continues).nonzero()[:, 0].tolist()
+        ends.append(len(targets) - 1)
         replies = []
         start = 0
         for end in ends:
-            replies.append((self.predicted[start:end].tolist(), self.targets[start:end].tolist()))
+            replies.append((predicted[start:end], targets[start:end]))
             start = end + 1
         return replies
 
@@ -54,6 +54,7 @@ def predict(model, x, y, documents, device):
     document = torch.searchsorted(documents, pos.int(), right=True)
     continues = (pos.diff() == 1) & (document.diff() == 0)
 
+    # the hidden states that predict them
     hidden = model.hidden(x.to(device), documents=documents.to(device))  # (B, T, C)
     hidden = hidden.flatten(0, 1)[pos.to(device)]  # (N, C)
     targets = y.flatten()[pos].to(device)  # (N,)
@@ -64,7 +65,8 @@ def predict(model, x, y, documents, device):
     for rows, target in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
         logits = model.lm_head(rows).float()  # (rows, V)
         predicted.append(logits.argmax(-1))
-        nll.append(logits.logsumexp(-1) - logits.gather(1, target[:, None])[:, 0])
+        target_logits = logits.gather(1, target[:, None])[:, 0]  # (rows,)
+        nll.append(logits.logsumexp(-1) - target_logits)
     return Prediction(targets, torch.cat(predicted), torch.cat(nll), continues.to(device))
 
 
@@ -76,11 +78,13 @@ def rates(sums):
     is the same as one position earlier in the same reply.
     """
     nll, correct, repeated, n_tokens, n_pairs = sums.tolist()
+    loss = nll / n_tokens
+    accuracy = correct / n_tokens
     return {
-        "loss": nll / n_tokens,
-        "perplexity": perplexity(nll / n_tokens),
-        "token_accuracy": correct / n_tokens,
-        "reward": correct / n_tokens,
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "token_accuracy": accuracy,
+        "reward": accuracy,
         "penalty": repeated / max(1, n_pairs),
     }
 
@@ -102,11 +106,12 @@ def ngrams(text, n):
 
 def diversity(texts, tokenizer):
     """Return {distinct_1, distinct_2, repeated_4grams, mean_length in tokens} of replies."""
+    lengths = [len(tokenizer.encode(text)) for text in texts]
     return {
         "distinct_1": distinct(texts, 1),
         "distinct_2": distinct(texts, 2),
         "repeated_4grams": repeated_4grams(texts),
-        "mean_length": sum(len(tokenizer.encode(text)) for text in texts) / len(texts),
+        "mean_length": sum(lengths) / len(lengths),
     }
 
 
@@ -126,6 +131,7 @@ def repeated_4grams(texts):
     for text in texts:
         grams = ngrams(text, 4)
         total += len(grams)
+        # the first time that a 4-gram comes is no repetition
         repeated += len(grams) - len(set(grams))
     return repeated / max(1, total)
 
@@ -144,14 +150,20 @@ def f1(text, reference):
     def bag(text):
         # lower case, without punctuation and articles, as in ParlAI's metrics.py
         text = re.sub(f"[{re.escape(string.punctuation)}]", " ", text.lower())
-        return Counter(re.sub(r"\b(a|an|the)\b", " ", text).split())
+        text = re.sub(r"\b(a|an|the)\b", " ", text)
+        return Counter(text.split())
 
+    # a word counts as often as both have it
     reply = bag(text)
     target = bag(reference)
     common = (reply & target).total()
-    return 2 * common / (reply.total() + target.total()) if common else 0.0
+    n_words = reply.total() + target.total()
+    return 2 * common / max(1, n_words)
 
 
 def remembers(text, value):
     """Return whether a reply names the value that was asked for: as whole words, in any case."""
-    return f" {' '.join(words(value))} " in f" {' '.join(words(text))} "
+    # the spaces at both ends keep "ana" from being found in "banana"
+    value = " ".join(words(value))
+    text = " ".join(words(text))
+    return f" {value} " in f" {text} "

@@ -47,31 +47,35 @@ class Config(ChatSampling):
 def main(config):
     at_least(1, config, "prompts")
     at_least(STEP, config, "max_new_tokens")
+
+    # the model, and prompts that leave room for the replies
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device, inference=True)
     model, tokenizer = load_model(config.init_from, device, dtype, inference=True)
-    shards = [open_shard(path) for path, _ in find_shards(config.data_dir, config.dataset, "val")]
+    paths = find_shards(config.data_dir, config.dataset, "val")
+    shards = [open_shard(path) for path, _ in paths]
     room = model.config.block_size - config.max_new_tokens
     prompts, _ = sample_prompts(shards, tokenizer, config.prompts, room, seed=0)
     if not prompts:
         raise ValueError(f"no prompt in {config.dataset} fits: lower max_new_tokens")
 
     # measure; a reply that ends could not go on to repeat itself
-    no_end = dict.fromkeys(tokenizer.stop_ids, -100.0)
+    no_end = dict.fromkeys(tokenizer.stop_ids, -100.0)  # added to their logits
     lengths = list(range(STEP, config.max_new_tokens + 1, STEP))
     curves = {}
     for name, penalties in CURVES.items():
         sampling = replace(for_template(config, tokenizer.template), **penalties)
         replies = generate(model, prompts, sampling, seed=0, logit_bias=no_end, tokenizer=tokenizer)
-        curves[name] = []
+        curve = []  # a share for each length
         for n in lengths:
             texts = [tokenizer.decode(ids[:n]) for ids in replies]
-            curves[name].append(repeated_4grams(texts))
-        print(f"{name}: {curves[name][-1]:.1%} of 4-grams are repeated", file=sys.stderr)
+            curve.append(repeated_4grams(texts))
+        curves[name] = curve
+        print(f"{name}: {curve[-1]:.1%} of 4-grams are repeated", file=sys.stderr)
 
     # draw
-    highest = max(max(curve) for curve in curves.values())
-    chart = Chart("tokens", "% of 4-grams that came before", config.max_new_tokens, 100 * highest)
+    highest = 100 * max(max(curve) for curve in curves.values())
+    chart = Chart("tokens", "% of 4-grams that came before", config.max_new_tokens, highest)
     colors = pick_colors(curves)
     for name, curve in curves.items():
         percent = [100 * share for share in curve]

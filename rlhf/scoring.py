@@ -84,17 +84,8 @@ def best_of(
 ):
     """Return [(score, ids)] of n replies to a prompt, the best first. The engine must be idle."""
     # the prompt is read once; the replies are decoded together and scored together
-    replies = generate(
-        engine.model,
-        [prompt] * n,
-        sampling,
-        seed=seed,
-        stop_ids=stop_ids,
-        stop_strings=stop_strings,
-        tokenizer=tokenizer,
-        engine=engine,
-    )
+    options = {"seed": seed, "stop_ids": stop_ids, "stop_strings": stop_strings}
+    options |= {"tokenizer": tokenizer, "engine": engine}
+    replies = generate(engine.model, [prompt] * n, sampling, **options)
     scores = score_replies(reward_model, tokenizer, prompt, replies).tolist()
-    ranking = list(zip(scores, replies, strict=True))
-    ranking.sort(key=lambda pair: -pair[0])
-    return ranking
+    return sorted(zip(scores, replies, strict=True), key=lambda pair: -pair[0])
