@@ -153,8 +153,8 @@ def report(title, rows, replies, tokenizer, eval_set):
     step = max(1, math.ceil(len(prompts) / 20))
     for i in range(0, len(prompts), step):
         messages = tokenizer.parse(prompts[i])
-        one_each = {name: texts[i] for name, texts in replies.items()}
-        talks.append((messages, one_each))
+        row = {name: texts[i] for name, texts in replies.items()}
+        talks.append((messages, row))
     return page(title, rows, runs, lengths, talks)
 
 

@@ -63,15 +63,13 @@ def check(config):
     """Raise ValueError for a knob that is out of range."""
     check_train_config(config)
     at_least(1, config, "rollouts", "max_new_tokens", "max_prompt", "epochs", "eval_replies")
-    at_least(1, config, "kl_horizon")
     at_least(0, config, "kl_coef", "value_coef", "gamma", "lam")
     for name in ("temperature", "clip", "kl_target"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}={getattr(config, name)} is not above 0")
     if config.rollouts % config.batch_size:
-        raise ValueError(
-            f"rollouts={config.rollouts} is not a multiple of batch_size={config.batch_size}"
-        )
+        size = f"batch_size={config.batch_size}"
+        raise ValueError(f"rollouts={config.rollouts} is not a multiple of {size}")
 
 
 def draw_prompts(shards, tokenizer, n, config, *seed):
@@ -92,10 +90,8 @@ def draw_prompts(shards, tokenizer, n, config, *seed):
 def check_kl(kl, it, config):
     """Raise ValueError if the KL is far beyond its target."""
     if not kl < RUNAWAY * config.kl_target:  # also for NaN
-        raise ValueError(
-            f"the KL is {kl:.1f} nats at iter {it}, its target {config.kl_target}: the run "
-            "diverges. Lower learning_rate or raise kl_coef; the saved checkpoints are from before"
-        )
+        text = f"the KL is {kl:.1f} nats at iter {it}, its target {config.kl_target}"
+        raise ValueError(f"{text}: the run diverges. Lower learning_rate or raise kl_coef")
 
 
 def main(config):
@@ -117,20 +113,20 @@ def main(config):
     state = training_run.load()
     new = state is None
     reference_dir = Path(config.out_dir) / "reference"  # where a resumed run finds it
+    source = config.init_from if new else str(reference_dir)
     with distributed.rank_zero_first():
-        initial, tokenizer = load_model(config.init_from if new else str(reference_dir), device)
+        initial, tokenizer = load_model(source, device)
         if new and distributed.master:
             save_model(initial, tokenizer, reference_dir)
     policy = copy.deepcopy(initial)
-    raw_model = ppo.ActorCritic(policy, tokenizer.n_vocab, config.temperature).to(device)
-    reference = ppo.ActorCritic(initial.eval(), tokenizer.n_vocab, config.temperature).to(device)
+    n_vocab = tokenizer.n_vocab
+    raw_model = ppo.ActorCritic(policy, n_vocab, config.temperature).to(device)
+    reference = ppo.ActorCritic(initial.eval(), n_vocab, config.temperature).to(device)
     reference.requires_grad_(False)
     longest = config.max_prompt + config.max_new_tokens
     if longest > policy.config.block_size:
-        raise ValueError(
-            f"max_prompt and max_new_tokens are {longest} together, but the model's context is "
-            f"{policy.config.block_size}: lower them"
-        )
+        context = f"the model's context, {policy.config.block_size}"
+        raise ValueError(f"max_prompt + max_new_tokens = {longest} exceeds {context}: lower them")
 
     # 3. the reward. Scores are rewards in standard deviations from the initial model's mean
     reward = ppo.make_reward(config.reward, tokenizer, device, autocast)
@@ -169,8 +165,8 @@ def main(config):
     if distributed.master:
         log = Log(config, first_iter)
         print(f"{policy.num_parameters():,} parameters on {device}, {dtype}")
-        unit = f"{progress['mean']:.4f}, standard deviation {progress['std']:.4f}"
-        print(f"the mean reward of {progress['name']} is {unit}")
+        mean = f"{progress['mean']:.4f}, standard deviation {progress['std']:.4f}"
+        print(f"the mean reward of {progress['name']} is {mean}")
 
     def evaluate():
         """Return the metrics of replies to held-out prompts."""
@@ -216,7 +212,8 @@ def main(config):
         # 5.2 log-probabilities and values before the update, (B, R) each, and the KL
         old_logprobs, old_values = raw_model.evaluate(rollout, batch_size, autocast)
         ref_logprobs, _ = reference.evaluate(rollout, batch_size, autocast)
-        means = distributed.sum(rollout.means(old_logprobs - ref_logprobs)) / world_size
+        means = rollout.means(old_logprobs - ref_logprobs)  # over the replies of this process
+        means = distributed.sum(means) / world_size
         metrics = dict(zip(ppo.MEANS, means.tolist(), strict=True))
         kl = metrics["kl"]
         check_kl(kl, it, config)
@@ -292,10 +289,9 @@ def main(config):
             print(f"  {sample_reply(rollout, tokenizer)}")
 
     if it == config.max_iters and distributed.master:
-        print(
-            f"the best held-out score is {progress['best_score']:+.2f}, its weights are in "
-            f"{config.out_dir}; talk to them: python chat.py --init_from={config.out_dir}"
-        )
+        text = f"the best held-out score is {progress['best_score']:+.2f}, its weights are in "
+        text += f"{config.out_dir}; talk to them: python chat.py --init_from={config.out_dir}"
+        print(text)
     distributed.leave()
 
 

@@ -94,10 +94,8 @@ def make_model(config, state, distributed):
         model = RewardModel(gpt.config)
         model.transformer = gpt.transformer
     if config.block_size > model.config.block_size:
-        raise ValueError(
-            f"block_size={config.block_size}, but the model's context is "
-            f"{model.config.block_size}: lower it to that"
-        )
+        context = f"the model's context, {model.config.block_size}"
+        raise ValueError(f"block_size={config.block_size} exceeds {context}: lower it")
     model.shorten(config.block_size)
     return model, tokenizer
 
@@ -147,7 +145,8 @@ def main(config):
     training_run.restore(state, tokenizer, raw_model, optimizer, scaler)
     progress = {name: state[name] for name in ("best_val_loss", "best_measure")}
 
-    # 5. baselines: knowing only how often replies are kept, and only how long they are
+    # 5. the replies of an evaluation, and baselines: knowing only how often replies are kept, and
+    # only how long they are
     pairs = config.loss == "pairs"
     n_eval_batches = min(config.eval_iters, val.n_batches)
     evaluated = [val.indices(n) for n in range(n_eval_batches)]
@@ -253,25 +252,21 @@ def main(config):
             if not scaler.is_enabled():  # which skips steps whose gradient overflows float16
                 divergence.check("gradient norm", norm.item(), it + 1)
 
+    # 8. the verdict: does the best model beat a constant and the length of a reply?
     if it == config.max_iters and distributed.master:
-        print_verdict(config.out_dir, progress, baselines, measure)
+        loss = progress["best_val_loss"]
+        best = progress["best_measure"]
+        constant = baselines["constant_loss"]
+        length = baselines[f"length_{measure}"]
+        text = f"the best validation loss is {loss:.4f} (constant: {constant:.4f}), "
+        text += f"{measure} {best:.3f} (length: {length:.3f})"
+        print(f"{text}; its weights are in {config.out_dir}")
+        if loss < constant and best > length:
+            print(f"choose replies by it: python chat.py --best_of=8 --reward={config.out_dir}")
+        else:
+            baseline = "A CONSTANT" if loss >= constant else "LENGTH"
+            print(f"NO BETTER THAN {baseline}: try more data, more epochs or another learning rate")
     distributed.leave()
-
-
-def print_verdict(out_dir, progress, baselines, measure):
-    """Print whether the best model beats a constant and the length of a reply."""
-    loss = progress["best_val_loss"]
-    best = progress["best_measure"]
-    constant = baselines["constant_loss"]
-    length = baselines[f"length_{measure}"]
-    text = f"the best validation loss is {loss:.4f} (constant: {constant:.4f}), "
-    text += f"{measure} {best:.3f} (length: {length:.3f})"
-    print(f"{text}; its weights are in {out_dir}")
-    if loss < constant and best > length:
-        print(f"choose replies by it: python chat.py --best_of=8 --reward={out_dir}")
-    else:
-        baseline = "A CONSTANT" if loss >= constant else "LENGTH"
-        print(f"NO BETTER THAN {baseline}: try more data, more epochs or another learning rate")
 
 
 if __name__ == "__main__":

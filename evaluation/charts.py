@@ -1,6 +1,4 @@
-"""
-Charts as SVG, without a drawing library: the loss of training runs, lengths of replies, any curves.
-"""
+"""Charts as SVG, without a drawing library: losses of training runs, lengths of replies, curves."""
 
 import itertools
 import math
@@ -65,6 +63,8 @@ class Chart:
         for name, color in colors.items():
             self._text(WIDTH - MARGIN, y, f"● {name}", color)
             y += 13
+
+        # the element itself, in pixels; pages may scale it
         head = f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}"'
         size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
         body = "\n".join(self.parts)
@@ -106,7 +106,7 @@ def read_run(out_dir):
 def loss_chart(runs, colors):
     """Return the curves of {name: curves of read_run} as SVG: a thin line for single steps, a thick
     one for their moving mean, dots for the validation loss."""
-    # the axes
+    # the axes are wide enough for all runs
     iters = []
     losses = []
     for curves in runs.values():

@@ -1,6 +1,4 @@
-"""
-Metrics of predicted tokens and of replies.
-"""
+"""Metrics of predicted tokens and of replies."""
 
 import math
 import re
@@ -100,6 +98,7 @@ def words(text):
 
 
 def ngrams(text, n):
+    """Return the n-grams of words of a text, as tuples."""
     tokens = words(text)
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
@@ -140,7 +139,8 @@ def similarity(texts, references):
     """Return sacrebleu's {bleu, chrf} of a corpus, each from 0 to 1."""
     scores = {}
     for name, metric in SACREBLEU.items():
-        scores[name] = metric.corpus_score(texts, [references]).score / 100
+        score = metric.corpus_score(texts, [references])
+        scores[name] = score.score / 100  # from percent
     return scores
 
 

@@ -35,8 +35,14 @@ def summary(name, curves):
 
 def main():
     # arguments without dashes are runs; the rest goes to the configurator
-    out_dirs = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
-    sys.argv[1:] = [arg for arg in sys.argv[1:] if arg.startswith("-")]
+    out_dirs = []
+    knobs = []
+    for arg in sys.argv[1:]:
+        if arg.startswith("-"):
+            knobs.append(arg)
+        else:
+            out_dirs.append(arg)
+    sys.argv[1:] = knobs
 
     def draw(config):
         if not out_dirs:

@@ -1,6 +1,4 @@
-"""
-Log-likelihoods of candidate replies to one context.
-"""
+"""Log-likelihoods of candidate replies to one context."""
 
 import torch
 
@@ -42,5 +40,7 @@ def loglikelihoods(model, context, continuations):
     logits = model.lm_head(hidden[pos]).float()  # (N, V)
     logprobs = logits.log_softmax(-1)
     logprobs = logprobs.gather(1, targets[:, None])[:, 0]  # (N,)
-    lengths = [len(ids) for ids in continuations]
-    return [part.sum().item() for part in logprobs.split(lengths)]
+    sums = []
+    for part in logprobs.split([len(ids) for ids in continuations]):
+        sums.append(part.sum().item())
+    return sums

@@ -1,6 +1,4 @@
-"""
-Replies of a model to many prompts, and how each one ended.
-"""
+"""Replies of a model to many prompts, and how each one ended."""
 
 import re
 from dataclasses import dataclass

@@ -1,6 +1,4 @@
-"""
-The results of an evaluation: progress, a table, JSON, and an HTML page that loads nothing else.
-"""
+"""Results of an evaluation: progress, a table, JSON, and an HTML page that loads nothing else."""
 
 import json
 import sys

@@ -1,6 +1,4 @@
-"""
-Labelled replies from the shards of prepare/retry.py, in batches of similar length.
-"""
+"""Labelled replies from the shards of prepare/retry.py, in batches of similar length."""
 
 import functools
 import math

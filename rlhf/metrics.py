@@ -1,6 +1,4 @@
-"""
-Losses and metrics of a reward model.
-"""
+"""Losses and metrics of a reward model."""
 
 import numpy as np
 import torch.nn.functional as F

@@ -2,8 +2,8 @@
 PPO's formulas for a language model, with the papers' names.
 
 Schulman et al. 2017 (arXiv 1707.06347); for language models Ziegler et al. 2019 (arXiv 1909.08593),
-whose details Huang et al. 2023 wrote down (lm-human-preference-details). Unlike theirs, all means
-are over reply tokens only.
+with the details of Huang et al. 2023 (lm-human-preference-details). Unlike theirs, all means are
+over reply tokens only.
 
 Shapes: B replies, R tokens in the longest, N tokens in all replies; mask (B, R) is true for these.
 """

@@ -1,6 +1,4 @@
-"""
-The reward model: GPT-2 with a score in place of the head.
-"""
+"""The reward model: GPT-2 with a score in place of the head."""
 
 import torch
 import torch.nn as nn
@@ -12,8 +10,7 @@ from nanochatgpt.huggingface import NoScore
 
 
 class RewardModel(GPT):
-    """Names and arithmetic of GPT2ForSequenceClassification with one label; state dicts pass both
-    ways."""
+    """GPT2ForSequenceClassification with one label: the same names, state dict and arithmetic."""
 
     architecture = "GPT2ForSequenceClassification"
 
@@ -73,8 +70,6 @@ def load_reward_model(name, tokenizer, device, dtype=torch.float32, inference=Fa
 
     # a model judges texts as it was trained to read them
     if its_tokenizer.template != tokenizer.template:
-        raise ValueError(
-            f"reward={name} is for template {its_tokenizer.template}, the chat model for "
-            f"{tokenizer.template}: train one on shards in that template"
-        )
+        templates = f"template {its_tokenizer.template}, the chat model in {tokenizer.template}"
+        raise ValueError(f"reward={name} is in {templates}: train one in that template")
     return model.eval()

@@ -1,6 +1,4 @@
-"""
-Scores of a reward model: of many texts, of many replies to one prompt; and the best of N replies.
-"""
+"""Scores of a reward model: of texts, of replies to one prompt; and the best of N replies."""
 
 import torch
 
