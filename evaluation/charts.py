@@ -12,7 +12,7 @@ from nanochatgpt.monitor import read_log
 COLORS = ("#2f6fde", "#d9731a", "#3a9d5d", "#9b59b6")  # legible on white and on black
 GRAY = "#777"  # axes and labels
 WIDTH = 640  # of a chart, in pixels
-HEIGHT = 300
+HEIGHT = 300  # pixels
 MARGIN = 46  # on each side
 
 
@@ -95,7 +95,7 @@ def read_run(out_dir):
     curves = {"loss": {}, "val_loss": {}}
     for _, record in read_log(path):
         for name, curve in curves.items():
-            value = record.get(name)
+            value = record.get(name)  # nats
             if value is not None and math.isfinite(value):
                 curve[record["iter"]] = value
     if not curves["loss"] and not curves["val_loss"]:

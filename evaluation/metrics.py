@@ -117,7 +117,7 @@ def diversity(texts, tokenizer):
 def distinct(texts, n):
     """Return the number of different n-grams of words divided by the number of all (Li et al. 2016,
     arXiv 1510.03055)."""
-    grams = []
+    grams = []  # of all texts
     for text in texts:
         grams += ngrams(text, n)
     return len(set(grams)) / max(1, len(grams))

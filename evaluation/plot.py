@@ -25,6 +25,7 @@ def summary(name, curves):
     # {iter: nats} each; a run that has only begun may lack one
     loss, val_loss = curves.values()
     text = f"{name}: {max(loss | val_loss):,} iters"
+    # the training loss is that of the last step that was logged
     if loss:
         text += f", last loss {loss[max(loss)]:.4f}"
     if val_loss:

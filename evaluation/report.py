@@ -52,7 +52,7 @@ svg { max-width: 100%; height: auto }
 def progress(items, label):
     """Yield the items of a sequence. On a terminal, show how many are done and the time left."""
     terminal = sys.stderr.isatty()
-    start = time.perf_counter()
+    start = time.perf_counter()  # seconds
     try:
         for n, item in enumerate(items, 1):
             yield item
@@ -110,6 +110,7 @@ def page(title, rows, runs, lengths, talks):
     rows: as `table` returns them. runs: {name: curves of read_run}. lengths: {name: [tokens of a
     reply]}. talks: [(messages, {name: the reply to them})].
     """
+    # a model has the same color everywhere
     colors = pick_colors([*rows[0][1:], *lengths, *runs])
     parts = [HEAD, f"<title>{escape(title)}</title><h1>{escape(title)}</h1>"]
 

@@ -41,6 +41,8 @@ class ReplyDataset:
                 raise ValueError(
                     f"{shard.path} does not alternate chosen and rejected replies: use loss=labels"
                 )
+
+            # where each text is
             labels.append(kept)
             numbers = np.full(len(kept), number)
             spans.append(np.stack([numbers, starts, stops], 1))
@@ -72,6 +74,7 @@ class ReplyDataset:
 
     def indices(self, number):
         """Return the indices (b,) of the replies in batch `number` (0, 1, ...)."""
+        # every epoch has its own order
         epoch, batch = divmod(number, self.n_batches)
         units = self._batches(epoch)[batch]
         first = units * self.unit  # the first reply of each unit

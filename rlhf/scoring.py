@@ -11,6 +11,7 @@ BATCH_TOKENS = 4096  # tokens in a forward pass, padding included
 def scored_ids(ids, tokenizer, block_size):
     """Return the part of a text that is scored: the last block_size ids, without the end token if
     rows are padded with it, as in transformers and for Chai's model."""
+    # a text of nothing but its end keeps it
     if len(ids) > 1 and ids[-1] == tokenizer.pad_id:
         ids = ids[:-1]
     return ids[-block_size:]
@@ -18,7 +19,7 @@ def scored_ids(ids, tokenizer, block_size):
 
 def pad(rows, device="cpu"):
     """Return (idx (B, T) int64, padded on the right; lengths (B,) int64) of rows of ids."""
-    lengths = torch.tensor([len(row) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])  # (B,)
     idx = torch.zeros(len(rows), max(lengths), dtype=torch.long)
     for b, row in enumerate(rows):
         idx[b, : len(row)] = torch.as_tensor(row)
@@ -29,7 +30,7 @@ def pad(rows, device="cpu"):
 def score_texts(model, texts):
     """Return the scores (n,) float32, on the CPU, of texts, each what scored_ids returns."""
     device = model.transformer.wpe.weight.device
-    scores = torch.empty(len(texts))
+    scores = torch.empty(len(texts))  # (n,)
 
     # batch texts of similar length, the longest first
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -86,4 +87,6 @@ def best_of(
     options |= {"tokenizer": tokenizer, "engine": engine}
     replies = generate(engine.model, [prompt] * n, sampling, **options)
     scores = score_replies(reward_model, tokenizer, prompt, replies).tolist()
+
+    # highest score first; ties keep the order of their seeds
     return sorted(zip(scores, replies, strict=True), key=lambda pair: -pair[0])
