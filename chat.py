@@ -72,8 +72,8 @@ class Chat:
         self.room = context - config.max_new_tokens
         shortest, _ = self.tokenizer.render([user("a")], add_generation_prompt=True)
         if self.room < len(shortest) or config.max_new_tokens < 1:
-            knob = f"max_new_tokens={config.max_new_tokens}"
-            raise ValueError(f"{knob}: the context is {context} tokens, try {context // 2}")
+            problem = f"max_new_tokens={config.max_new_tokens} leaves no room for prompt or reply"
+            raise ValueError(f"{problem} in a context of {context}; try {context // 2}")
         self.set_persona(config.persona)
 
     @property
@@ -107,7 +107,7 @@ class Chat:
             self.turns.append({"role": "assistant", "content": reply})
 
     def generate(self, prompt):
-        """Return the pieces of a reply to a prompt; with a reward model one, the best reply."""
+        """Return the pieces of a reply; with a reward model, a single piece: the best reply."""
         config = self.config
         tokenizer = self.tokenizer
         stops = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
@@ -171,7 +171,7 @@ def command(chat, line):
         chat.retried = []
         chat.choice = []
         chat.dropped = 0
-        print("forgotten")
+        print("conversation cleared")
     elif name == "/persona":
         if argument:
             chat.set_persona("" if argument == "-" else argument)
@@ -182,7 +182,7 @@ def command(chat, line):
         print("there is no message to answer again")
     elif name == "/why":
         if not chat.choice:
-            print("nothing was chosen: start with --best_of=8 --reward=DIR, and say something")
+            print("no candidates to show: start with --best_of=8 --reward=DIR, and say something")
         lines = [f"{score:7.3f}  {' '.join(text.split())}" for score, text in chat.choice]
         for line, n in Counter(lines).items():
             print(line if n == 1 else f"{line}  ({n} times)")
@@ -231,7 +231,7 @@ def talk(chat):
             chat.cut_short()
         print()
         if chat.dropped > dropped:
-            print(f"(the context is full: the oldest {chat.dropped} messages are out of its sight)")
+            print(f"(context full: the model no longer sees the oldest {chat.dropped} messages)")
 
 
 def main(config):

@@ -1,7 +1,7 @@
 """
 GPT-2 in one file, with the names, layouts and arithmetic of Hugging Face's GPT2LMHeadModel, so that
-state dicts pass both ways. nanochatgpt/fast.py has faster versions of the loss and of packed
-attention, nanochatgpt/engine.py a faster generate(); all give the same numbers.
+state dicts pass both ways. nanochatgpt/fast.py computes the same loss and packed attention faster,
+nanochatgpt/engine.py generates faster: the same greedy text, but its own random numbers.
 
 Shapes: B rows, T tokens in a row, C = n_embd, nh heads of size hs = C / nh, V = vocab_size.
 References: openai/gpt-2 (src/model.py), transformers (models/gpt2/modeling_gpt2.py),
@@ -57,12 +57,12 @@ def causal_attention(layer, q, k, v, dropout):
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
-def packed_attention(documents, number):
+def packed_attention(documents, document_ids):
     """Return an `attend` for rows that hold several documents: causal, and within each document.
 
-    documents: where each begins (see GPT.hidden); number: (B, T), which document a token is in.
+    documents: see GPT.hidden; document_ids: (B, T), which document a token is in.
     """
-    same_document = number[:, :, None] == number[:, None, :]  # (B, T, T)
+    same_document = document_ids[:, :, None] == document_ids[:, None, :]  # (B, T, T)
     mask = same_document.tril()[:, None]  # (B, 1, T, T)
 
     def attend(layer, q, k, v, dropout):
@@ -148,7 +148,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """GPT-2's initialisation: N(0, 0.02), biases 0. The two projections of each layer into the
-        residual stream are scaled by 1 / sqrt(2 n_layer), because that many are added up
+        residual stream are scaled by 1 / sqrt(2 n_layer), because 2 n_layer of them are summed
         (GPT-2 paper, section 2.3)."""
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -174,23 +174,24 @@ class GPT(nn.Module):
     def hidden(self, idx, documents=None, positions=None, attend=causal_attention):
         """Return the final hidden states (B, T, C) of idx (B, T). `lm_head` turns them into logits.
 
-        documents: (n + 1,) int32, for rows that hold several documents: the index at which each one
-        begins, counted over all rows laid end to end, rising from 0 to B * T. Positions restart in
-        each document and attention stays within it. Repeated numbers are empty documents.
+        documents: (n + 1,) int32 cu_seqlens, for rows that hold several documents: document i is
+        tokens documents[i]:documents[i+1] of the flattened batch, empty if both are equal. They
+        rise from 0 to B * T. Positions restart in each document and attention stays within it.
         positions, attend: (B, T) int64 and a function as above, for callers with a cache.
         Raises ValueError for rows longer than the context.
         """
         B, T = idx.shape
         if positions is None:
-            if self.config.block_size < T:
-                raise ValueError(f"{T} tokens in a row, but {self.config.block_size} positions")
+            context = self.config.block_size
+            if context < T:
+                raise ValueError(f"a row of {T} tokens exceeds the context of {context}")
             index = torch.arange(B * T, device=idx.device)
             if documents is None:
                 positions = index[:T]
             else:
-                number = torch.searchsorted(documents, index, right=True) - 1  # (B * T,)
-                positions = (index - documents[number]).view(B, T)
-                attend = self.packed_attention(documents, number.view(B, T))
+                document_ids = torch.searchsorted(documents, index, right=True) - 1  # (B * T,)
+                positions = (index - documents[document_ids]).view(B, T)
+                attend = self.packed_attention(documents, document_ids.view(B, T))
 
         # token and position embeddings, the blocks, the final LayerNorm
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
@@ -205,7 +206,7 @@ class GPT(nn.Module):
     def loss(self, x, targets):
         """Return the mean cross-entropy of targets (B, T) given the hidden states x (B, T, C)."""
         targets = targets.to(x.device)
-        supervised = targets != -100  # the head is as much work as four layers: skip the rest
+        supervised = targets != -100  # skip the rest: the head costs as much as four layers
         logits = self.lm_head(x[supervised]).float()  # (N, V)
         total = F.cross_entropy(logits, targets[supervised], reduction="sum")
         return total / supervised.sum().clamp(min=1)
@@ -213,8 +214,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0):
         """Return idx (B, T) with max_new_tokens sampled tokens appended; temperature 0 takes the
-        most likely one, top_k=0 samples from all. Computes everything again for each token: this
-        defines what nanochatgpt/engine.py does fast."""
+        most likely one, top_k=0 samples from all. Recomputes the whole context for each token:
+        the reference for nanochatgpt/engine.py."""
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size :])[0][:, -1]  # (B, V)
             if top_k:

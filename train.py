@@ -42,7 +42,7 @@ from nanochatgpt.tokenizer import Tokenizer
 
 
 @dataclass
-class Config(TrainConfig):  # which has the knobs that all training scripts share
+class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scripts
     init_from: str = "gpt2"  # scratch, resume, nano, gpt2[-medium|...], org/name, a directory
     dataset: str = "personachat"  # folders of data_dir: a,b:0.5 takes half of b per epoch
     template: str = ""  # one of TEMPLATES in nanochatgpt/tokenizer.py; by default the model's own
@@ -59,8 +59,8 @@ class Config(TrainConfig):  # which has the knobs that all training scripts shar
     lr_schedule: str = "cosine"  # cosine or linear, down to min_lr at max_iters; or constant
     min_lr: float = 0.0  # learning rate at the end
     warmup_iters: int = 50  # steps of linear warmup
-    weight_decay: float = 0.01  # on matrices, not on biases and LayerNorms
-    beta2: float = 0.99  # decay of the mean squared gradient
+    weight_decay: float = 0.01  # for matrices and embeddings, not biases and LayerNorms
+    beta2: float = 0.99  # AdamW's beta2
     # evaluation and logging
     eval_iters: int = 50  # micro-batches per split in an evaluation
     log_interval: int = 10  # log every N steps
@@ -68,7 +68,7 @@ class Config(TrainConfig):  # which has the knobs that all training scripts shar
     compile: bool = False  # torch.compile: a minute to start, then faster steps on a GPU
     strategy: str = "ddp"  # with torchrun: ddp, or fsdp to shard weights and optimizer over devices
     gradient_checkpointing: bool = False  # a third more work, far less memory for activations
-    deterministic: bool = False  # same bits in every run on a GPU, slower; a CPU always has them
+    deterministic: bool = False  # bitwise reproducible on a GPU, slower (a CPU always is)
 
 
 def check(config):
@@ -79,7 +79,7 @@ def check(config):
     at_least(1, config, "gradient_accumulation_steps", "eval_iters", "log_interval")
     at_least(0, config, "max_epochs")
     if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout={config.dropout} is not from 0 to below 1")
+        raise ValueError(f"dropout={config.dropout} must be in [0, 1)")
     if config.strategy not in ("ddp", "fsdp"):
         raise ValueError(f"strategy={config.strategy} is not one of ddp, fsdp")
 
@@ -102,9 +102,9 @@ def make_model(config, state, distributed):
     with distributed.rank_zero_first():
         model, tokenizer = load_model(config.init_from, dropout=config.dropout)
     for name, value in shape.items():
-        own = getattr(model.config, name)
-        if value not in (own, getattr(Config, name)):
-            raise ValueError(f"{name}={value} is for scratch; {config.init_from} has {own}")
+        n = getattr(model.config, name)
+        if value not in (n, getattr(Config, name)):
+            raise ValueError(f"{name}={value} needs init_from=scratch; {config.init_from} has {n}")
     if config.template:
         tokenizer = Tokenizer(config.template)
     model.grow_vocab(tokenizer.n_vocab)
@@ -159,7 +159,7 @@ def main(config):
             f"block_size={config.block_size} exceeds the context, {raw_model.config.block_size}"
         )
     raw_model.gradient_checkpointing = config.gradient_checkpointing
-    speed_up(raw_model.to(device))  # same numbers, less time and memory; works without this line
+    speed_up(raw_model.to(device))  # optional: fast loss and attention, equal up to rounding
 
     # 3. the data
     loaders = {}
@@ -199,7 +199,7 @@ def main(config):
     steps = read_ahead(step_batches, range(first_iter, config.max_iters))
     timer = Timer(first_iter)
     norm = None
-    gc.freeze()  # what exists now lives to the end: the garbage collector need not rescan it
+    gc.freeze()  # all of this lives until the end: do not let the garbage collector rescan it
     for it in range(first_iter, config.max_iters + 1):
         # evaluate; save the best weights in out_dir, the latest in out_dir/last
         if it % config.eval_interval == 0 or it == config.max_iters:
@@ -222,8 +222,8 @@ def main(config):
         if it == config.max_iters:
             break
 
-        # read this step's micro-batches and count the tokens to learn, over all processes; the sum
-        # also tells everybody if somebody was asked to stop
+        # read this step's micro-batches; sum the supervised tokens over all processes, and the stop
+        # flag rides along
         batches = next(steps)
         counts = [(y != -100).sum().item() for _, y, _ in batches]
         total, stopping = distributed.sum(torch.tensor([sum(counts), int(stop.asked)])).tolist()
@@ -246,7 +246,7 @@ def main(config):
         # the loss: the sum over the supervised tokens of all micro-batches, divided by their number
         step_loss = torch.zeros((), device=device)
         for (x, y, documents), n in synced_last(model, list(zip(batches, counts, strict=True))):
-            x = move(x, device)  # y stays on the CPU: finding what is supervised must not wait
+            x = move(x, device)  # y stays on the CPU: fast_loss indexes it without a GPU sync
             documents = move(documents, device)
             with autocast:
                 _, loss = model(x, y, documents)  # mean over this micro-batch's n tokens
@@ -283,13 +283,13 @@ def main(config):
                     f"{time_left(seconds * (config.max_iters - it - 1))} left"
                 )
             divergence.check("loss", step_loss, it + 1)
-            if not scaler.is_enabled():  # which skips steps whose gradient overflows float16
+            if not scaler.is_enabled():  # GradScaler already skips steps whose gradient overflows
                 divergence.check("gradient norm", norm.item(), it + 1)
 
     if it == config.max_iters and distributed.master:
         print(
-            f"the best validation loss is {best_val_loss:.4f}, its weights are in "
-            f"{config.out_dir}; talk to them: python chat.py --init_from={config.out_dir}"
+            f"best validation loss {best_val_loss:.4f}, weights in {config.out_dir}; "
+            f"chat with them: python chat.py --init_from={config.out_dir}"
         )
     distributed.leave()
 

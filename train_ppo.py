@@ -32,7 +32,7 @@ RUNAWAY = 10  # a run stops if its KL is this many times the target
 
 
 @dataclass
-class Config(TrainConfig):  # which has the knobs that all training scripts share
+class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scripts
     init_from: str = default_model()  # the chat model to start from, or resume
     reward: str = "out/reward"  # a reward model; or share:WORD or length:N, whose best is 1
     out_dir: str = "out/ppo"
@@ -91,7 +91,7 @@ def check_kl(kl, it, config):
     """Raise ValueError if the KL is far beyond its target."""
     if not kl < RUNAWAY * config.kl_target:  # also for NaN
         text = f"the KL is {kl:.1f} nats at iter {it}, its target {config.kl_target}"
-        raise ValueError(f"{text}: the run diverges. Lower learning_rate or raise kl_coef")
+        raise ValueError(f"{text}: training diverges. Lower learning_rate or raise kl_coef")
 
 
 def main(config):
@@ -289,8 +289,8 @@ def main(config):
             print(f"  {sample_reply(rollout, tokenizer)}")
 
     if it == config.max_iters and distributed.master:
-        text = f"the best held-out score is {progress['best_score']:+.2f}, its weights are in "
-        text += f"{config.out_dir}; talk to them: python chat.py --init_from={config.out_dir}"
+        text = f"best held-out score {progress['best_score']:+.2f}, weights in "
+        text += f"{config.out_dir}; chat with them: python chat.py --init_from={config.out_dir}"
         print(text)
     distributed.leave()
 

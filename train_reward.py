@@ -35,7 +35,7 @@ MUST_MATCH = ("loss", "dataset", "template", "block_size")  # in a resumed run
 
 
 @dataclass
-class Config(TrainConfig):  # which has the knobs that all training scripts share
+class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scripts
     out_dir: str = "out/reward"
     dataset: str = "retry"
     template: str = ""  # how conversations are written; default: the model's own
@@ -51,8 +51,8 @@ class Config(TrainConfig):  # which has the knobs that all training scripts shar
     lr_schedule: str = "cosine"  # cosine or linear, down to min_lr at max_iters; or constant
     min_lr: float = 0.0  # learning rate at the end
     warmup_iters: int = 50  # steps of linear warmup
-    weight_decay: float = 0.01  # on matrices, not on biases and LayerNorms
-    beta2: float = 0.999  # decay of the mean squared gradient
+    weight_decay: float = 0.01  # for matrices and embeddings, not biases and LayerNorms
+    beta2: float = 0.999  # AdamW's beta2
     # evaluation and logging
     eval_iters: int = 1000  # micro-batches in an evaluation, at most
     log_interval: int = 10  # log every N steps
@@ -249,7 +249,7 @@ def main(config):
                 text = f"iter {it + 1}/{config.max_iters}: loss {loss:.4f}, lr {lr:.2e}"
                 print(f"{text}, {rate:,.0f} replies/s, {left} left")
             divergence.check("loss", loss, it + 1)
-            if not scaler.is_enabled():  # which skips steps whose gradient overflows float16
+            if not scaler.is_enabled():  # GradScaler already skips steps whose gradient overflows
                 divergence.check("gradient norm", norm.item(), it + 1)
 
     # 8. the verdict: does the best model beat a constant and the length of a reply?
@@ -258,9 +258,9 @@ def main(config):
         best = progress["best_measure"]
         constant = baselines["constant_loss"]
         length = baselines[f"length_{measure}"]
-        text = f"the best validation loss is {loss:.4f} (constant: {constant:.4f}), "
+        text = f"best validation loss {loss:.4f} (constant: {constant:.4f}), "
         text += f"{measure} {best:.3f} (length: {length:.3f})"
-        print(f"{text}; its weights are in {config.out_dir}")
+        print(f"{text}; weights in {config.out_dir}")
         if loss < constant and best > length:
             print(f"choose replies by it: python chat.py --best_of=8 --reward={config.out_dir}")
         else:

@@ -42,9 +42,9 @@ def head_attention(model, x, documents, layer, head):
     documents: as in GPT.hidden."""
     # the conversation that each token is in, and its position in that
     index = torch.arange(x.size(1), dtype=documents.dtype)
-    number = torch.searchsorted(documents, index, right=True) - 1  # (T,)
-    positions = index - documents[number]
-    mask = number[:, None] == number
+    document_ids = torch.searchsorted(documents, index, right=True) - 1  # (T,)
+    positions = index - documents[document_ids]
+    mask = document_ids[:, None] == document_ids
     mask = mask.tril()  # (T, T)
     weights = []
 

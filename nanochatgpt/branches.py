@@ -16,18 +16,19 @@ def hidden_of_branches(model, context, continuations):
     ids altogether. Raises ValueError if the context and a continuation exceed the model's context.
     """
     longest = len(context) + max(map(len, continuations), default=0)
-    if longest > model.config.block_size:
-        raise ValueError(f"{longest} tokens, but the model has {model.config.block_size} positions")
+    block_size = model.config.block_size
+    if longest > block_size:
+        raise ValueError(f"a row of {longest} tokens exceeds the context of {block_size}")
 
     # branch 0 is the context; positions go on from its end in each continuation
     n = len(context)
     ids = list(context)
     positions = list(range(n))
     branch = [0] * n
-    for number, continuation in enumerate(continuations, 1):
+    for i, continuation in enumerate(continuations, 1):
         ids += continuation
         positions += range(n, n + len(continuation))
-        branch += [number] * len(continuation)
+        branch += [i] * len(continuation)
 
     device = model.transformer.wpe.weight.device
     idx, positions, branch = torch.tensor([ids, positions, branch], device=device)  # (T,) each

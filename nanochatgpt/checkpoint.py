@@ -43,8 +43,8 @@ def load_model(
     """
     path, config, tokenizer = find(init_from)
     if config.vocab_size < tokenizer.n_vocab:
-        sizes = f"{config.vocab_size} embeddings for the {tokenizer.n_vocab} ids of its tokenizer"
-        raise ValueError(f"{init_from} has {sizes}")
+        sizes = f"{config.vocab_size} embeddings but its tokenizer has {tokenizer.n_vocab} tokens"
+        raise ValueError(f"{init_from}: the model has {sizes}")
 
     # build the model without memory for the weights
     config.dropout = dropout
@@ -59,7 +59,7 @@ def load_model(
         return pack(model, read, dtype), tokenizer
     tensors = {}
     for name in model.state_dict().keys() - {"lm_head.weight"}:
-        # copies are 64-byte aligned; mapped tensors may not be, which changes sums in the last bits
+        # copy: mapped tensors may be misaligned, which changes the last bits of sums
         tensors[name] = read(name).to(device, dtype, copy=True)
     model.load_state_dict(tensors, strict=False, assign=True)  # all but lm_head, which is tied
     model.tie_weights()

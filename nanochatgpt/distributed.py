@@ -23,7 +23,7 @@ FULL_STATE_DICT = StateDictOptions(full_state_dict=True, cpu_offload=True)  # wh
 
 @dataclass
 class Distributed:
-    """This process's place among those that train together."""
+    """Rank, world size and device of this process."""
 
     rank: int
     world_size: int
@@ -97,13 +97,11 @@ def init_distributed(config, *divisible):
 
 def precision(name, device):
     """Return (dtype, autocast, scaler) for a `dtype` knob: weights stay float32, autocast computes
-    in less, and float16 needs its gradients scaled. Raises ValueError for float16 off CUDA."""
+    in lower precision, float16 needs scaled gradients. Raises ValueError for float16 off CUDA."""
     device_type = torch.device(device).type
     dtype = pick_dtype(name, device)
     if name == "auto" and device_type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        dtype = (
-            torch.bfloat16
-        )  # 1.7 times the tokens/s of float32 where the CPU multiplies bfloat16
+        dtype = torch.bfloat16  # 1.7 times the tokens/s of float32 on such a CPU
     if dtype == torch.float16 and device_type != "cuda":
         raise ValueError(
             f"dtype=float16 trains on CUDA only; on {device_type} use bfloat16 or float32"
@@ -130,9 +128,7 @@ def distribute(model, raw_model, distributed, sharded=False):
             fully_shard(block)
         fully_shard(raw_model)
     elif distributed.world_size > 1:
-        return DistributedDataParallel(
-            model
-        )  # with device_ids it would move the targets to the GPU
+        return DistributedDataParallel(model)  # device_ids would move the targets to the GPU
     return model
 
 

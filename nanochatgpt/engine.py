@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from nanochatgpt.sampling import Sampling, draw_token, penalize
 
-RECORD_AFTER = 32  # recording costs what about 50 replayed steps save: wait for a shape to recur
+RECORD_AFTER = 32  # once a shape has come up 32 times: recording pays off after about 50 replays
 
 
 class KVCache:
@@ -55,7 +55,7 @@ class KVCache:
 
 
 class Token(NamedTuple):
-    row: int  # number of the row
+    row: int  # index of the row
     id: int
     logprob: float | None  # the model's own, in nats, before penalties; None unless asked for
     top: list  # [(id, logprob)] of the most likely tokens, as many as asked for
@@ -66,7 +66,7 @@ class Row:
     """One text in the engine, and how to continue it. Only the first n_cached ids have keys and
     values in the cache; a running row lacks at least its last one."""
 
-    number: int  # index in Engine.rows and in the cache
+    index: int  # in Engine.rows and in the cache
     ids: list = field(default_factory=list)  # prompt and new tokens
     options: Sampling = None
     logit_bias: dict = None
@@ -90,7 +90,7 @@ class Row:
 
 
 class Engine:
-    """Decodes rows that come (`add`) and go (`end`, a stop id, no more room) at any time.
+    """Continuous batching: rows join (`add`) and finish (`end`, a stop id, no room) at any step.
 
     A row that has ended keeps its keys and values until its place is needed. A new prompt copies
     the longest beginning that any row has in the cache: the next turn of a chat computes only its
@@ -117,14 +117,14 @@ class Engine:
         self.size = min(size or config.block_size, config.block_size)
         self.n_vocab = min(n_vocab or config.vocab_size, config.vocab_size)  # ids that are drawn
         self.prefill_tokens = prefill_tokens or math.inf
-        self.rows = [Row(number) for number in range(rows)]
+        self.rows = [Row(index) for index in range(rows)]
         self.waiting = []  # rows whose prompts are not computed, oldest first
 
         # a CPU attends to the cached tokens alone; elsewhere each length is compiled or recorded
         # separately, so lengths are rounded up to chunks
-        self.exact = self.device.type == "cpu" and not compile
-        self.chunk = 1 if self.exact else 256
-        self.run_step = StepRunner(model, self.exact, record, compile)
+        self.exact_length = self.device.type == "cpu" and not compile
+        self.chunk = 1 if self.exact_length else 256
+        self.run_step = StepRunner(model, self.exact_length, record, compile)
         with torch.inference_mode():
             head_size = config.n_embd // config.n_head
             shape = (config.n_layer, 2, rows, config.n_head, self.size, head_size)
@@ -134,11 +134,11 @@ class Engine:
 
     @property
     def running(self):
-        """The numbers of the running rows."""
-        return [row.number for row in self.rows if row.running]
+        """The indices of the running rows."""
+        return [row.index for row in self.rows if row.running]
 
     def add(self, prompt, options, *, seed=None, stop_ids=(), logit_bias=None, logprobs=None):
-        """Start a row with a prompt, a list of ids; return its number. One row must be free.
+        """Start a row with a prompt, a list of ids; return its index. One row must be free.
 
         options: a Sampling. seed: of the row's own random stream (None: a fresh one). stop_ids end
         the row and are not returned. logit_bias: {id: number added to its logit}. logprobs: return
@@ -154,23 +154,24 @@ class Engine:
         if not free:
             raise ValueError(f"all {len(self.rows)} rows are running")
 
-        # replace the row that loses the least of its cache, then the one that shares the most
+        # evict the free row with the fewest cached tokens that don't match this prompt; ties go to
+        # the longest match
         shared = [row.n_shared(prompt) for row in self.rows]
-        old = min(free, key=lambda row: (row.n_cached - shared[row.number], -shared[row.number]))
-        row = Row(old.number, list(prompt), options, logit_bias, logprobs, stop_ids)
+        old = min(free, key=lambda row: (row.n_cached - shared[row.index], -shared[row.index]))
+        row = Row(old.index, list(prompt), options, logit_bias, logprobs, stop_ids)
         row.rng = random.Random(seed)
         row.n_prompt = len(prompt)
-        row.n_cached = shared[row.number]
+        row.n_cached = shared[row.index]
         row.n_reused = max(shared)
         row.limit = min(len(prompt) + options.max_new_tokens, self.size)
         row.running = options.max_new_tokens > 0
-        self.rows[row.number] = row
+        self.rows[row.index] = row
         self.waiting.append(row)
-        return row.number
+        return row.index
 
-    def end(self, number):
+    def end(self, index):
         """End a row: it gives no more tokens, and its place is free."""
-        self.rows[number].running = False
+        self.rows[index].running = False
 
     @torch.inference_mode()
     def step(self):
@@ -196,13 +197,13 @@ class Engine:
         """Append a token to each of these rows, which share their options; return the Tokens.
         logits: (B, n_vocab) float32, overwritten."""
         # penalties and the draw, for all rows at once
-        texts = []
+        histories = []
         logprobs = {}
         for n, row in enumerate(rows):
-            texts.append((row.ids[: row.n_prompt], row.ids[row.n_prompt :], row.logit_bias))
+            histories.append((row.ids[: row.n_prompt], row.ids[row.n_prompt :], row.logit_bias))
             if row.logprobs is not None:
                 logprobs[row] = logits[n].log_softmax(-1)  # before penalties
-        penalize(logits, rows[0].options, texts)
+        penalize(logits, rows[0].options, histories)
         uniform = torch.tensor([row.rng.random() for row in rows], device=self.device)  # (B,)
         ids = draw_token(logits, uniform, rows[0].options).tolist()
 
@@ -220,7 +221,7 @@ class Engine:
                 logprob = logprobs[row][token].item()
                 values, top_ids = logprobs[row].topk(min(row.logprobs, self.n_vocab))
                 top = list(zip(top_ids.tolist(), values.tolist(), strict=True))
-            tokens.append(Token(row.number, token, logprob, top))
+            tokens.append(Token(row.index, token, logprob, top))
         return tokens
 
     def _decode(self):
@@ -228,18 +229,18 @@ class Engine:
         rows = [row for row in self.rows if row.running and row.n_missing == 1]
         if not rows:
             return {}
-        n = rows[-1].number + 1
+        n = rows[-1].index + 1
 
-        # the other ones of the first n rows are computed too: what they write comes after their
-        # cached tokens, and nobody reads it
+        # idle rows below n ride along in the batch; they write past their cached tokens, which is
+        # never read
         inputs = [(0, row.n_cached) for row in self.rows[:n]]
         for row in rows:
-            inputs[row.number] = (row.ids[-1], row.n_cached)
+            inputs[row.index] = (row.ids[-1], row.n_cached)
             row.n_cached += 1
         self.inputs[:, :n] = torch.tensor(inputs).T
         length = self._round_up(max(position for _, position in inputs) + 1)
         logits = self.run_step(self.inputs[:, :n], self.kv[:, :, :n, :, :length])  # (n, V)
-        return {row: logits[row.number] for row in rows}
+        return {row: logits[row.index] for row in rows}
 
     def _round_up(self, length):
         """Round a length of the cache up to whole chunks."""
@@ -270,7 +271,7 @@ class Engine:
         source = max(self.rows, key=lambda other: other.n_shared(row.ids))
         n = source.n_shared(row.ids)
         if n > row.n_cached:
-            self.kv[:, :, row.number, :, :n] = self.kv[:, :, source.number, :, :n]
+            self.kv[:, :, row.index, :, :n] = self.kv[:, :, source.index, :, :n]
             row.n_cached = n
 
     def _compute(self, row, n):
@@ -280,8 +281,8 @@ class Engine:
         idx = torch.tensor([row.ids[start : start + n]], device=self.device)  # (1, n)
         positions = torch.arange(start, start + n, device=self.device)[None]  # (1, n)
         # a view, so the rest of the cache is never read
-        number = row.number
-        kv = self.kv[:, :, number : number + 1, :, : self._round_up(row.n_cached)]
+        i = row.index
+        kv = self.kv[:, :, i : i + 1, :, : self._round_up(row.n_cached)]
         return self.model.hidden(idx, positions=positions, attend=KVCache(kv, positions))[0]
 
 
@@ -291,15 +292,15 @@ class Engine:
 class Step(torch.nn.Module):
     """One decoding step, as a module that can be traced and compiled."""
 
-    def __init__(self, model, exact):
+    def __init__(self, model, exact_length):
         super().__init__()
         self.model = model
-        self.exact = exact
+        self.exact_length = exact_length
 
     def forward(self, inputs, kv):
         """Return logits (n, V), given the newest ids and their positions (2, n) and the cache."""
         idx, positions = inputs[:, :, None]  # (n, 1) each
-        cache = KVCache(kv, positions, newest=self.exact and len(idx) == 1)
+        cache = KVCache(kv, positions, newest=self.exact_length and len(idx) == 1)
         hidden = self.model.hidden(idx, positions=positions, attend=cache)  # (n, 1, C)
         return self.model.lm_head(hidden[:, 0])
 
@@ -308,13 +309,13 @@ class StepRunner:
     """Runs steps. A shape of step that keeps coming is recorded and replayed: as a trace on a CPU,
     as a graph on CUDA. GPT-2's 12 layers in int8 take 12 ms per step recorded, 22 in Python."""
 
-    def __init__(self, model, exact, record, compile):
-        self.step = Step(model, exact)
+    def __init__(self, model, exact_length, record, compile):
+        self.step = Step(model, exact_length)
         if compile:
             self.step = torch.compile(self.step, dynamic=False)
         self.cuda = model.transformer.wpe.weight.is_cuda
         self.pool = torch.cuda.graph_pool_handle() if self.cuda else None  # memory of all graphs
-        self.record = record and (exact or self.cuda)
+        self.record = record and (exact_length or self.cuda)
         self.recordings = {}
         self.uses = Counter()  # of each shape
 

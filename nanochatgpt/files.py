@@ -16,7 +16,7 @@ import torch
 import urllib3
 
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
-TRIES = 5  # failures in a row, without a new byte, before we give up
+TRIES = 5  # attempts in a row without progress before giving up
 
 
 def download(url, path, size=None, sha256=None, headers=None):
@@ -40,7 +40,7 @@ def download(url, path, size=None, sha256=None, headers=None):
             failures = 1 if _length(part) > length else failures + 1
             reason = str(error).rpartition(": ")[2].rstrip("\"')")  # without urllib3's wrapping
             problem = f"cannot fetch from {urlsplit(url).netloc}: {reason}"
-            # wait for a network that fails, but not for a missing one
+            # retry a flaky connection; give up at once if there is none
             no_network = failures == 1 and isinstance(error, requests.ConnectionError)
             if failures == TRIES or no_network:
                 remedy = f"check the network or proxy and run again, or place the file at {path}"
@@ -164,7 +164,7 @@ def replacing(path):
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())  # on the disk before it gets its name
             part.replace(path)
-    except (safetensors.SafetensorError, RuntimeError) as error:  # safetensors, torch: disk full
+    except (safetensors.SafetensorError, RuntimeError) as error:  # how they report a full disk
         raise OSError(f"cannot write {path}: {error}") from error
     finally:
         part.unlink(missing_ok=True)

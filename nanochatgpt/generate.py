@@ -44,7 +44,7 @@ def generate(
     texts = [TextStream(tokenizer, stop_strings) for _ in prompts]
     ends = [[] for _ in prompts]  # length of the text after each new id, in characters
     waiting = list(enumerate(prompts))
-    prompt_of = {}  # number of the row -> index of its prompt
+    prompt_of = {}  # index of the row -> index of its prompt
     try:
         while waiting or engine.running:
             # fill the free rows
@@ -85,8 +85,8 @@ def stream(engine, tokenizer, prompt, sampling, *, stop_strings=(), stop_ids=(),
     lack of room: a chat never shows part of a marker.
     """
     text = TextStream(tokenizer, stop_strings)
-    number = engine.add(prompt, sampling, seed=seed, stop_ids=stop_ids)
-    row = engine.rows[number]
+    index = engine.add(prompt, sampling, seed=seed, stop_ids=stop_ids)
+    row = engine.rows[index]
     try:
         while row.running:
             for token in engine.step():
@@ -98,4 +98,4 @@ def stream(engine, tokenizer, prompt, sampling, *, stop_strings=(), stop_ids=(),
         if len(row.ids) < row.limit and (piece := text.rest()):
             yield piece
     finally:
-        engine.end(number)
+        engine.end(index)

@@ -1,8 +1,8 @@
 """
 Hugging Face's files, both ways: config.json, tensor names, tokenizer files and chat templates.
 
-transformers, vLLM, llama.cpp's converter and lm-evaluation-harness read what we write. We refuse
-a config.json that asks for other arithmetic than model.py's.
+transformers, vLLM, llama.cpp's converter and lm-evaluation-harness load our files unchanged. We
+reject any option that model.py does not implement, and name it.
 """
 
 import functools
@@ -28,7 +28,7 @@ SUPPORTED = {
     "quantization_config": None,  # weights in floating point
 }
 SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
-LARGEST = 1 << 20  # a larger size means damage
+LARGEST = 1 << 20  # upper bound of a size; anything larger means a corrupt file
 FLOATS = {"f64", "f32", "f16", "bf16", "float64", "float32", "float16", "bfloat16"}
 SCORE = "score.weight"  # a reward model's, which has no lm_head
 

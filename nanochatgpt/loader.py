@@ -1,5 +1,5 @@
 """
-Batches of packed conversations, as a pure function of the seed and the batch's number.
+Batches of packed conversations, as a pure function of the seed and the batch's index.
 
 A row of block_size tokens holds several whole conversations; the model keeps them apart. Where a
 conversation is too long for a row it is cut between exchanges, and each piece keeps the persona.
@@ -21,8 +21,8 @@ class PackedShard:
     """A shard and the rows that its conversations are packed into.
 
     pieces: (n, 4) int64, the tokens [a, b) and [c, d) of each piece: its persona and the rest.
-    rows: for each row, the numbers of its pieces. rows_per_epoch: more or fewer than there are, by
-    the shard's share. n_lost: tokens in no piece, the ends of exchanges longer than a row.
+    rows: for each row, the indices of its pieces. rows_per_epoch: len(rows) * share. n_lost: tokens
+    in no piece, the ends of exchanges longer than a row.
     """
 
     shard: Shard
@@ -39,12 +39,12 @@ class Loader:
     With a share of 0.5, half of the rows come in one epoch and the other half in the next.
 
     n_tokens: in the shards; n_lost: those in no row; n_rows: rows per epoch; fill: the part of
-    their positions that hold tokens; span: the mean, over tokens, of the length of their piece.
+    their positions that hold tokens; span: token-weighted mean length of a piece.
     """
 
     def __init__(self, shards, batch_size, block_size, seed, tokenizer, max_conversations=0):
         """shards: [(path, share)], of each the first max_conversations (0 = all). Raises ValueError
-        for a shard in another template or with nothing to learn."""
+        for a shard in another template or without supervised tokens."""
         self.batch_size = batch_size
         self.block_size = block_size
         self.seed = seed
@@ -73,12 +73,12 @@ class Loader:
         self.max_documents = batch_size * (longest_row + 1)  # each row's padding is one, too
         self._order = functools.lru_cache(2)(self._order)
 
-    def batch(self, number):
-        """Return batch `number` (0, 1, ...): x, y, documents.
+    def batch(self, index):
+        """Return batch `index` (0, 1, ...): x, y, documents.
 
         x: (batch_size, block_size) int64. y: the same shape; the next token where it is supervised
-        and in the same piece, else -100. documents: (max_documents + 1,) int32, where each piece
-        begins in the rows laid end to end, as GPT.hidden takes it; the rest is B * T.
+        and in the same piece, else -100. documents: (max_documents + 1,) int32, cu_seqlens as in
+        GPT.hidden: where each piece begins in the flattened batch; the rest is B * T.
         Raises ValueError for a token beyond the vocabulary.
         """
         B = self.batch_size
@@ -88,9 +88,9 @@ class Loader:
         documents = np.full(self.max_documents + 1, B * T, np.int32)
         n = 0
         for b in range(B):
-            epoch, row = divmod(number * B + b, self.n_rows)
-            part_number, row = self._order(epoch)[row]
-            part = self.parts[part_number]
+            epoch, row = divmod(index * B + b, self.n_rows)
+            part_index, row = self._order(epoch)[row]
+            part = self.parts[part_index]
             start = b * T
             for piece in part.rows[row]:
                 ids, mask = read_piece(part.shard, part.pieces[piece])
@@ -115,20 +115,20 @@ class Loader:
             rows = [f"{part.rows_per_epoch:,}" for part in self.parts]
             text += f" ({', '.join(map(' of '.join, zip(rows, names, strict=True)))})"
         if self.n_lost:
-            text += f"; {self.n_lost:,} left out, beyond a row"
+            text += f"; {self.n_lost:,} tokens dropped: exchanges longer than block_size"
         return text
 
     def _order(self, epoch):
-        """Return the rows of an epoch, shuffled: [(number of the part, number of its row)]."""
+        """Return the rows of an epoch, shuffled: [(index of the part, index of its row)]."""
         rows = []
-        for number, part in enumerate(self.parts):
+        for i, part in enumerate(self.parts):
             # the epoch's share of an endless sequence of shuffled passes over the part
             first = epoch * part.rows_per_epoch
             indices = np.arange(first, first + part.rows_per_epoch)
             passes, index = np.divmod(indices, len(part.rows))
             for n in np.unique(passes).tolist():
-                order = np.random.default_rng((self.seed, number, n)).permutation(len(part.rows))
-                rows += [(number, row) for row in order[index[passes == n]].tolist()]
+                order = np.random.default_rng((self.seed, i, n)).permutation(len(part.rows))
+                rows += [(i, row) for row in order[index[passes == n]].tolist()]
         return np.random.default_rng((self.seed, epoch)).permutation(rows).tolist()
 
     def _pack(self, shard, share):
@@ -162,8 +162,8 @@ class Loader:
                         pieces.append((begin, begin + n, begin + start, begin + stop))
         if not any(shard.mask(start + 1, stop).any() for _, _, start, stop in pieces):
             raise ValueError(
-                f"{shard.path} has nothing to learn in {self.block_size} tokens: raise block_size, "
-                "or prepare it again"
+                f"{shard.path} has no supervised token in any piece of up to "
+                f"{self.block_size} tokens: raise block_size, or prepare it again"
             )
         return np.array(pieces, np.int64)
 

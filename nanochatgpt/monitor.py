@@ -23,7 +23,7 @@ class Log:
     """Appends to out_dir/metrics.jsonl and, if switched on, to Weights & Biases."""
 
     def __init__(self, config, first_iter):
-        """first_iter: where a resumed run starts; later records are dropped, they come again."""
+        """first_iter: where a resumed run starts; drop later records; those steps run again."""
         path = Path(config.out_dir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         # keep the records of the steps that are done
@@ -51,7 +51,7 @@ class Log:
                 raise ValueError(f"{error}: run `wandb login`, or WANDB_MODE=offline") from error
 
     def __call__(self, **record):
-        # JSON has no NaN and no infinity: a diverging loss, the gradient of a step float16 skips
+        # JSON cannot hold NaN or inf (a diverged loss, fp16 overflow): write null
         finite = {k: v if v is None or math.isfinite(v) else None for k, v in record.items()}
         self.file.write(json.dumps(finite) + "\n")
         if self.wandb:
@@ -87,8 +87,8 @@ class DivergenceCheck:
         if not value < factor * usual + offset:
             before = f", {usual:.4g} before" if usual < math.inf else ""
             raise ValueError(
-                f"the {name} is {value:.4g} at iter {it}{before}: the run diverges. Lower "
-                "learning_rate, or raise warmup_iters; the saved checkpoints are from before"
+                f"the {name} is {value:.4g} at iter {it}{before}: training diverges. Lower "
+                "learning_rate, or raise warmup_iters; the saved checkpoints predate this"
             )
         history.append(value)
 

@@ -13,17 +13,13 @@ from nanochatgpt.configurator import at_least
 
 @dataclass
 class TrainConfig:
-    init_from: str = (
-        "gpt2"  # resume, nano, gpt2[-medium|-large|-xl], distilgpt2, org/name, directory
-    )
-    out_dir: str = (
-        "out/chat"  # the best weights; last/ in it has the latest and the trainer's state
-    )
+    init_from: str = "gpt2"  # resume, nano, gpt2[-medium|...], distilgpt2, org/name, a directory
+    out_dir: str = "out/chat"  # best weights; last/ holds the latest weights and the training state
     data_dir: str = "data"  # where the datasets are
     dataset: str = "personachat"  # folders of data_dir with train*.bin and val*.bin: a,b
     batch_size: int = 8  # rows in a micro-batch
     max_iters: int = 1000  # training steps
-    learning_rate: float = 5e-5  # the peak
+    learning_rate: float = 5e-5  # after warmup
     grad_clip: float = 1.0  # clip the gradient's norm to this (0 = off)
     eval_interval: int = 200  # evaluate and save every N steps
     wandb_log: bool = False  # log to Weights & Biases; WANDB_PROJECT and WANDB_NAME name the run
@@ -64,10 +60,10 @@ def learning_rate(config, it):
 
 def make_adamw(model, learning_rate, weight_decay, beta2=0.999, eps=1e-8):
     """Return AdamW with weight decay on matrices and embeddings, not on biases and LayerNorms."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    not_decayed = [p for p in model.parameters() if p.dim() < 2]
     groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": not_decayed, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, beta2), eps=eps, fused=True)

@@ -22,12 +22,12 @@ def sample_prompts(shards, tokenizer, n, room, seed):
     first = np.cumsum([0, *(len(shard.offsets) - 1 for shard in shards)])  # of each shard
     prompts = []
     replies = []
-    for number in np.random.default_rng(seed).permutation(first[-1]):
+    for conversation in np.random.default_rng(seed).permutation(first[-1]):
         if len(prompts) == n:
             break
-        shard_index = np.searchsorted(first, number, side="right") - 1
+        shard_index = np.searchsorted(first, conversation, side="right") - 1
         shard = shards[shard_index]
-        i = number - first[shard_index]
+        i = conversation - first[shard_index]
         start, stop = shard.offsets[i : i + 2].tolist()
         stop = min(stop, start + 4 * room)  # a conversation may be a book
         ids = shard.tokens[start:stop].tolist()

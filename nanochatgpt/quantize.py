@@ -1,8 +1,8 @@
 """
 Linear layers for inference on a CPU: weights in 16 or 8 bits, inputs and outputs in float32.
 
-Decoding reads all weights for each token, so half the bytes give twice the speed. Up to rounding, a
-row's output does not depend on the other rows. Layers copy a weight (n_out, n_in) and a bias
+Decoding reads all weights for each token, so halving the bytes doubles the speed. A row's output
+does not depend on the other rows, up to rounding. Layers copy a weight (n_out, n_in) and a bias
 (n_out,), both float32, and map inputs (..., n_in) to outputs (..., n_out).
 """
 
@@ -53,10 +53,10 @@ class BFloat16Linear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """Weights in int8 with a scale per output; each input row in 8 bits between its extremes. Sums
-    of integers are exact, so a row gives the same alone and among others."""
+    """Weights in int8 with a scale per output; each input row quantized to 8 bits over [min, max].
+    Sums of integers are exact, so a row gives the same alone and among others."""
 
-    # without VNNI, FBGEMM adds pairs of products in 16 bits, which 7-bit inputs cannot overflow
+    # without VNNI, FBGEMM accumulates pairs in int16, so use 7-bit inputs to avoid overflow
     REDUCED = not torch.cpu._is_vnni_supported()
     LEVELS = 127 if REDUCED else 255
 
@@ -87,7 +87,7 @@ class Int8Linear(nn.Module):
         if x.numel() == x.size(-1):  # one row
             return quantized.linear_dynamic(x, self.packed, self.REDUCED)
 
-        # linear_dynamic rounds all rows between common extremes. Do the same row by row:
+        # linear_dynamic quantizes all rows over one [min, max]. Do the same row by row:
         # x is about (q - zero) * scale with integers q, so y = (q W - zero sum(W)) * scale + bias.
         low = x.amin(-1, keepdim=True)  # (..., 1)
         low.clamp_(max=0)

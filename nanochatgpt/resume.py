@@ -42,9 +42,9 @@ class Run:
     def load(self):
         """Return what `save` last wrote, None for a new run.
 
-        Raises ValueError if a new run would overwrite one, or if the one to resume is not a run,
-        another script's, or has another value of a knob in must_match; FileNotFoundError if there
-        is none to resume.
+        Raises ValueError if a new run would overwrite one, or if state.pt is invalid, comes from
+        another script, or disagrees on a knob in must_match; FileNotFoundError if there is no run
+        to resume.
         """
         config = self.config
         distributed = self.distributed
@@ -97,7 +97,7 @@ class Run:
         if state["iter"] > self.config.max_iters:
             raise ValueError(
                 f"{self.last} is at iter {state['iter']}, beyond "
-                f"max_iters={self.config.max_iters}: raise it"
+                f"max_iters={self.config.max_iters}: raise max_iters"
             )
         if moments := state.pop("optimizer", None):
             groups = get_optimizer_state_dict(model, optimizer)
@@ -107,26 +107,26 @@ class Run:
         if scaling := state.pop("scaler", None):
             scaler.load_state_dict(scaling)
 
-    def save(self, published, weights, **progress):
+    def save(self, exported, module, **progress):
         """Write last/: a checkpoint for others, and state.pt with everything a resumed run needs.
 
-        published: the GPT or RewardModel to save as a checkpoint; weights: the module whose state
-        dict a resumed run loads. progress: `iter` and further tensors or plain values. All
+        exported: the GPT or RewardModel to save as a checkpoint; module: the one whose state dict
+        a resumed run loads. progress: `iter` and further tensors or plain values. All
         processes must call this; rank 0 writes.
         """
         moments = {}
-        if self.optimizer.state:  # before the first step, asking for it would make one
+        if self.optimizer.state:  # the call below runs a dummy step on a fresh optimizer
             moments = get_optimizer_state_dict(self.model, self.optimizer, options=FULL_STATE_DICT)
             moments = moments.get("state", {})
         if not self.distributed.master:
             return
-        save_model(published, self.tokenizer, self.last)
+        save_model(exported, self.tokenizer, self.last)
         state = progress | {
             "script": self.script,
             "knobs": {name: getattr(self.config, name) for name in self.must_match},
             "template": self.tokenizer.template,
-            "config": asdict(published.config),
-            "model": weights.state_dict(),
+            "config": asdict(exported.config),
+            "model": module.state_dict(),
             "optimizer": moments,
             "scaler": self.scaler.state_dict(),
         }

@@ -10,7 +10,7 @@ import torch
 
 from nanochatgpt.configurator import at_least
 
-CANDIDATES = 1024  # `draw_token` first sorts the k most likely: a tenth of the time of all 50,257
+CANDIDATES = 1024  # draw_token sorts only these first: a tenth of the time of sorting all 50,257
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Sampling:
     top_k: int = 0  # sample from the k most likely tokens (0 = all)
     top_p: float = 1.0  # sample from the most likely tokens that together have this probability
     min_p: float = 0.0  # drop tokens below this share of the most likely one's probability
-    repetition_penalty: float = 1.0  # above 1: less of the tokens in the prompt and the new text
+    repetition_penalty: float = 1.0  # above 1 discourages tokens already in the prompt or reply
     presence_penalty: float = 0.0  # subtracted from the logit of each token in the new text
     frequency_penalty: float = 0.0  # subtracted once for each time the token is in the new text
     no_repeat_ngram_size: int = 0  # never repeat an n-gram of this length (0 = off)
@@ -43,7 +43,7 @@ class Sampling:
 class ChatSampling(Sampling):
     """Defaults for chats, chosen by evaluate.py's metrics of the model in the box.
 
-    With the frequency penalty 0.6% of the 4-grams in a reply are repeated, without it 20%. A
+    The frequency penalty looks only at the reply; it cuts repeated 4-grams from 20% to 0.6%. A
     repetition penalty of 1.1 leaves 5.1%, and also penalises what the bot has to remember.
     """
 
@@ -152,10 +152,10 @@ def draw_token(logits, uniform, options, candidates=CANDIDATES):
     cumulative = p.cumsum(-1)  # (B, k)
 
     # the mass to draw from; if the last candidate is kept, tokens after it may be as well
-    open_end = p[:, -1:] > 0  # (B, 1)
+    tail_kept = p[:, -1:] > 0  # (B, 1)
     mass = cumulative[:, -1:]
     if not complete:
-        mass = torch.where(open_end, 1.0, mass)
+        mass = torch.where(tail_kept, 1.0, mass)
 
     # the first token whose cumulative probability exceeds uniform * mass
     target = uniform[:, None] * mass  # (B, 1)
@@ -166,7 +166,7 @@ def draw_token(logits, uniform, options, candidates=CANDIDATES):
         return chosen
 
     # draw again beyond the candidates; with a filter, the mass that it keeps there is unknown
-    again = (open_end & (filtered | (target >= cumulative[:, -1:])))[:, 0]
-    if again.any():
-        chosen[again] = draw_token(logits[again], uniform[again], options, candidates=V)
+    redraw = (tail_kept & (filtered | (target >= cumulative[:, -1:])))[:, 0]
+    if redraw.any():
+        chosen[redraw] = draw_token(logits[redraw], uniform[redraw], options, candidates=V)
     return chosen

@@ -30,9 +30,10 @@ LONG_SPACE = 100_000  # characters of white space in a row that tiktoken's regex
 
 @dataclass(frozen=True)
 class Template:
-    """A turn is written {opener}{before}{content}{after}, and {end} follows a reply."""
+    """A turn is written {opener}{before}{content}{after}, and {end} follows a reply. All three
+    roles need an opener that begins with a newline or is a special token."""
 
-    openers: dict  # role -> text that opens its turn; the first turn goes without the newline
+    openers: dict  # role -> text that opens its turn; without the newline in the first turn
     before: str = " "
     after: str = ""
     end: str = "<|endoftext|>"  # the special token that ends a reply
@@ -91,7 +92,7 @@ class Tokenizer:
     """GPT-2's byte-pair encoding and one chat template."""
 
     def __init__(self, template="human_bot"):
-        """Raises ValueError for a template that is unknown, or whose turns text could forge."""
+        """Raises ValueError for an unknown template, or role markers that a message could forge."""
         if template not in TEMPLATES:
             raise ValueError(f"template '{template}' is not one of {', '.join(TEMPLATES)}")
         t = TEMPLATES[template]
@@ -117,7 +118,7 @@ class Tokenizer:
             self._first[role] = self._bpe.encode(opener.strip(), allowed_special="all")
             # _escape_markers splits the last token in two
             if opener not in t.specials and (len(ids) < 2 or len(self.decode(ids[-1:])) < 2):
-                raise ValueError(f"template '{template}': text could forge the opener {opener!r}")
+                raise ValueError(f"template '{template}': a message could forge {opener!r}")
 
     def encode(self, text):
         """Return the ids of `text`, never a special token. Lone surrogates become U+FFFD."""
@@ -189,7 +190,7 @@ class Tokenizer:
         last_tokens = {opener[-1] for opener in self._later.values()}
         turns = []
         for pos, token in enumerate(ids):
-            if token not in last_tokens:  # skip most positions quickly
+            if token not in last_tokens:  # fast path: most tokens cannot end an opener
                 continue
             for role, opener in (self._later if turns else self._first).items():
                 start = pos + 1 - len(opener)
@@ -263,9 +264,9 @@ def fit_context(tokenizer, messages, room, start=0):
     """Return (at most `room` ids that prompt the next reply, number of oldest turns dropped).
 
     The first `start` turns were dropped before. If the rest does not fit, drop whole exchanges
-    until half of the room is free: the next prompts then begin alike, and the engine computes only
-    what is new. The persona (a system message) stays. A last message that is too long alone keeps
-    its end. Raises ValueError if the persona leaves no room.
+    until half of the room is free, so the next prompts share a prefix and reuse the KV cache. The
+    persona (a system message) stays. A last message that is too long alone keeps its end. Raises
+    ValueError if the persona leaves no room.
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns = messages[len(system) :]

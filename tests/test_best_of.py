@@ -130,7 +130,7 @@ def test_a_higher_best_of_finds_no_worse_replies():
 def test_why_shows_the_candidates(capsys):
     talk = chat.Chat(knobs())
     chat.command(talk, "/why")
-    assert "nothing was chosen" in capsys.readouterr().out
+    assert "no candidates to show" in capsys.readouterr().out
     list(talk.reply("hi"))
     capsys.readouterr()
     chat.command(talk, "/why")
@@ -145,7 +145,7 @@ def test_why_shows_the_candidates(capsys):
     assert " ".join(talk.choice[0][1].split()) in lines[0]
     chat.command(talk, "/reset")
     chat.command(talk, "/why")
-    assert "nothing was chosen" in capsys.readouterr().out
+    assert "no candidates to show" in capsys.readouterr().out
 
 
 def test_retry_gives_another_reply_than_those_that_were_taken_back():

@@ -321,7 +321,7 @@ def test_the_log_and_a_policy_that_talks(capsys, as_main):
     samples = [line for line in printed.splitlines() if line.startswith("  ") and " -> " in line]
     assert len(samples) == 4  # one per iteration
     best = max(record["val_score"] for record in evaluations(out))
-    assert f"the best held-out score is {best:+.2f}" in printed
+    assert f"best held-out score {best:+.2f}" in printed
 
     done = as_main("chat.py", "--init_from=out", "--max_new_tokens=20", input="hi\n")
     assert done.returncode == 0, done.stderr
