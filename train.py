@@ -154,9 +154,10 @@ def main(config):
     training_run = Run("train", config, distributed)
     state = training_run.load()
     raw_model, tokenizer = make_model(config, state, distributed)
-    if config.block_size > raw_model.config.block_size:
+    context = raw_model.config.block_size
+    if config.block_size > context:
         raise ValueError(
-            f"block_size={config.block_size} exceeds the context, {raw_model.config.block_size}"
+            f"block_size={config.block_size} exceeds the context: lower it to {context}"
         )
     raw_model.gradient_checkpointing = config.gradient_checkpointing
     speed_up(raw_model.to(device))  # optional: fast loss and attention, equal up to rounding

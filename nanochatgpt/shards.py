@@ -37,7 +37,7 @@ def padded(n):
 
 
 class ShardWriter:
-    """Writes one shard in constant memory. Used with `with`, the file appears whole or not at all."""
+    """Writes one shard in constant memory. With `with`, the file appears whole or not at all."""
 
     def __init__(self, path, vocab_size, template):
         self.path = Path(path)

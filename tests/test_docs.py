@@ -56,7 +56,7 @@ def test_links_lead_to_files_anchors_and_names(path):
         if anchor:
             assert anchor in anchors(file), target
         name = re.fullmatch(r"`([\w.]+)`", label)
-        if name and file.suffix == ".py":  # [`Class.method`](file.py)
+        if name and file.suffix == ".py" and file.name != name[1]:  # [`Class.method`](file.py)
             names = {"": ast.parse(file.read_text(encoding="utf-8"))}
             for part in name[1].split("."):
                 body = [node for scope in names.values() for node in scope.body]
