@@ -4,8 +4,9 @@ Measure what a model says, next to another one:
     python evaluate.py --init_from=out/chat --base=gpt2 --dataset=personachat
 
 On the validation shards: how well it predicts the supervised tokens; how close its own replies are
-to what people replied, how much they repeat, whether they end and keep to their turn. Without a
-corpus: whether it remembers names, facts and sentences that prepare/recall.py does not train on.
+to what people replied, how much they repeat, whether they emit the end token and do not write the
+user's next turn. Without a corpus: whether it remembers names, facts and sentences that
+prepare/recall.py does not train on.
 """
 
 import contextlib

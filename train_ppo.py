@@ -25,16 +25,16 @@ from nanochatgpt.shards import find_shards, open_shard
 from rlhf import ppo
 
 MUST_MATCH = ("reward", "dataset", "temperature", "max_new_tokens")  # in a resumed run
-NORMALIZE_ON = 256  # replies of the initial model that define the unit of scores
+NORMALIZE_ON = 256  # replies of the initial model, used to normalize rewards to mean 0, std 1
 NO_END = -1.0  # score of a reply that does not end, or goes on with another turn
-VALUE_CLIP = 0.2  # how far a value moves in an iteration
+VALUE_CLIP = 0.2  # clip range of the value update
 RUNAWAY = 10  # a run stops if its KL is this many times the target
 
 
 @dataclass
 class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scripts
     init_from: str = default_model()  # the chat model to start from, or resume
-    reward: str = "out/reward"  # a reward model; or share:WORD or length:N, whose best is 1
+    reward: str = "out/reward"  # a reward model; or a toy with maximum 1: share:WORD, length:N
     out_dir: str = "out/ppo"
     # the rollout
     rollouts: int = 64  # replies per iteration, over all processes together
@@ -46,7 +46,7 @@ class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scri
     epochs: int = 4  # passes over the replies of an iteration
     batch_size: int = 16  # replies in a minibatch, over all processes together
     learning_rate: float = 1e-5  # at the start; decays linearly to 0
-    clip: float = 0.2  # no gain from a probability ratio beyond 1 - clip or 1 + clip
+    clip: float = 0.2  # PPO clip range: ratios are clipped to [1 - clip, 1 + clip]
     value_coef: float = 0.1  # weight of the value loss
     gamma: float = 1.0  # discount per token
     lam: float = 0.95  # lambda of generalized advantage estimation: 1 trusts returns, 0 the values
@@ -130,30 +130,30 @@ def main(config):
 
     # 3. the reward. Scores are rewards in standard deviations from the initial model's mean
     reward = ppo.make_reward(config.reward, tokenizer, device, autocast)
-    progress = {"name": config.init_from, "best_score": -math.inf, "mean": 0.0, "std": 1.0}
-    progress |= {"kl_coef": config.kl_coef, "kl_coef_at_first": config.kl_coef}
+    run_state = {"name": config.init_from, "best_score": -math.inf, "mean": 0.0, "std": 1.0}
+    run_state |= {"kl_coef": config.kl_coef, "kl_coef_at_first": config.kl_coef}
     if not new:
-        progress = {name: state[name] for name in progress}
+        run_state = {name: state[name] for name in run_state}
         raw_model.load_state_dict(state.pop("model"))
-    if config.kl_coef != progress["kl_coef_at_first"]:  # a new value replaces the adapted one
-        progress |= {"kl_coef": config.kl_coef, "kl_coef_at_first": config.kl_coef}
+    if config.kl_coef != run_state["kl_coef_at_first"]:  # a new value replaces the adapted one
+        run_state |= {"kl_coef": config.kl_coef, "kl_coef_at_first": config.kl_coef}
 
     def play(model, prompts, seed):
         """Return a Rollout with rewards and scores."""
         rollout = ppo.roll_out(model, tokenizer, prompts, config, seed)
         rollout.rewards = reward(rollout)
-        score = (rollout.rewards - progress["mean"]) / progress["std"]
+        score = (rollout.rewards - run_state["mean"]) / run_state["std"]
         rollout.score = score.masked_fill(~rollout.ended, NO_END)
         return rollout
 
     if new:
-        unit = torch.zeros(2, dtype=torch.float64)
+        reward_stats = torch.zeros(2, dtype=torch.float64)
         if distributed.master:  # one process draws: on another GPU a token may differ
             prompts = draw_prompts(shards["train"], tokenizer, NORMALIZE_ON, config, 0)
             rewards = play(initial, prompts, config.seed).rewards
-            unit[:] = torch.stack([rewards.mean(), rewards.std()])
-        mean, std = distributed.sum(unit).tolist()
-        progress |= {"mean": mean, "std": max(std, 1e-3)}
+            reward_stats[:] = torch.stack([rewards.mean(), rewards.std()])
+        mean, std = distributed.sum(reward_stats).tolist()
+        run_state |= {"mean": mean, "std": max(std, 1e-3)}
 
     # 4. the model on many devices, the optimizer, the log
     model = distribute(raw_model, raw_model, distributed)
@@ -165,8 +165,8 @@ def main(config):
     if distributed.master:
         log = Log(config, first_iter)
         print(f"{policy.num_parameters():,} parameters on {device}, {dtype}")
-        mean = f"{progress['mean']:.4f}, standard deviation {progress['std']:.4f}"
-        print(f"the mean reward of {progress['name']} is {mean}")
+        reward_text = f"{run_state['mean']:.4f}, standard deviation {run_state['std']:.4f}"
+        print(f"the mean reward of {run_state['name']} is {reward_text}")
 
     def evaluate():
         """Return the metrics of replies to held-out prompts."""
@@ -176,7 +176,7 @@ def main(config):
         ref_logprobs, _ = reference.evaluate(rollout, batch_size, autocast)
         means = rollout.means(logprobs - ref_logprobs).tolist()
         metrics = {f"val_{name}": mean for name, mean in zip(ppo.MEANS, means, strict=True)}
-        metrics["val_gain"] = (metrics["val_reward"] - progress["mean"]) / progress["std"]
+        metrics["val_gain"] = (metrics["val_reward"] - run_state["mean"]) / run_state["std"]
         texts = [tokenizer.decode(ids) for ids in rollout.replies]
         return metrics | {"val_repeated_4grams": repeated_4grams(texts)}
 
@@ -191,14 +191,14 @@ def main(config):
                 check_kl(metrics["val_kl"], it, config)
                 log(iter=it, **metrics)
                 print(f"iter {it}: {summary(metrics)}")
-                if metrics["val_score"] > progress["best_score"]:
-                    progress["best_score"] = metrics["val_score"]
+                if metrics["val_score"] > run_state["best_score"]:
+                    run_state["best_score"] = metrics["val_score"]
                     save_model(policy, tokenizer, config.out_dir)
-            training_run.save(policy, raw_model, iter=it, **progress)
+            training_run.save(policy, raw_model, iter=it, **run_state)
         if it == config.max_iters:
             break
         if distributed.sum(torch.tensor(int(stop.asked))):
-            training_run.save(policy, raw_model, iter=it, **progress)
+            training_run.save(policy, raw_model, iter=it, **run_state)
             training_run.print_stopped(it)
             break
         timer = Timer(it)
@@ -219,7 +219,7 @@ def main(config):
         check_kl(kl, it, config)
 
         # 5.3 advantages
-        kl_coef = progress["kl_coef"]
+        kl_coef = run_state["kl_coef"]
         rewards = ppo.token_rewards(rollout.score, old_logprobs, ref_logprobs, mask, kl_coef)
         gamma = config.gamma
         lam = config.lam
@@ -270,7 +270,7 @@ def main(config):
                 parts = (policy_loss, value_loss, entropy, clipped)  # (N,) each
                 sums += torch.stack([x.detach().sum() for x in parts]).cpu()
                 n_tokens += total
-        progress["kl_coef"] = ppo.adapted_kl_coef(kl_coef, kl, config)
+        run_state["kl_coef"] = ppo.adapted_kl_coef(kl_coef, kl, config)
         # ==========================================================================================
 
         # 5.6 the log; the explained variance is that of rank 0's replies
@@ -289,7 +289,7 @@ def main(config):
             print(f"  {sample_reply(rollout, tokenizer)}")
 
     if it == config.max_iters and distributed.master:
-        text = f"best held-out score {progress['best_score']:+.2f}, weights in "
+        text = f"best held-out score {run_state['best_score']:+.2f}, weights in "
         text += f"{config.out_dir}; chat with them: python chat.py --init_from={config.out_dir}"
         print(text)
     distributed.leave()

@@ -1,7 +1,8 @@
 """Train a reward model on kept and rejected replies: python train_reward.py config/train_reward.py
 
-A GPT-2 with a score on the last token, as Chai's gpt2_medium_retry_and_continue_12m_reward_model,
-on shards of prepare/retry.py. On one device or, with torchrun, on many.
+GPT-2 with a scalar head on the last token, like Chai's
+gpt2_medium_retry_and_continue_12m_reward_model, on shards of prepare/retry.py. On one device or,
+with torchrun, on many.
 """
 
 import math
@@ -71,8 +72,8 @@ def check(config):
 
 
 def make_model(config, state, distributed):
-    """Return (RewardModel, Tokenizer): of a run to resume, from a reward model, or from a GPT whose
-    head is replaced by a new score."""
+    """Return (RewardModel, Tokenizer): of a run to resume, from a reward model, or from a GPT,
+    replacing its LM head with a new score head."""
     if state is not None:
         model = RewardModel(GPTConfig(**state["config"] | {"dropout": config.dropout}))
         model.load_state_dict(state.pop("model"))
@@ -143,7 +144,7 @@ def main(config):
     model = distribute(raw_model, raw_model, distributed)
     optimizer = make_adamw(raw_model, config.learning_rate, config.weight_decay, config.beta2)
     training_run.restore(state, tokenizer, raw_model, optimizer, scaler)
-    progress = {name: state[name] for name in ("best_val_loss", "best_measure")}
+    run_state = {name: state[name] for name in ("best_val_loss", "best_measure")}
 
     # 5. the replies of an evaluation, and baselines: knowing only how often replies are kept, and
     # only how long they are
@@ -159,11 +160,13 @@ def main(config):
     for i in evaluated:
         ids = val.ids(i).tolist()
         reply_lengths.append(len(ids) - tokenizer.last_reply(ids))
-    measure = "accuracy" if pairs else "auc"  # scores are comparable only within a pair
-    by_length = reward_metrics(torch.tensor(reply_lengths).float(), labels, config.loss)[measure]
+    metric_name = "accuracy" if pairs else "auc"  # scores are comparable only within a pair
+    by_length = reward_metrics(torch.tensor(reply_lengths).float(), labels, config.loss)[
+        metric_name
+    ]
     baselines = {
         "constant_loss": reward_losses(constant, labels, config.loss).mean().item(),
-        f"length_{measure}": max(by_length, 1 - by_length),  # longer or shorter is better
+        f"length_{metric_name}": max(by_length, 1 - by_length),  # longer or shorter is better
     }
 
     # 6. the log
@@ -186,30 +189,30 @@ def main(config):
         if it % config.eval_interval == 0 or it == config.max_iters:
             scores = evaluate(raw_model, val, n_eval_batches, distributed, autocast)[evaluated]
             val_loss = reward_losses(scores, labels, config.loss).mean().item()
-            divergence.check("validation loss", val_loss, it, progress["best_val_loss"])
+            divergence.check("validation loss", val_loss, it, run_state["best_val_loss"])
             metrics = reward_metrics(scores, labels, config.loss)
             if distributed.master:
                 log(iter=it, val_loss=val_loss, **metrics, **baselines)
                 summary = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
                 print(f"iter {it}: val loss {val_loss:.4f}, {summary}")
-            if val_loss < progress["best_val_loss"]:
-                progress = {"best_val_loss": val_loss, "best_measure": metrics[measure]}
+            if val_loss < run_state["best_val_loss"]:
+                run_state = {"best_val_loss": val_loss, "best_measure": metrics[metric_name]}
                 if distributed.master:
                     save_model(raw_model, tokenizer, config.out_dir)
-            training_run.save(raw_model, raw_model, iter=it, **progress)
+            training_run.save(raw_model, raw_model, iter=it, **run_state)
             timer.restart(it)
         if it == config.max_iters:
             break
 
-        # read this step's micro-batches; sum over the processes the number of losses and, in the
-        # same message, whether any process was asked to stop
+        # read this step's micro-batches; sum the number of losses over the processes. The
+        # same message also tells every rank whether any rank got a stop signal
         first = it * config.gradient_accumulation_steps
         steps = range(rank, config.gradient_accumulation_steps, world_size)
         batches = [train.batch(first + step, device) for step in steps]
-        n = sum(len(y) // train.unit for _, _, y in batches)
+        n = sum(len(y) // train.group_size for _, _, y in batches)
         total, stopping = distributed.sum(torch.tensor([n, int(stop.asked)])).tolist()
         if stopping:
-            training_run.save(raw_model, raw_model, iter=it, **progress)
+            training_run.save(raw_model, raw_model, iter=it, **run_state)
             training_run.print_stopped(it)
             break
 
@@ -243,7 +246,7 @@ def main(config):
             loss = distributed.sum(step_loss).item()
             seconds = timer.seconds_per_step(it + 1)
             if distributed.master:
-                rate = total * train.unit / seconds
+                rate = total * train.group_size / seconds
                 log(iter=it + 1, loss=loss, lr=lr, grad_norm=norm.item(), replies_per_s=rate)
                 left = time_left(seconds * (config.max_iters - it - 1))
                 text = f"iter {it + 1}/{config.max_iters}: loss {loss:.4f}, lr {lr:.2e}"
@@ -254,15 +257,15 @@ def main(config):
 
     # 8. the verdict: does the best model beat a constant and the length of a reply?
     if it == config.max_iters and distributed.master:
-        loss = progress["best_val_loss"]
-        best = progress["best_measure"]
+        loss = run_state["best_val_loss"]
+        best = run_state["best_measure"]
         constant = baselines["constant_loss"]
-        length = baselines[f"length_{measure}"]
+        length = baselines[f"length_{metric_name}"]
         text = f"best validation loss {loss:.4f} (constant: {constant:.4f}), "
-        text += f"{measure} {best:.3f} (length: {length:.3f})"
+        text += f"{metric_name} {best:.3f} (length: {length:.3f})"
         print(f"{text}; weights in {config.out_dir}")
         if loss < constant and best > length:
-            print(f"choose replies by it: python chat.py --best_of=8 --reward={config.out_dir}")
+            print(f"to pick replies with it: python chat.py --best_of=8 --reward={config.out_dir}")
         else:
             baseline = "A CONSTANT" if loss >= constant else "LENGTH"
             print(f"NO BETTER THAN {baseline}: try more data, more epochs or another learning rate")

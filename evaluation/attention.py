@@ -1,8 +1,10 @@
 """
-Draw who looks at whom in a packed row: python evaluation/attention.py --init_from=nano
+Plot the attention mask and one head's attention in a packed row:
 
-Left: which tokens may look at which, in a row of several conversations. Right: where one head looks
-in the last reply of the second conversation. Needs matplotlib (pip install matplotlib).
+    python evaluation/attention.py --init_from=nano
+
+Left: which tokens may attend to which, in a row of several conversations. Right: what one head
+attends to in the last reply of the second conversation. Needs matplotlib (pip install matplotlib).
 """
 
 import json

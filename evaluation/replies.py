@@ -1,4 +1,5 @@
-"""Replies of a model to many prompts, and how each one ended."""
+"""Replies of a model to many prompts; whether they emit the end token and do not write the user's
+next turn."""
 
 import re
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ CHUNK = 64  # replies generated between two updates of the progress line
 @dataclass
 class Reply:
     text: str  # up to where the next turn begins
-    ended: bool  # by itself, before max_new_tokens
-    speaks_for_human: bool  # wrote the opener of another turn
+    ended: bool  # emitted the end token before max_new_tokens
+    speaks_for_human: bool  # wrote the opener of the user's next turn
 
 
 def reply_to(prompts, model, tokenizer, sampling, seed, label):

@@ -14,7 +14,7 @@ ROWS = {  # metric -> its label and format in the table
     "loss": ("loss, nats per token", ".4f"),
     "perplexity": ("perplexity", ".2f"),
     "token_accuracy": ("token accuracy", ".1%"),
-    "reward": ("reward: predicted tokens that are right", ".1%"),
+    "reward": ("Locutusque's reward (= token accuracy)", ".1%"),
     "penalty": ("penalty: predicted tokens like the one before", ".1%"),
     # replies to people
     "bleu": ("BLEU", ".2%"),

@@ -22,7 +22,7 @@ class ReplyDataset:
         self.config = config
         self.tokenizer = tokenizer
         self.shards = [open_shard(path) for path, _ in shards]
-        self.unit = 2 if config.loss == "pairs" else 1  # replies that stay together
+        self.group_size = 2 if config.loss == "pairs" else 1  # replies that stay together
 
         labels = []
         spans = []
@@ -37,7 +37,7 @@ class ReplyDataset:
             chosen = kept[::2]
             rejected = kept[1::2]
             paired = len(chosen) == len(rejected) and chosen.all() and not rejected.any()
-            if self.unit == 2 and not paired:
+            if self.group_size == 2 and not paired:
                 raise ValueError(
                     f"{shard.path} does not alternate chosen and rejected replies: use loss=labels"
                 )
@@ -76,9 +76,9 @@ class ReplyDataset:
         """Return the indices (b,) of the replies in batch `number` (0, 1, ...)."""
         # every epoch has its own order
         epoch, batch = divmod(number, self.n_batches)
-        units = self._batches(epoch)[batch]
-        first = units * self.unit  # the first reply of each unit
-        return (first[:, None] + np.arange(self.unit)).flatten()
+        groups = self._batches(epoch)[batch]
+        first = groups * self.group_size  # the first reply of each group
+        return (first[:, None] + np.arange(self.group_size)).flatten()
 
     def batch(self, number, device):
         """Return (idx (b, T) int64, lengths (b,) int64, labels (b,) float32) of batch `number`."""
@@ -89,11 +89,11 @@ class ReplyDataset:
         return idx, lengths, labels
 
     def _batches(self, epoch):
-        """Return the batches of an epoch, arrays of unit numbers."""
+        """Return the batches of an epoch, arrays of group numbers."""
         rng = np.random.default_rng((self.config.seed, epoch))
-        size = self.config.batch_size // self.unit  # units per batch
-        order = rng.permutation(len(self) // self.unit)
-        longest = self.lengths.reshape(-1, self.unit).max(1)  # tokens, of each unit
+        size = self.config.batch_size // self.group_size  # groups per batch
+        order = rng.permutation(len(self) // self.group_size)
+        longest = self.lengths.reshape(-1, self.group_size).max(1)  # tokens, of each group
 
         # sort each pool by length and cut it into batches
         batches = []

@@ -62,7 +62,8 @@ class Rollout:
 
 def roll_out(policy, tokenizer, prompts, config, seed):
     """Return the Rollout of a policy; prompt i has the seed `seed + i`."""
-    # temperature alone shapes the distribution, so training sees the probabilities of the draw
+    # no top_k, top_p or penalties: the log-probabilities we train must match the sampling
+    # distribution
     sampling = Sampling(config.max_new_tokens, config.temperature)
     end = (tokenizer.eos_id,)
     replies = generate(policy, prompts, sampling, seed=seed, stop_ids=end, tokenizer=tokenizer)
@@ -101,7 +102,7 @@ def make_reward(name, tokenizer, device, autocast):
 
 
 def toy_reward(name, tokenizer):
-    """Return a reward with a known best, 1. share:WORD is the share of a reply's tokens that are
+    """Return a toy reward whose maximum is 1. share:WORD is the share of a reply's tokens that are
     this word; length:N is 1 for N tokens and 1/N less for each token more or fewer."""
     kind, _, value = name.partition(":")
     share = kind == "share" and value != ""

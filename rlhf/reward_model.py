@@ -10,7 +10,8 @@ from nanochatgpt.huggingface import NoScore
 
 
 class RewardModel(GPT):
-    """GPT2ForSequenceClassification with one label: the same names, state dict and arithmetic."""
+    """Same parameter names and arithmetic as GPT2ForSequenceClassification with one label; state
+    dicts are interchangeable."""
 
     architecture = "GPT2ForSequenceClassification"
 
@@ -36,8 +37,8 @@ class RewardModel(GPT):
     def forward(self, idx, lengths):
         """Return the score of each row, (B,), a logit: higher means the reply is more likely kept.
 
-        idx: (B, T) int64, padded on the right with anything. lengths: (B,) int64, the tokens of
-        each row, at least 1.
+        idx: (B, T) int64, right-padded; padding values are ignored. lengths: (B,) int64, the tokens
+        of each row, at least 1.
         """
         x = self.hidden(idx)  # (B, T, C)
         rows = torch.arange(len(x), device=x.device)

@@ -30,7 +30,7 @@ class Refused(Exception):
 
 
 def json_response(content, status=200, headers=None):
-    """Return a response of JSON in ASCII, which can also hold half a surrogate pair."""
+    """Return a response of JSON in ASCII, which can also hold lone surrogates."""
     return Response(json.dumps(content), status, headers, media_type="application/json")
 
 
@@ -61,7 +61,7 @@ class AccessControl:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         start = time.perf_counter()
-        status = "cut"  # until the response starts
+        status = "aborted"  # until the response starts
 
         async def send_and_note(message):
             nonlocal status
@@ -120,7 +120,8 @@ class AccessControl:
                 if size <= limit:
                     return b"".join(parts)
         if size > limit:
-            raise Refused(413, f"the limit is {limit:,} bytes", headers={"Connection": "close"})
+            message = f"request body too large: the limit is {limit:,} bytes"
+            raise Refused(413, message, headers={"Connection": "close"})
         raise Refused(408, "the request was sent too slowly", headers={"Connection": "close"})
 
     def log(self, scope, status, seconds):

@@ -23,7 +23,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,6}$")]  # keys of JSON are strings
 
-# unsupported fields, and the values that clients send although they ask for nothing
+# default values that clients send for unsupported fields
 NO_OPS = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -46,7 +46,7 @@ class Strict(BaseModel):
 
 
 class Nullable(Strict):
-    """A field that is null or asks for nothing counts as left out."""
+    """Null and default values are dropped."""
 
     @model_validator(mode="before")
     @classmethod
@@ -128,9 +128,9 @@ def conversation(messages):
         elif not turns:
             system.append(message.text)
         else:
-            raise ValueError("messages of the system must come before all others")
+            raise ValueError("system messages must come first")
     if not turns:
-        raise ValueError("messages must have one that is not of the system")
+        raise ValueError("messages must include a user or assistant message")
     persona = "\n".join(system)
     return [{"role": "system", "content": persona}, *turns] if persona else turns
 

@@ -12,14 +12,14 @@ from fastapi.responses import Response, StreamingResponse
 from nanochatgpt.stream import Trim
 from serving.access import Refused, json_response
 from serving.protocol import ChatFormat, ChatRequest, CompletionFormat
-from serving.scheduler import Full, Job
+from serving.scheduler import Job, QueueFull
 
 
 async def respond(service, http, request, prompts, options):
     """Return the response with `n_replies` replies to each of the prompts, lists of ids."""
     try:
         generation = Generation(service, http, request, prompts, options)
-    except Full:
+    except QueueFull:
         seconds = 1 + service.config.max_queue // service.config.max_rows
         headers = {"Retry-After": str(seconds)}
         message = "too many requests are waiting"
@@ -33,7 +33,7 @@ class Generation:
     """The replies to one request, piece by piece as the scheduler delivers them."""
 
     def __init__(self, service, http, request, prompts, options):
-        """http: the HTTP request; options: a Sampling. Raises Full."""
+        """http: the HTTP request; options: a Sampling. Raises QueueFull."""
         self.service = service
         self.http = http
         self.request = request
@@ -119,7 +119,7 @@ class Generation:
                 self.first_token = time.perf_counter() - self.start
                 self.service.metrics.first_token.observe(self.first_token)
             if piece.end == "late":
-                message = "no turn within the time limit, or the server is shutting down"
+                message = "timed out waiting in the queue, or the server is shutting down"
                 raise Refused(503, message, headers={"Retry-After": "10"})
             if piece.end == "error":
                 raise Refused(500, "generation failed; see the server's log")

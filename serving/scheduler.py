@@ -1,8 +1,9 @@
 """
 Many clients, one engine: jobs come and go between two decoding steps.
 
-Everything that computes runs in the scheduler's thread, loading the model too. If a second thread
-used OpenMP, the workers would sleep between any two products, and a step would take twice as long.
+Everything that computes runs in the scheduler's thread, loading the model too. A second thread that
+used OpenMP would make OpenMP's workers sleep between matrix products, and a step would take twice
+as long.
 """
 
 import math
@@ -33,7 +34,7 @@ class Piece(NamedTuple):
     end: str | None
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """The queue has no room for the jobs."""
 
 
@@ -105,11 +106,11 @@ class Scheduler:
         self.engine = self.call(load).result()
 
     def add(self, *jobs):
-        """Queue jobs. Raises Full unless there is a row or a place in the queue for all of them."""
+        """Queue jobs. Raises QueueFull unless rows and queue have room for all of them."""
         with self.lock:
             free_rows = len(self.engine.rows) - len(self.running)
             if len(jobs) > free_rows + self.max_queue - len(self.waiting):
-                raise Full
+                raise QueueFull
             self.waiting.extend(jobs)
             if self.next_step is None:
                 self.next_step = self.call(self._step)

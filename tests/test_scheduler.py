@@ -12,7 +12,7 @@ from nanochatgpt.engine import Engine
 from nanochatgpt.generate import generate
 from nanochatgpt.sampling import Sampling
 from nanochatgpt.tokenizer import Tokenizer
-from serving.scheduler import Full, Job, Scheduler
+from serving.scheduler import Job, QueueFull, Scheduler
 
 TOKENIZER = Tokenizer()
 TEXTS = ("hello there", "how are you today?", "i like tea", "what? " * 20)
@@ -143,7 +143,7 @@ def test_the_queue_is_bounded_and_cancelled_jobs_make_room(start):
     listener.add(running)
     listener.wait_for_first(running)
     listener.add(*waiting)
-    with pytest.raises(Full):
+    with pytest.raises(QueueFull):
         listener.add(job(PROMPTS[2]))
     listener.scheduler.cancel(waiting[0])
     assert listener.end(waiting[0]) == "late"
@@ -152,7 +152,7 @@ def test_the_queue_is_bounded_and_cancelled_jobs_make_room(start):
     listener.scheduler.cancel(running)
     assert listener.end(last) == listener.end(waiting[1]) == "length"
     assert running.n_tokens < 100
-    with pytest.raises(Full):  # more than could ever have room together
+    with pytest.raises(QueueFull):  # more than could ever have room together
         listener.add(*(job(PROMPTS[0]) for _ in range(4)))
 
 

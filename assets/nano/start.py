@@ -1,4 +1,4 @@
-"""Write the start of the model in the box, a GPT whose heads can copy: python assets/nano/start.py
+"""Write nano's hand-set start, a GPT with heads that copy: python assets/nano/start.py
 
 To repeat a name that it was told, a transformer needs two kinds of heads (induction heads: Elhage
 et al. 2021, Olsson et al. 2022, arXiv 2209.11895). A head in layer 0 notes which token comes before
