@@ -24,13 +24,14 @@ def read(path):
     speaker as the bot, unless nobody answers.
     """
     try:
+        # the messages come in groups, some of them blank
         for key, conversation in json.loads(path.read_text(encoding="utf-8")).items():
             messages = [m for m in chain(*conversation["messages"]) if m["text"].strip()]
             turns = []
             for _, group in groupby(messages, key=lambda message: message["sender"]):
                 turns.append(" ".join(message["text"].strip() for message in group))
             if len(turns) < 2:
-                continue
+                continue  # nobody answers
             for roles in (("user", "assistant"), ("assistant", "user")):
                 yield key, [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
@@ -40,7 +41,7 @@ def read(path):
 
 def mean_ratings():
     """Return {id: mean of the ratings from 0 to 10} of the package's rated conversations."""
-    ratings = {}
+    ratings = {}  # the parts of a rating are witty, interesting and upbeat
     for key, conversation in json.loads(packaged().read_text(encoding="utf-8")).items():
         if rating := conversation.get("ratings"):
             ratings[key] = sum(rating.values()) / len(rating)

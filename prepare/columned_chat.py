@@ -34,8 +34,8 @@ class Config(CorpusConfig):
 def records(path, skip_bad):
     """Yield (list's name, number, record) of a file, in pieces. A record that cannot be read is an
     Exception; without skip_bad nothing follows it."""
-    list_name = "the file"
-    number = 0
+    list_name = "the file"  # train or validation, once it has begun
+    number = 0  # of the record in its list
     with open(path, encoding="utf-8", errors="replace") as file:
         stream = JsonStream(file)
         try:
@@ -43,7 +43,7 @@ def records(path, skip_bad):
             while True:
                 list_name = stream.value()
                 number = 0
-                stream.expect(":")
+                stream.expect(":")  # {"train": [...], ...
                 if list_name not in list(SPLITS):
                     raise ValueError("it is neither train nor validation")
                 for record in stream.items(skip_bad, SPLITS):
@@ -62,6 +62,7 @@ def conversation(record):
     if not isinstance(record, dict):
         raise ValueError(f"is not an object: {record!r:.40}")
     messages = []
+    # the columns are called like the roles; there may be no system message
     for column in ("System", "User", "Assistant"):
         text = record.get(column)
         if column == "System" and text is None:
@@ -93,10 +94,11 @@ def conversations(config, path, counts):
             if not config.skip_bad:
                 raise ValueError(f"{problem}\n--skip_bad=true skips it") from None
             counts["bad"] += 1
-            if counts["bad"] <= 5:
+            if counts["bad"] <= 5:  # the first ones show what is wrong
                 print(problem, file=sys.stderr)
             continue
 
+        # count it, or take it
         if not messages:
             counts["blank"] += 1
         elif config.english and not is_english(messages):
@@ -119,8 +121,8 @@ def is_english(messages):
 def has_validation(path):
     """Return whether a file has a list named validation. Quotes in a text would be escaped."""
     with open(path, "rb") as file:
-        tail = b""
-        while chunk := file.read(1 << 24):
+        tail = b""  # of the chunk before: the name may be cut
+        while chunk := file.read(1 << 24):  # 16 MiB
             if re.search(rb'"validation"\s*:', tail + chunk):
                 return True
             tail = chunk[-64:]
@@ -135,7 +137,7 @@ def main(config):
     else:
         path = hub_file("Locutusque/ColumnedChatCombined", FILE, kind="datasets")
     counts = {"bad": 0, "blank": 0, "not English": 0}
-    examples = conversations(config, path, counts)
+    examples = conversations(config, path, counts)  # (list's name, messages)
     if has_validation(path):
         examples = ((SPLITS[list_name], messages) for list_name, messages in examples)
     else:

@@ -30,25 +30,28 @@ class Config:
 def prepare(config, name, conversations):
     """Write (split, messages) pairs to two shards and print a report.
 
-    Memory does not grow with the corpus. Raises ValueError if a split is empty; then nothing is
-    written.
+    Memory does not grow with the corpus. Raises ValueError, and writes nothing, for an empty split.
     """
     conversations = iter(conversations)
     tokenizer = Tokenizer(config.template)
+
+    # tokenize and write, 1,000 conversations at a time
     with output_folder(config, name) as folder, shard_writers(folder, tokenizer) as writers:
         splits = {split: Split(writer) for split, writer in writers.items()}
         start = time.perf_counter()
         while batch := list(itertools.islice(conversations, 1000)):
             for split, shard in splits.items():
                 shard.add([messages for s, messages in batch if s == split], tokenizer)
-            if sys.stderr.isatty():  # the next line overwrites this one
+            if sys.stderr.isatty():
                 n = sum(writer.n_tokens for writer in writers.values())
-                rate = n / (time.perf_counter() - start)
-                print(f"{n / 1e6:.1f}M tokens, {rate:,.0f}/s", end="\r", file=sys.stderr)
+                rate = n / (time.perf_counter() - start)  # tokens per second
+                line = f"{n / 1e6:.1f}M tokens, {rate:,.0f}/s"
+                print(line, end="\r", file=sys.stderr)  # the next line overwrites this one
         for split, writer in writers.items():
-            if not writer.n_conversations:
+            if not writer.n_conversations:  # raised in here, so that no shard appears
                 raise ValueError(f"no conversation for {split}.bin: at least two are needed")
 
+    # report
     for shard in splits.values():
         print(shard.report())
     ids, mask = tokenizer.render(splits["train"].first)
@@ -62,9 +65,9 @@ class Split:
     def __init__(self, writer):
         self.writer = writer
         self.first = None  # messages of the first conversation
-        self.n_turns = 0
+        self.n_turns = 0  # messages of the user and the assistant
         self.n_supervised = 0  # tokens
-        self.longest = 0  # tokens
+        self.longest = 0  # tokens of one conversation
 
     def add(self, conversations, tokenizer):
         rendered = render_batch(tokenizer, conversations)
@@ -88,6 +91,7 @@ def mark_supervised(tokenizer, ids, mask):
     """Return the text of `ids`, up to 1,500 characters, with « and » around what is supervised."""
     text = ""
     pairs = zip(ids, mask, strict=True)
+    # one run of tokens after the other, supervised or not
     for supervised, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
         piece = tokenizer.decode([token for token, _ in run])
         text += f"«{piece}»" if supervised else piece
@@ -126,7 +130,7 @@ def shard_writers(folder, tokenizer):
 def prepare_text(config, name, texts):
     """Write (split, text) pairs as nanoGPT's .bin files, tokens end to end, all supervised.
 
-    Raises ValueError if a split is empty; then nothing is written.
+    Raises ValueError, and writes nothing, for an empty split.
     """
     tokenizer = Tokenizer()
     n_tokens = {"train": 0, "val": 0}
@@ -138,7 +142,7 @@ def prepare_text(config, name, texts):
         with open(train_path, "wb") as train, open(val_path, "wb") as val:
             files = {"train": train, "val": val}
             for split, text in texts:
-                tokens = np.array(tokenizer.encode(text), "<u2")
+                tokens = np.array(tokenizer.encode(text), "<u2")  # (n,) uint16, little-endian
                 files[split].write(tokens.tobytes())
                 n_tokens[split] += len(tokens)
         if not all(n_tokens.values()):
@@ -155,7 +159,7 @@ def divide(conversations):
     digests = {}  # of the first two keys -> split
     for key, messages in conversations:
         digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        if len(digests) < 2:
+        if len(digests) < 2:  # an equal key changes nothing
             digests.setdefault(digest, "train" if digests else "val")
         default = "val" if int.from_bytes(digest) % 20 == 0 else "train"
         yield digests.get(digest, default), messages

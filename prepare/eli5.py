@@ -41,8 +41,9 @@ def as_messages(question):
 
     Deleted answers are left out, and those with a link, which the corpus replaces by URL_0.
     """
-    answers = question["answers"]
+    answers = question["answers"]  # {"score": [...], "text": [...], ...}
     ranked = sorted(zip(answers["score"], answers["text"], strict=True), key=lambda a: -a[0])
+    # the title and the text below it; either may be empty
     text = "\n".join(filter(None, (question["title"].strip(), question["selftext"].strip())))
     for _, answer in ranked:
         answer = answer.strip()
@@ -81,6 +82,8 @@ def find_files(source, files):
         return [hub_file("rexarski/eli5_category", *file, kind="datasets") for file in files]
     if source.is_file():
         return [source]
+
+    # a folder
     by_name = {}  # packed or not
     for path in sorted(source.glob("eli5-category-*.json*")):
         by_name[path.name.removesuffix(".gz")] = path
@@ -95,15 +98,16 @@ def questions(config, counts, form):
     source = existing(config.source) if config.source else None
     files = list(FILES.values())
     paths = find_files(source, files[:1] if config.max_examples else files)
+    # the first ones, a fifth of them held out
     if config.max_examples:
         examples = list(islice(read(paths[0], counts, form), config.max_examples))
         n = len(examples)
         held_out = set(random.Random(42).sample(range(n), n // 5))
         for i, (_, example) in enumerate(examples):
             yield "val" if i in held_out else "train", example
-    elif len(paths) == 1:
+    elif len(paths) == 1:  # one file
         yield from divide(read(paths[0], counts, form))
-    else:
+    else:  # as published
         for split, path in zip(FILES, paths, strict=True):
             for _, example in read(path, counts, form):
                 yield split, example

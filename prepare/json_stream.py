@@ -51,8 +51,9 @@ class JsonStream:
                 if not cut or len(self.text) - self.pos > LONGEST or not self._read_more():
                     raise ValueError(f"{message} {position:,}") from None
             else:
+                # a number that ends where the text in memory does may go on
                 length = end - self.pos
-                if end < len(self.text) or not self._read_more():  # a number may go on
+                if end < len(self.text) or not self._read_more():
                     self.pos += length
                     return value
 
@@ -63,7 +64,7 @@ class JsonStream:
         next_lists: names of the lists that may follow; skipping stops before them.
         """
         self.expect("[")
-        if self.peek() == "]":
+        if self.peek() == "]":  # an empty list
             self.pos += 1
             return
         while True:

@@ -22,7 +22,7 @@ from prepare.messages import problem
 
 def read(path):
     """Yield (conversation as text, messages). Raises ValueError that names the first bad line."""
-    number = 0
+    number = 0  # of the line
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, 1):  # noqa: B007 (the errors below name it)
@@ -31,9 +31,10 @@ def read(path):
                 record = json.loads(line)
                 messages = record.get("messages") if isinstance(record, dict) else None
                 if reason := problem(messages):
-                    raise TypeError(reason)
+                    raise TypeError(reason)  # not a ValueError, which is about JSON
                 key = json.dumps([(message["role"], message["content"]) for message in messages])
                 yield key, messages
+    # a damaged .gz, a line that is not JSON, or not a conversation
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged after line {number}: {error}") from error
     except (ValueError, RecursionError) as error:

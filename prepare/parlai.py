@@ -19,12 +19,15 @@ def dialogs(lines, name):
     persona = []
     exchanges = []
     for number, line in enumerate(lines, 1):
+        # the first line of a dialog ends the one before
         count, _, text = line.rstrip("\n").partition(" ")
         if count == "1":
             if exchanges:
                 yield persona, exchanges
             persona = []
             exchanges = []
+
+        # a sentence of a persona, or an exchange
         match = re.fullmatch("(your|partner's) persona: (.*)", text)
         if not count.isdigit() or not (match or "\t" in text):
             expected = "'N your persona: ...' or 'N utterance<TAB>reply'"
@@ -53,11 +56,13 @@ def messages(exchanges):
 def files(source, names=r"(train|valid)_self_original(_no_cands)?\.txt"):
     """Yield (split, name, lines) of the files with these names in an archive or a folder, or of
     `source` if it is such a file. split is "train", "val", or "" if there is only one file."""
+    # one file
     if source.is_file() and not tarfile.is_tarfile(source):
         with open(source, encoding="utf-8", errors="replace") as lines:
             yield "", source.name, lines
         return
 
+    # list an archive, which reads it to the end and so finds damage, or a folder
     try:
         archive = tarfile.open(source) if source.is_file() else None  # noqa: SIM115
         paths = archive.getnames() if archive else map(str, source.rglob("*.txt"))
@@ -65,7 +70,7 @@ def files(source, names=r"(train|valid)_self_original(_no_cands)?\.txt"):
         raise ValueError(f"{source} is cut short or damaged: {error}") from error
 
     # the file without candidates sorts last and is shorter to read
-    path_of = {}  # split -> path
+    path_of = {}  # split -> path; "valid" is "val"
     for path in sorted(paths):
         if match := re.fullmatch(names, Path(path).name):
             path_of[match[1].removesuffix("id")] = path
@@ -95,7 +100,7 @@ def examples(source, max_dialogs=0):
                 if candidates and candidates[-1] != reply:
                     problem = f"the last candidate is not the reply, {reply!r:.60}"
                     raise ValueError(f"{name}, dialog {number}: {problem}")
-                if reply:
+                if reply:  # the human has said `utterance`
                     before = messages([*exchanges[:i], (utterance, "", [])])
                     replies.append((" ".join(persona), before, reply, candidates))
     if not replies:

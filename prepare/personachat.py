@@ -34,7 +34,7 @@ def read(lines, name):
             continue
         conversation = messages(exchanges)
         texts = [message["content"] for message in conversation]
-        key = "\n".join(texts[: (len(texts) - 1) | 1])
+        key = "\n".join(texts[: (len(texts) - 1) | 1])  # an odd number of texts
         if persona and coin.random() < 0.5:
             conversation.insert(0, {"role": "system", "content": " ".join(persona)})
         yield key, conversation
@@ -43,7 +43,7 @@ def read(lines, name):
 def conversations(source):
     """Yield (split, conversation) of all files in `source`."""
     for split, name, lines in files(source):
-        if split:
+        if split:  # as published
             for _, conversation in read(lines, name):
                 yield split, conversation
         else:

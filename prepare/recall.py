@@ -27,7 +27,7 @@ def conversations(config):
     """Yield (split, messages)."""
     speakers = {split: Speaker(split, config.seed) for split in ("train", "val")}
     for number in range(config.conversations):
-        split = "train" if number % 20 else "val"
+        split = "train" if number % 20 else "val"  # the first one is for val
         yield split, conversation(speakers[split])
 
 

@@ -27,6 +27,7 @@ class Tables:
         text = configparser.ConfigParser(delimiters=":", interpolation=None)
         text.read(Path(__file__).with_name("recall.txt"), encoding="utf-8")
 
+        # the sentences
         self.sentences = {}  # purpose -> {split: [sentence]}
         for purpose, sentences in text["sentences"].items():
             self.sentences[purpose] = by_split(sentences)
@@ -37,6 +38,7 @@ class Tables:
             split = "val" if " // " in exchange else "train"
             self.small_talk[split].append((topic, *re.split(" //? ", exchange)))
 
+        # the words
         self.swap = dict(pair.split("=") for pair in text["words"]["swap"].split())
         self.syllables = text["words"]["syllables"].split()  # of made-up names
         self.little_words = set(text["words"]["little"].split())  # people leave them out
@@ -57,7 +59,8 @@ class Tables:
                     kind = {key: by_split(s.replace("{it}", thing)) for key, s in section.items()}
                     self.kinds.append(kind | {"values": values})
 
-        self.words = []  # that are one token
+        # the tokens that are words or parts of words
+        self.words = []  # with a space before them
         self.endings = []  # tokens from inside of words
         for token in sorted(gpt2_encoding().token_byte_values()):
             if re.fullmatch(b" [A-Za-z][a-z]{2,}", token):
@@ -105,6 +108,8 @@ class Speaker:
         choice = self.random.choice
         if isinstance(sentences, dict):
             sentences = choice(sentences[self.split])
+
+        # choose alternatives, [a|b], and verbs, before the slots are filled
         sentence = re.sub(r"\[(.*?)\]", lambda match: choice(match[1].split("|")), sentences)
         words = re.sub("{verb}", lambda _: choice(self.tables.verbs), sentence).split()
         if slips and self.split == "train" and self.random.random() < 0.5:
@@ -115,10 +120,13 @@ class Speaker:
     def slip(self, words):
         """Return words with some of the little ones missing and some odd ones added, but not next
         to a slot. It makes the model look for what sentences have in common."""
+        # leave out little words
         kept = []
         for word in words:
             if word not in self.tables.little_words or self.random.random() < 0.85:
                 kept.append(word)
+
+        # add odd ones
         written = []
         for word in kept:
             if "{" not in word + "".join(written[-1:]) and self.random.random() < 0.08:
@@ -177,6 +185,8 @@ class Conversation:
         self.facts = {}  # ("human" or "bot", number of the kind) -> slots of its sentences
         self.topic = None  # the last one
         self.messages = []
+
+        # the persona
         persona = ""
         for _ in range(n_persona):
             kind, slots = self.new_fact("bot")
@@ -207,6 +217,7 @@ class Conversation:
             number = self.random.randrange(len(kinds))
             value = self.speaker.value(kinds[number]["values"])
             used = used_words & set(value.lower().split())
+            # no kind twice, and no value with a word of another value
             if (owner, number) not in self.facts and not used:
                 break
         article = "an" if value[0] in "aeiou" else "a"
@@ -220,6 +231,8 @@ class Conversation:
         """
         sentences = self.tables.sentences
         kind, slots = self.new_fact("human")
+
+        # the comment, then the statement: the order of the draws decides what a seed makes
         comment = None
         while comment is None or (not echo and slots["x"] in comment):
             comment = self.say(sentences["comment"], {"c": self.say(kind["comment"], slots)})
@@ -233,7 +246,7 @@ class Conversation:
         """The human asks for a fact, a key of `facts`."""
         owner, number = fact
         kind = self.tables.kinds[number]
-        turned = swap if owner == "bot" else str
+        turned = swap if owner == "bot" else str  # sentences are about the human's facts
         noun = self.say(kind["noun"])
         question = turned(self.say(kind["ask"], slips=True))
         slots = {"q": question, "n": turned(noun), "s": self.remark()}
@@ -285,6 +298,8 @@ def conversation(speaker):
             talk.repeat()
         else:
             talk.small_talk()
+
+    # a fact is asked for in the end
     if not talk.facts:
         talk.tell()
     talk.ask(random.choice(list(talk.facts)))

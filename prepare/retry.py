@@ -116,8 +116,12 @@ def saved_chat(messages, retried):
     one has no label."""
     persona = messages[: messages[0]["role"] == "system"]
     turns = messages[len(persona) :]
+
+    # a reply is kept if something follows it
     ends = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
     labelled = [(messages[:end], 1) for end in ends if end < len(messages)]
+
+    # a retried reply is rejected
     for attempt in retried:
         before = attempt["before"]  # number of turns
         if type(before) is not int or not 0 < before <= len(turns):
@@ -171,9 +175,10 @@ def records(path):
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            text = io.TextIOWrapper(
-                file, "utf-8", "replace", newline="" if kind == ".csv" else None
-            )
+            newline = "" if kind == ".csv" else None  # csv splits lines itself
+            text = io.TextIOWrapper(file, "utf-8", "replace", newline=newline)
+
+            # open the values of the file; a list counts as its values
             if kind == ".jsonl":
                 values = (json.loads(line) if line.strip() else [] for line in text)
             elif kind == ".json":
@@ -198,7 +203,7 @@ def from_file(path, negatives):
         except (KeyError, TypeError, ValueError) as error:
             reason = f"there is no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{place}: {reason}") from error
-        if "messages" in record:
+        if "messages" in record:  # drop what was saved before
             labelled = [example for example in labelled if hash(str(example)) not in seen]
             seen.update(hash(str(example)) for example in labelled)
         if labelled:
@@ -210,10 +215,11 @@ def from_chitchat():
     it is 4 or less."""
     ratings = mean_ratings()
     for key, messages in read(packaged()):
-        rating = ratings.get(key, 5)
+        rating = ratings.get(key, 5)  # neither good nor bad
         if not 4 < rating < 6:
-            end = len(messages) if messages[-1]["role"] == "assistant" else -1
-            yield key, [(messages[:end], int(rating >= 6))]
+            if messages[-1]["role"] == "user":
+                messages.pop()  # end with a reply
+            yield key, [(messages, int(rating >= 6))]
 
 
 def main(config):
@@ -244,12 +250,13 @@ def prepare(config, replies):
                 writer.write(render_replies(tokenizer, labelled))
                 for _, label in labelled:
                     counts[split][label] += 1
+
+        # a reward model learns from both labels, in both splits
         for split, (bad, good) in counts.items():
             if not (bad and good):
-                raise ValueError(
-                    f"{split}.bin would have {good:,} kept replies and {bad:,} rejected ones, and "
-                    "needs both: more conversations with different beginnings are needed"
-                )
+                shard = f"{split}.bin would have {good:,} kept replies and {bad:,} rejected ones"
+                remedy = "more conversations with different beginnings are needed"
+                raise ValueError(f"{shard}, and needs both: {remedy}")
     for split, (bad, good) in counts.items():
         n = bad + good
         n_tokens = writers[split].n_tokens
@@ -264,8 +271,8 @@ def render_replies(tokenizer, labelled):
     pairs = []
     for content, label in labelled:
         if isinstance(content, str):
-            ids = np.array(tokenizer.encode(content), np.uint16)
-            start = 0
+            ids = np.array(tokenizer.encode(content), np.uint16)  # (n,)
+            start = 0  # of what may be supervised
         else:
             ids, mask = next(rendered)
             start = np.flatnonzero(mask == 0)[-1] + 1  # after the opener of the last reply

@@ -25,7 +25,7 @@ COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
 
 def read(path):
     """Yield (conversation as text, messages). Raises ValueError for a damaged or other file."""
-    coin = random.Random(1337)
+    coin = random.Random(1337)  # the same personas each time
     try:
         with open(path, encoding="utf-8", errors="replace", newline="") as file:
             table = csv.DictReader(line.replace("\0", "") for line in file)
@@ -42,6 +42,7 @@ def read(path):
                 for user, group in groupby(lines, key=lambda line: line[0]):
                     turns.append((user, " ".join(line for _, line in group)))
 
+                # with each user as the bot
                 for bot, persona in zip("12", personas, strict=True):
                     messages = []
                     if coin.random() < 0.5 and persona.strip():
@@ -58,7 +59,7 @@ def read(path):
 def conversations(source):
     """Yield (split, messages) of the published files, of a folder with them, or of one file."""
     if source and source.is_file():
-        yield from divide(read(source))
+        yield from divide(read(source))  # both sides of a conversation have its text as key
         return
     for split, name in FILES.items():
         if source:

@@ -27,12 +27,12 @@ def paragraphs(source):
     if not paths:
         raise ValueError(f"{source} has no .txt file")
     for path in paths:
-        lines = []
+        lines = []  # of the paragraph
         with open(path, encoding="utf-8-sig", errors="replace") as file:
-            for line in chain(file, ["\n"]):
+            for line in chain(file, ["\n"]):  # the end of a file ends a paragraph
                 if "\0" in line:
                     raise ValueError(f"{path} is not text: it has NUL bytes")
-                if line.strip() not in ("", "<|endoftext|>"):
+                if line.strip() not in ("", "<|endoftext|>"):  # which TinyStories has
                     lines.append(line.strip())
                 elif lines:
                     text = "\n\n" + " ".join(lines)
