@@ -885,12 +885,12 @@ def test_personachat_is_downloaded_once_and_verified(prepare, web, monkeypatch):
     assert files_in("again") == files_in("data/personachat")
 
 
-def test_without_a_network_the_error_names_source(refused, web, monkeypatch):
+def test_without_a_network_the_error_names_the_place_for_the_file(refused, web, monkeypatch):
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}/personachat.tgz"
         monkeypatch.setattr(personachat, "URL", url)
-        refused(personachat, "127.0.0.1", "--source")
+        refused(personachat, "127.0.0.1", "data/downloads/personachat.tgz")
 
 
 # ---- ELI5
