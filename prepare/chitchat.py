@@ -7,7 +7,7 @@ speaker as the bot, in the same split.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
 
 from nanochatgpt.configurator import run
 from prepare.chitchat_package import packaged, read
@@ -15,7 +15,8 @@ from prepare.corpus import Config, divide, existing, prepare
 
 
 def main(config):
-    source = existing(config.source) if config.source else packaged()
+    source = existing(config.source) if config.source else packaged()  # dataset.json
+    # the id of a conversation decides its split
     prepare(config, "chitchat", divide(read(source)))
 
 

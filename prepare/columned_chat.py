@@ -19,7 +19,7 @@ from prepare.corpus import Config as CorpusConfig
 from prepare.corpus import divide, existing, prepare
 from prepare.json_stream import JsonStream
 
-FILE = "formatted_data.json"
+FILE = "formatted_data.json"  # 2.66 GB
 SPLITS = {"train": "train", "validation": "val"}  # list -> split
 
 
@@ -39,6 +39,7 @@ def records(path, skip_bad):
     with open(path, encoding="utf-8", errors="replace") as file:
         stream = JsonStream(file)
         try:
+            # the file is an object with one or two lists
             stream.expect("{")
             while True:
                 list_name = stream.value()
@@ -46,19 +47,19 @@ def records(path, skip_bad):
                 stream.expect(":")  # {"train": [...], ...
                 if list_name not in list(SPLITS):
                     raise ValueError("it is neither train nor validation")
-                for record in stream.items(skip_bad, SPLITS):
+                for record in stream.items(skip_bad, SPLITS):  # one record in memory at a time
                     number += 1
                     yield list_name, number, record
-                if stream.expect(",", "}") == "}":
+                if stream.expect(",", "}") == "}":  # the end of the file's object
                     return
         except (ValueError, RecursionError) as error:
-            yield str(list_name)[:40], number + 1, error
+            yield str(list_name)[:40], number + 1, error  # the damage itself, as the last record
 
 
 def conversation(record):
     """Return a record's messages, [] if the question or the answer is blank."""
     if isinstance(record, Exception):
-        raise record
+        raise record  # the caller reports it with its number
     if not isinstance(record, dict):
         raise ValueError(f"is not an object: {record!r:.40}")
     messages = []
@@ -72,12 +73,13 @@ def conversation(record):
         if text.strip():
             messages.append({"role": column.lower(), "content": text.strip()})
         elif column != "System":
-            return []
+            return []  # nothing to learn without a question or an answer
     return messages
 
 
 def conversations(config, path, counts):
     """Yield (list's name, messages). Count in `counts` what is left out, by reason."""
+    # examples taken from each list
     n_examples = dict.fromkeys(SPLITS, 0)
     for list_name, number, record in records(path, config.skip_bad):
         # stop when both lists are full; an error counts even if its list is
@@ -114,6 +116,7 @@ def is_english(messages):
         from py3langid import classify
     except ModuleNotFoundError:
         raise ValueError("english=true needs another package: pip install py3langid") from None
+    # 500 characters of each message tell the language, and keep it fast
     text = " ".join(message["content"][:500] for message in messages)
     return classify(text)[0] == "en"
 
@@ -131,13 +134,16 @@ def has_validation(path):
 
 def main(config):
     at_least(0, config, "max_examples")
+    # find the file, or download it
     if config.source:
         path = existing(config.source)
         path = existing(path / FILE) if path.is_dir() else path
     else:
         path = hub_file("Locutusque/ColumnedChatCombined", FILE, kind="datasets")
+    # what is left out, by reason
     counts = {"bad": 0, "blank": 0, "not English": 0}
     examples = conversations(config, path, counts)  # (list's name, messages)
+    # keep the published split; without one, divide by a hash of the conversation
     if has_validation(path):
         examples = ((SPLITS[list_name], messages) for list_name, messages in examples)
     else:

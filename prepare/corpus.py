@@ -33,7 +33,7 @@ def prepare(config, name, conversations):
     Memory does not grow with the corpus. Raises ValueError, and writes nothing, for an empty split.
     """
     conversations = iter(conversations)
-    tokenizer = Tokenizer(config.template)
+    tokenizer = Tokenizer(config.template)  # writes conversations in this template
 
     # tokenize and write, 1,000 conversations at a time
     with output_folder(config, name) as folder, shard_writers(folder, tokenizer) as writers:
@@ -42,7 +42,7 @@ def prepare(config, name, conversations):
         while batch := list(itertools.islice(conversations, 1000)):
             for split, shard in splits.items():
                 shard.add([messages for s, messages in batch if s == split], tokenizer)
-            if sys.stderr.isatty():
+            if sys.stderr.isatty():  # progress, for a person who watches
                 n = sum(writer.n_tokens for writer in writers.values())
                 rate = n / (time.perf_counter() - start)  # tokens per second
                 line = f"{n / 1e6:.1f}M tokens, {rate:,.0f}/s"
@@ -63,13 +63,14 @@ class Split:
     """A shard in the making, and the numbers for its report."""
 
     def __init__(self, writer):
-        self.writer = writer
+        self.writer = writer  # a ShardWriter
         self.first = None  # messages of the first conversation
         self.n_turns = 0  # messages of the user and the assistant
         self.n_supervised = 0  # tokens
         self.longest = 0  # tokens of one conversation
 
     def add(self, conversations, tokenizer):
+        # write a batch, [(ids, mask)], then count
         rendered = render_batch(tokenizer, conversations)
         self.writer.write(rendered)
         for messages, (ids, mask) in zip(conversations, rendered, strict=True):
@@ -89,7 +90,7 @@ class Split:
 
 def mark_supervised(tokenizer, ids, mask):
     """Return the text of `ids`, up to 1,500 characters, with « and » around what is supervised."""
-    text = ""
+    text = ""  # with the marks
     pairs = zip(ids, mask, strict=True)
     # one run of tokens after the other, supervised or not
     for supervised, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
@@ -117,7 +118,7 @@ def output_folder(config, name):
 @contextmanager
 def shard_writers(folder, tokenizer):
     """Yield {"train": ShardWriter, "val": ShardWriter}. Both shards appear at the end, or none."""
-    shape = (tokenizer.n_vocab, tokenizer.template)
+    shape = (tokenizer.n_vocab, tokenizer.template)  # stored in a shard's header
     with (
         ShardWriter(folder / "train.bin", *shape) as train,
         ShardWriter(folder / "val.bin", *shape) as val,
@@ -133,12 +134,13 @@ def prepare_text(config, name, texts):
     Raises ValueError, and writes nothing, for an empty split.
     """
     tokenizer = Tokenizer()
-    n_tokens = {"train": 0, "val": 0}
+    n_tokens = {"train": 0, "val": 0}  # per split
     with (
         output_folder(config, name) as folder,
         replacing(folder / "train.bin") as train_path,
         replacing(folder / "val.bin") as val_path,
     ):
+        # `replacing` gives the files their names only if all goes well
         with open(train_path, "wb") as train, open(val_path, "wb") as val:
             files = {"train": train, "val": val}
             for split, text in texts:
@@ -158,10 +160,11 @@ def divide(conversations):
     """
     digests = {}  # of the first two keys -> split
     for key, messages in conversations:
+        # 8 bytes, the same on every machine
         digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         if len(digests) < 2:  # an equal key changes nothing
             digests.setdefault(digest, "train" if digests else "val")
-        default = "val" if int.from_bytes(digest) % 20 == 0 else "train"
+        default = "val" if int.from_bytes(digest) % 20 == 0 else "train"  # one in twenty
         yield digests.get(digest, default), messages
 
 

@@ -22,6 +22,7 @@ from prepare.corpus import Config as CorpusConfig
 from prepare.corpus import divide, existing, prepare, prepare_text
 from prepare.json_stream import JsonStream
 
+# downloads are checked against these
 TRAIN_SHA256 = "9bfbed0d20608978fde8889f6383bfb695af575c81c3a3b2ec87c644928c725b"
 VAL_SHA256 = "4b29d4c6eae0d474b629d1e3a825a2543491afec08da0fb0bb06cd573ce718cf"
 FILES = {  # split -> file, bytes, sha256
@@ -42,10 +43,11 @@ def as_messages(question):
     Deleted answers are left out, and those with a link, which the corpus replaces by URL_0.
     """
     answers = question["answers"]  # {"score": [...], "text": [...], ...}
+    # best score first
     ranked = sorted(zip(answers["score"], answers["text"], strict=True), key=lambda a: -a[0])
     # the title and the text below it; either may be empty
     text = "\n".join(filter(None, (question["title"].strip(), question["selftext"].strip())))
-    for _, answer in ranked:
+    for _, answer in ranked:  # take the best answer that is usable
         answer = answer.strip()
         if answer not in ("", "[deleted]", "[removed]") and not re.search(r"\bURL_\d", answer):
             return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
@@ -68,7 +70,7 @@ def read(path, counts, form):
                 if example:
                     yield "" + question["q_id"], example  # a TypeError if it is not text
                 else:
-                    counts["unanswered"] += 1
+                    counts["unanswered"] += 1  # `form` found nothing to learn
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             problem = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path} is not eli5_category's JSON: {problem}") from error
@@ -78,16 +80,16 @@ def read(path, counts, form):
 
 def find_files(source, files):
     """Return the paths of published files, or [path] of another file alone."""
-    if not source:
+    if not source:  # download
         return [hub_file("rexarski/eli5_category", *file, kind="datasets") for file in files]
-    if source.is_file():
+    if source.is_file():  # one file, to be divided
         return [source]
 
     # a folder
     by_name = {}  # packed or not
     for path in sorted(source.glob("eli5-category-*.json*")):
         by_name[path.name.removesuffix(".gz")] = path
-    if len(by_name) == 1 and len(files) == 2:
+    if len(by_name) == 1 and len(files) == 2:  # a folder with one of the two
         return list(by_name.values())
     names = [name.removesuffix(".gz") for name, _, _ in files]
     return [by_name.get(name) or existing(source / f"{name}.gz") for name in names]
@@ -97,11 +99,13 @@ def questions(config, counts, form):
     """Yield (split, form(question)) of the files."""
     source = existing(config.source) if config.source else None
     files = list(FILES.values())
+    # with max_examples, the train file alone is enough
     paths = find_files(source, files[:1] if config.max_examples else files)
     # the first ones, a fifth of them held out
     if config.max_examples:
         examples = list(islice(read(paths[0], counts, form), config.max_examples))
         n = len(examples)
+        # indices; a fixed seed keeps the split
         held_out = set(random.Random(42).sample(range(n), n // 5))
         for i, (_, example) in enumerate(examples):
             yield "val" if i in held_out else "train", example
@@ -115,6 +119,7 @@ def questions(config, counts, form):
 
 def main(config):
     at_least(0, config, "max_examples")
+    # "reply" trains on chats, "all" on plain text
     counts = {"questions": 0, "unanswered": 0}
     if config.mask == "reply":
         prepare(config, "eli5", questions(config, counts, as_messages))

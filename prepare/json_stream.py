@@ -22,13 +22,14 @@ class JsonStream:
         """Return the next character that is not white space, "" at the end."""
         while not (match := re.compile(r"\S").search(self.text, self.pos)):
             self.pos = len(self.text)
-            if not self._read_more():
+            if not self._read_more():  # only white space was left
                 return ""
         self.pos = match.start()
         return match[0]
 
     def expect(self, *characters):
         """Move past the next character that is not white space, one of `characters`; return it."""
+        # say what is there and what should be
         character = self.peek()
         if character not in characters:
             problem = f"{character!r} instead of" if character else "it ends before"
@@ -42,6 +43,7 @@ class JsonStream:
         self.peek()
         while True:
             try:
+                # try to parse; read more and try again if the value is cut off
                 value, end = json.JSONDecoder().raw_decode(self.text, self.pos)
             except json.JSONDecodeError as error:
                 # an error at the end of what is in memory may only mean that the rest is missing
@@ -63,7 +65,7 @@ class JsonStream:
         skip_broken: instead of raising the error of a broken object, yield it and go on.
         next_lists: names of the lists that may follow; skipping stops before them.
         """
-        self.expect("[")
+        self.expect("[")  # the list's start
         if self.peek() == "]":  # an empty list
             self.pos += 1
             return
@@ -73,7 +75,7 @@ class JsonStream:
             except (ValueError, RecursionError) as error:
                 if not (skip_broken and self._skip_object(next_lists)):
                     raise
-                value = error
+                value = error  # the caller tells it from a value by its type
             yield value
             if self.expect(",", "]") == "]":
                 return
@@ -94,7 +96,7 @@ class JsonStream:
     def _read_more(self):
         """Forget the text before `pos`, read a chunk. Return False at the end of the file."""
         chunk = self.file.read(CHUNK)
-        self.offset += self.pos
+        self.offset += self.pos  # keeps positions in error messages right
         self.text = self.text[self.pos :] + chunk
         self.pos = 0
         return bool(chunk)

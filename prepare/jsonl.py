@@ -26,12 +26,13 @@ def read(path):
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, 1):  # noqa: B007 (the errors below name it)
-                if not line.strip():
+                if not line.strip():  # blank lines are allowed
                     continue
                 record = json.loads(line)
                 messages = record.get("messages") if isinstance(record, dict) else None
                 if reason := problem(messages):
                     raise TypeError(reason)  # not a ValueError, which is about JSON
+                # equal conversations have equal keys, whatever other fields they have
                 key = json.dumps([(message["role"], message["content"]) for message in messages])
                 yield key, messages
     # a damaged .gz, a line that is not JSON, or not a conversation
@@ -46,6 +47,7 @@ def read(path):
 def main(config):
     if not config.source:
         raise ValueError("--source=FILE.jsonl is needed: your conversations")
+    # 5% of the conversations go to val
     prepare(config, "jsonl", divide(read(existing(config.source))))
 
 

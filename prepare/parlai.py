@@ -16,8 +16,8 @@ def dialogs(lines, name):
     Lines are "N your persona: ..." and "N utterance<TAB>reply[<TAB><TAB>candidate|candidate...]";
     N is 1 where a dialog begins. Raises ValueError that names the line if it is neither.
     """
-    persona = []
-    exchanges = []
+    persona = []  # sentences
+    exchanges = []  # (utterance, reply, [candidate])
     for number, line in enumerate(lines, 1):
         # the first line of a dialog ends the one before
         count, _, text = line.rstrip("\n").partition(" ")
@@ -38,14 +38,15 @@ def dialogs(lines, name):
                 utterance = ""
             candidates = rest[-1].split("|") if rest else []
             exchanges.append((utterance, reply, list(filter(None, candidates))))
-        elif match[1] == "your":
+        elif match[1] == "your":  # the partner's persona is not the bot's
             persona.append(match[2])
-    if exchanges:
+    if exchanges:  # the last dialog
         yield persona, exchanges
 
 
 def messages(exchanges):
     """Return exchanges as messages, without the empty ones."""
+    # an empty text means that a speaker said nothing
     turns = []
     for utterance, reply, _ in exchanges:
         turns.append({"role": "user", "content": utterance})
@@ -80,6 +81,7 @@ def files(source, names=r"(train|valid)_self_original(_no_cands)?\.txt"):
         )
     for split, path in path_of.items():
         with archive.extractfile(path) if archive else open(path, "rb") as file:
+            # bytes -> text; damaged characters become U+FFFD
             lines = io.TextIOWrapper(file, "utf-8", "replace")
             name = f"{source}, {path}" if archive else path
             yield split if len(path_of) == 2 else "", name, lines
@@ -92,8 +94,9 @@ def examples(source, max_dialogs=0):
     max_dialogs: read the first ones only (0 = all). Raises ValueError if candidates lack the reply,
     FileNotFoundError if there is no such file.
     """
-    replies = []
+    replies = []  # as returned
     for _, name, lines in files(source, r"(valid)_self_original\.txt"):
+        # one entry per reply, with all that was said before it
         first_dialogs = islice(dialogs(lines, name), max_dialogs or None)
         for number, (persona, exchanges) in enumerate(first_dialogs, 1):
             for i, (utterance, reply, candidates) in enumerate(exchanges):

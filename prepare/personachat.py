@@ -17,9 +17,9 @@ from nanochatgpt.files import download
 from prepare.corpus import Config, divide, existing, prepare
 from prepare.parlai import dialogs, files, messages
 
-URL = "http://parl.ai/downloads/personachat/personachat.tgz"
+URL = "http://parl.ai/downloads/personachat/personachat.tgz"  # ParlAI's archive
 SIZE = 223_221_886  # bytes
-SHA256 = "507cf8641d333240654798870ea584d854ab5261071c5e3521c20d8fa41d5622"
+SHA256 = "507cf8641d333240654798870ea584d854ab5261071c5e3521c20d8fa41d5622"  # of the archive
 
 
 def read(lines, name):
@@ -28,13 +28,15 @@ def read(lines, name):
     ConvAI2 has each dialog from both sides. The side in which the bot begins lacks the last
     utterance, which has no reply. The key is what both have in common, so they share a split.
     """
-    coin = random.Random(1337)
+    coin = random.Random(1337)  # the same personas in every run
     for persona, exchanges in dialogs(lines, name):
-        if not any(reply for _, reply, _ in exchanges):
+        if not any(reply for _, reply, _ in exchanges):  # nothing to learn from
             continue
+        # the key of the split is the common part of both sides
         conversation = messages(exchanges)
         texts = [message["content"] for message in conversation]
         key = "\n".join(texts[: (len(texts) - 1) | 1])  # an odd number of texts
+        # half of the conversations keep the persona
         if persona and coin.random() < 0.5:
             conversation.insert(0, {"role": "system", "content": " ".join(persona)})
         yield key, conversation
@@ -46,7 +48,7 @@ def conversations(source):
         if split:  # as published
             for _, conversation in read(lines, name):
                 yield split, conversation
-        else:
+        else:  # a single file has no published split
             yield from divide(read(lines, name))
 
 

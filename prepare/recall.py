@@ -25,6 +25,7 @@ class Config(CorpusConfig):
 
 def conversations(config):
     """Yield (split, messages)."""
+    # a Speaker per split, each with its own sentences and values
     speakers = {split: Speaker(split, config.seed) for split in ("train", "val")}
     for number in range(config.conversations):
         split = "train" if number % 20 else "val"  # the first one is for val
@@ -33,6 +34,7 @@ def conversations(config):
 
 def main(config):
     if config.source:
+        # Config inherits the option
         raise ValueError(f"source={config.source}: these conversations are made up, leave it out")
     prepare(config, "recall", conversations(config))
 

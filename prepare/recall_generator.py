@@ -24,6 +24,7 @@ class Tables:
     """The vocabulary of the conversations, from recall.txt and GPT-2's tokens."""
 
     def __init__(self):
+        # ":" is the only delimiter, since values contain "="
         text = configparser.ConfigParser(delimiters=":", interpolation=None)
         text.read(Path(__file__).with_name("recall.txt"), encoding="utf-8")
 
@@ -69,22 +70,25 @@ class Tables:
                     self.words.append(word)
             elif re.fullmatch(b"[a-z]{2,}", token):
                 self.endings.append(token.decode())
+        # past tense
         self.verbs = [word for word in self.words if word.islower() and word.endswith("ed")]
 
 
 @functools.cache
 def tables():
-    return Tables()
+    return Tables()  # built once: it goes through all of GPT-2's tokens
 
 
 def by_split(text, separator=" / "):
     """Return {split: [item]} of a list in recall.txt; the items after // are for val."""
+    # line breaks in recall.txt are just spaces
     train, _, val = " ".join(text.split()).partition(" // ")
     return {"train": train.split(separator), "val": val.split(separator)}
 
 
 def held_out(word):
     """Return whether a word that is in no list is for val."""
+    # a tenth of all words, the same in every run
     return zlib.crc32(word.lower().encode()) % 10 == 0
 
 
@@ -99,7 +103,7 @@ class Speaker:
 
     def __init__(self, split, seed):
         self.split = split
-        self.random = random.Random(f"{split} {seed}")
+        self.random = random.Random(f"{split} {seed}")  # each split has its own sequence
         self.tables = tables()
 
     def say(self, sentences, slots=None, slips=False):
@@ -114,7 +118,7 @@ class Speaker:
         words = re.sub("{verb}", lambda _: choice(self.tables.verbs), sentence).split()
         if slips and self.split == "train" and self.random.random() < 0.5:
             words = self.slip(words)
-        sentence = " ".join(words)
+        sentence = " ".join(words)  # slots such as {x} are still open
         return " ".join(sentence.format(**slots).split()) if slots else sentence
 
     def slip(self, words):
@@ -184,7 +188,7 @@ class Conversation:
         self.lower = self.random.random() < 0.5  # write in lower case, as people do who chat
         self.facts = {}  # ("human" or "bot", number of the kind) -> slots of its sentences
         self.topic = None  # the last one
-        self.messages = []
+        self.messages = []  # as Tokenizer.render takes them
 
         # the persona
         persona = ""
@@ -197,6 +201,7 @@ class Conversation:
     def written(self, text):
         if self.lower:
             return text.lower()
+        # the sentences of recall.txt are in lower case: restore "I" and sentence starts
         text = re.sub(r"\bi\b", "I", text)
         return re.sub(r"(^|[.?!] )[a-z]", lambda match: match[0].upper(), text)
 
@@ -208,6 +213,7 @@ class Conversation:
 
     def new_fact(self, owner):
         """Return (kind, slots) of a fact, of a new kind and with a value of new words."""
+        # words of the values so far: asking for one fact must not bring up another
         used_words = set()
         for slots in self.facts.values():
             used_words.update(slots["x"].lower().split())
@@ -220,7 +226,7 @@ class Conversation:
             # no kind twice, and no value with a word of another value
             if (owner, number) not in self.facts and not used:
                 break
-        article = "an" if value[0] in "aeiou" else "a"
+        article = "an" if value[0] in "aeiou" else "a"  # of "ax", the value with its article
         self.facts[owner, number] = {"x": value, "ax": f"{article} {value}"}
         return kinds[number], self.facts[owner, number]
 
@@ -230,7 +236,7 @@ class Conversation:
         echo: the comment may name the value.
         """
         sentences = self.tables.sentences
-        kind, slots = self.new_fact("human")
+        kind, slots = self.new_fact("human")  # a fact that has not come up yet
 
         # the comment, then the statement: the order of the draws decides what a seed makes
         comment = None
@@ -247,9 +253,10 @@ class Conversation:
         owner, number = fact
         kind = self.tables.kinds[number]
         turned = swap if owner == "bot" else str  # sentences are about the human's facts
-        noun = self.say(kind["noun"])
+        noun = self.say(kind["noun"])  # what the fact is about, such as "my name"
         question = turned(self.say(kind["ask"], slips=True))
         slots = {"q": question, "n": turned(noun), "s": self.remark()}
+        # the bot answers with the value that it was told
         statement = self.say(turned(self.say(kind["answer"])), self.facts[fact])
         reply = self.say(self.tables.sentences["answer"], {"a": statement})
         asked = self.tables.sentences["ask the bot" if owner == "bot" else "ask"]
@@ -262,9 +269,9 @@ class Conversation:
 
     def small_talk(self):
         topic, human, bot = self.random.choice(self.tables.small_talk[self.speaker.split])
-        lead = self.say(self.tables.sentences["lead"])
+        lead = self.say(self.tables.sentences["lead"])  # an interjection, often empty
         self.add(f"{lead} {self.say(human)}".strip(), self.say(bot))
-        self.topic = topic
+        self.topic = topic  # ask_topic refers to it
 
     def ask_topic(self):
         """The human asks what the last topic was."""
@@ -275,7 +282,7 @@ class Conversation:
         """The human has the bot repeat one to three words."""
         kinds = ["name", "place", "noun", "number"]
         words = [self.speaker.value(self.random.choice(kinds)) for _ in range(3)]
-        words = " ".join(words[: self.random.randrange(1, 4)])
+        words = " ".join(words[: self.random.randrange(1, 4)])  # keep one to three
         self.add(self.say(self.tables.sentences["repeat"], {"x": words}), f"{words}.")
         self.topic = None
 
@@ -283,11 +290,13 @@ class Conversation:
 def conversation(speaker):
     """Return the messages of a conversation in which facts are told and asked for."""
     random = speaker.random
+    # two conversations in five have no persona
     talk = Conversation(speaker, n_persona=random.choice((0, 0, 1, 2, 3)))
     for _ in range(random.randrange(2, 12)):
+        # draw the next exchange
         chance = random.random()
         if chance < 0.3 and len(talk.facts) < 7:
-            talk.tell()
+            talk.tell()  # 30%, up to seven facts
         elif chance < 0.75 and talk.facts:
             facts = list(talk.facts)
             n = len(facts)
@@ -295,7 +304,7 @@ def conversation(speaker):
         elif chance < 0.82 and talk.topic:
             talk.ask_topic()
         elif chance < 0.87:
-            talk.repeat()
+            talk.repeat()  # copying practice
         else:
             talk.small_talk()
 
@@ -312,9 +321,10 @@ def probe(speaker, k):
     k = 0: the bot's persona has the value. In between, other facts and small talk take turns.
     """
     talk = Conversation(speaker, n_persona=0 if k else 3)
+    # the value may occur only once, in the statement
     fact = talk.tell(echo=False) if k else next(iter(talk.facts))
     for number in range(1, k):
-        if number % 2:
+        if number % 2:  # small talk and other facts in turn
             talk.small_talk()
         else:
             talk.tell()

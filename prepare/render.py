@@ -14,6 +14,7 @@ from nanochatgpt.tokenizer import LONG_SPACE
 
 def render_batch(tokenizer, conversations):
     """Return [(ids (n,) uint16, mask (n,) uint8)]: for each conversation what `render` returns."""
+    # 64 each: work for all threads
     chunks = [conversations[i : i + 64] for i in range(0, len(conversations), 64)]
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # tiktoken releases the GIL
         rendered = threads.map(functools.partial(_render_chunk, tokenizer), chunks)
@@ -23,6 +24,7 @@ def render_batch(tokenizer, conversations):
 def _render_chunk(tokenizer, conversations):
     """A call of tiktoken per conversation takes half the time of one per message. The ids are the
     same, because GPT-2's words end where an opener begins and ends."""
+    # the special tokens among the template's markers, such as <|endoftext|>
     template = tokenizer._template
     markers = {*template.openers.values(), template.end}
     specials = markers & tokenizer.special_ids.keys()
@@ -30,6 +32,7 @@ def _render_chunk(tokenizer, conversations):
     piece_sizes = []  # bytes of each opener and each body
     supervised = []  # 1 for the body of a reply, else 0
     for messages in conversations:
+        # the size of each piece in bytes tells later which tokens it has
         pieces, is_reply = _pieces(template, messages)
         try:
             piece_sizes += [len(piece.encode()) for piece in pieces]
@@ -47,28 +50,30 @@ def _render_chunk(tokenizer, conversations):
                 text, allowed_special=specials, disallowed_special=()
             )
         else:
-            ids, _ = tokenizer.render(messages)
+            ids, _ = tokenizer.render(messages)  # the slow path
         all_ids.append(np.array(ids, np.uint16))
 
     # tokens know their size in bytes, which gives the number of tokens in each piece
     token_ends = np.cumsum(_token_sizes(tokenizer._bpe)[np.concatenate(all_ids)])
     piece_ends = token_ends.searchsorted(np.cumsum(piece_sizes), side="right")
     mask = np.repeat(np.array(supervised, np.uint8), np.diff(piece_ends, prepend=0))
+    # where to cut the mask into conversations
     borders = np.cumsum([len(ids) for ids in all_ids])[:-1]
     return list(zip(all_ids, np.split(mask, borders), strict=True))
 
 
 def _pieces(template, messages):
     """Return the texts of a conversation, an opener and a body in turn, and their masks."""
-    pieces = []
+    pieces = []  # texts
     supervised = []
     for message in messages:
         is_reply = message["role"] == "assistant"
-        end = template.end if is_reply else ""
+        end = template.end if is_reply else ""  # only a reply has an end to learn
         body = f"{template.before}{message['content']}{template.after}{end}"
         pieces += (template.openers[message["role"]], body)
         supervised += (0, is_reply)
     if pieces:
+        # an opener's newline separates it from the turn before
         pieces[0] = pieces[0].removeprefix("\n")
     return pieces, supervised
 

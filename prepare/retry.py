@@ -37,6 +37,7 @@ from prepare.json_stream import JsonStream
 from prepare.messages import problem
 from prepare.render import render_batch
 
+# --negatives -> fields of a DailyDialog++ record
 BAD_REPLIES = {
     "adversarial": ["adversarial_negative_responses"],
     "random": ["random_negative_responses"],
@@ -62,11 +63,12 @@ def examples(record, negatives="adversarial"):
     # a pair
     if {"prompt", "chosen", "rejected"} <= record.keys():
         context = record["prompt"]
-        if isinstance(context, str):
+        if isinstance(context, str):  # one message of the user
             context = [{"role": "user", "content": as_text(context, "prompt")}]
         texts = [as_text(record[name], name) for name in ("chosen", "rejected")]
         if reason := problem(context and [*context, reply(texts[0])]):
             raise ValueError(f"prompt: {reason}")
+        # the pair differs in its last message only
         chosen, rejected = ([*context, reply(text)] for text in texts)
         return beginning(context), [(chosen, 1), (rejected, 0)]
 
@@ -76,7 +78,7 @@ def examples(record, negatives="adversarial"):
         if reason := problem(messages):
             raise ValueError(reason)
         if "label" not in record:
-            return saved_chat(messages, record.get("retried", ()))
+            return saved_chat(messages, record.get("retried", ()))  # written by /save
         if messages[-1]["role"] != "assistant":
             raise ValueError("messages do not end with the reply that has the label")
         return beginning(messages[:-1]), [(messages, as_label(record["label"]))]
@@ -84,18 +86,21 @@ def examples(record, negatives="adversarial"):
     # DailyDialog++: good and bad replies in turn, so that two are a pair
     if "positive_responses" in record:
         texts = [as_text(text, "context") for text in record["context"]]
+        # the bot speaks after the last text
         context = in_turn(texts, itertools.cycle((0, 1)), len(texts) % 2)
+        # replies that do not fit the context
         bad = [text for name in BAD_REPLIES[negatives] for text in record[name]]
         labelled = []
         for pair in itertools.zip_longest(record["positive_responses"], bad):
             for text, label in zip(pair, (1, 0), strict=True):
-                if text is not None:
+                if text is not None:  # the shorter list has run out
                     labelled.append(([*context, reply(as_text(text, "a response"))], label))
         return beginning(context), labelled
 
     # ConvAI2: utterances, some with a score
     if "dialog" in record:
         texts = [as_text(utterance["text"], "text") for utterance in record["dialog"]]
+        # without senders, the two take turns
         speakers = [utterance.get("sender", i % 2) for i, utterance in enumerate(record["dialog"])]
         labelled = []
         for i, utterance in enumerate(record["dialog"]):
@@ -108,18 +113,19 @@ def examples(record, negatives="adversarial"):
     # a text with a label
     text = record.get("input_text", record.get("text", record.get("input_ids")))
     label = as_label(record.get("labels", record.get("label")))
+    # the first line is the key, so texts with the same first line share a split
     return as_text(text, "text").strip().partition("\n")[0], [(text, label)]
 
 
 def saved_chat(messages, retried):
     """Return what `examples` does for a chat. A reply was kept if the human went on, so the last
     one has no label."""
-    persona = messages[: messages[0]["role"] == "system"]
-    turns = messages[len(persona) :]
+    persona = messages[: messages[0]["role"] == "system"]  # one system message or none
+    turns = messages[len(persona) :]  # without the persona
 
     # a reply is kept if something follows it
     ends = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
-    labelled = [(messages[:end], 1) for end in ends if end < len(messages)]
+    labelled = [(messages[:end], 1) for end in ends if end < len(messages)]  # kept
 
     # a retried reply is rejected
     for attempt in retried:
@@ -137,6 +143,7 @@ def in_turn(texts, speakers, bot):
     """Return texts as messages; what one speaker says in a row is one turn."""
     messages = []
     for text, speaker in zip(texts, speakers, strict=False):
+        # the speaker whose reply is rated is the bot
         role = "assistant" if speaker == bot else "user"
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += f" {text}"
@@ -162,7 +169,7 @@ def as_text(value, name):
 
 
 def as_label(value):
-    label = str(value).strip().lower()
+    label = str(value).strip().lower()  # numbers, booleans and texts are all in use
     if label not in ("0", "0.0", "false", "1", "1.0", "true"):
         raise ValueError(f"label {value!r:.40} is not 0 or 1")
     return int(label in ("1", "1.0", "true"))
@@ -170,8 +177,8 @@ def as_label(value):
 
 def records(path):
     """Yield (place, record) of a file. Raises ValueError that names the place of damage."""
-    kind = Path(path.name.removesuffix(".gz")).suffix
-    unit = "line" if kind == ".jsonl" else "record"
+    kind = Path(path.name.removesuffix(".gz")).suffix  # the suffix without .gz
+    unit = "line" if kind == ".jsonl" else "record"  # for error messages
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
@@ -188,6 +195,7 @@ def records(path):
             else:
                 raise ValueError("it is not .jsonl, .json or .csv")
             for number, value in enumerate(values, 1):
+                # a blank line counts as an empty list
                 for record in value if isinstance(value, list) else [value]:
                     yield f"{path}, {unit} {number:,}", record
     except (ValueError, RecursionError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -213,7 +221,7 @@ def from_file(path, negatives):
 def from_chitchat():
     """Yield (key, [(messages, label)]): 1 if a conversation's mean rating is 6 of 10 or more, 0 if
     it is 4 or less."""
-    ratings = mean_ratings()
+    ratings = mean_ratings()  # id -> 0 to 10
     for key, messages in read(packaged()):
         rating = ratings.get(key, 5)  # neither good nor bad
         if not 4 < rating < 6:
@@ -228,7 +236,7 @@ def main(config):
     if config.hub:
         if config.hub.count("/") < 2:
             raise ValueError(f"hub={config.hub} is not org/name/FILE")
-        org, name, file = config.hub.split("/", 2)
+        org, name, file = config.hub.split("/", 2)  # the file's path may contain slashes
         replies = from_file(hub_file(f"{org}/{name}", file, kind="datasets"), config.negatives)
     elif config.source == "chitchat":
         replies = from_chitchat()
@@ -244,8 +252,10 @@ def prepare(config, replies):
     tokenizer = Tokenizer(config.template)
     counts = {"train": [0, 0], "val": [0, 0]}  # replies with label 0, with label 1
     with output_folder(config, "retry") as folder, shard_writers(folder, tokenizer) as writers:
+        # 1,000 conversations at a time, so that memory does not grow with the file
         while batch := list(itertools.islice(replies, 1000)):
             for split, writer in writers.items():
+                # all replies of the split in this batch
                 labelled = [pair for s, group in batch if s == split for pair in group]
                 writer.write(render_replies(tokenizer, labelled))
                 for _, label in labelled:
@@ -259,13 +269,14 @@ def prepare(config, replies):
                 raise ValueError(f"{shard}, and needs both: {remedy}")
     for split, (bad, good) in counts.items():
         n = bad + good
-        n_tokens = writers[split].n_tokens
+        n_tokens = writers[split].n_tokens  # of the finished shard
         print(f"{folder / split}.bin: {n:,} replies, {n_tokens:,} tokens, {good / n:.1%} kept")
 
 
 def render_replies(tokenizer, labelled):
     """Return [(ids, mask)] of [(text or messages, label)]. The mask is 1 on the last reply and its
     end, or on a whole text, if the label is 1."""
+    # render all chats in one batch, then put them back in order
     chats = [content for content, _ in labelled if not isinstance(content, str)]
     rendered = iter(render_batch(tokenizer, chats))
     pairs = []
@@ -277,7 +288,7 @@ def render_replies(tokenizer, labelled):
             ids, mask = next(rendered)
             start = np.flatnonzero(mask == 0)[-1] + 1  # after the opener of the last reply
         supervised = np.zeros(len(ids), np.uint8)
-        supervised[start:] = label
+        supervised[start:] = label  # a rejected reply is not supervised at all
         pairs.append((ids, supervised))
     return pairs
 

@@ -18,8 +18,9 @@ from nanochatgpt.configurator import run
 from nanochatgpt.files import hub_file
 from prepare.corpus import Config, divide, existing, prepare
 
-REPO = "google/Synthetic-Persona-Chat"
+REPO = "google/Synthetic-Persona-Chat"  # on the Hugging Face hub
 FILES = {"train": "Synthetic-Persona-Chat_train.csv", "val": "Synthetic-Persona-Chat_valid.csv"}
+# both personas and the conversation, "User 1: ..." on each line
 COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
 
 
@@ -28,13 +29,13 @@ def read(path):
     coin = random.Random(1337)  # the same personas each time
     try:
         with open(path, encoding="utf-8", errors="replace", newline="") as file:
-            table = csv.DictReader(line.replace("\0", "") for line in file)
+            table = csv.DictReader(line.replace("\0", "") for line in file)  # drop NUL bytes
             for column in COLUMNS:
                 if column not in (table.fieldnames or ()):
                     corpus = "Synthetic-Persona-Chat"
                     raise ValueError(f"{path} has no column '{column}': it is not {corpus}")
             for row in table:
-                *personas, text = (row[column] or "" for column in COLUMNS)
+                *personas, text = (row[column] or "" for column in COLUMNS)  # a short row has None
 
                 # messages in a row from one user are one turn
                 lines = re.findall(r"^User ([12]): *(.*\S)", text, re.MULTILINE)
@@ -45,11 +46,12 @@ def read(path):
                 # with each user as the bot
                 for bot, persona in zip("12", personas, strict=True):
                     messages = []
-                    if coin.random() < 0.5 and persona.strip():
+                    if coin.random() < 0.5 and persona.strip():  # keep the persona in half of them
                         messages.append({"role": "system", "content": persona.replace("\n", " ")})
                     for user, content in turns:
                         role = "assistant" if user == bot else "user"
                         messages.append({"role": role, "content": content})
+                    # without a reply there is nothing to learn
                     if any(message["role"] == "assistant" for message in messages):
                         yield text, messages
     except csv.Error as error:
@@ -58,9 +60,10 @@ def read(path):
 
 def conversations(source):
     """Yield (split, messages) of the published files, of a folder with them, or of one file."""
-    if source and source.is_file():
+    if source and source.is_file():  # one file
         yield from divide(read(source))  # both sides of a conversation have its text as key
         return
+    # the published split
     for split, name in FILES.items():
         if source:
             path = existing(source / name)

@@ -23,11 +23,13 @@ class Config:
 
 def paragraphs(source):
     """Yield (text, text) for each paragraph: a blank line, then its lines joined by spaces."""
+    # sorted, so that the shards are the same on every machine
     paths = sorted(source.rglob("*.txt")) if source.is_dir() else [source]
     if not paths:
         raise ValueError(f"{source} has no .txt file")
     for path in paths:
         lines = []  # of the paragraph
+        # a byte order mark is dropped
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             for line in chain(file, ["\n"]):  # the end of a file ends a paragraph
                 if "\0" in line:
@@ -35,8 +37,8 @@ def paragraphs(source):
                 if line.strip() not in ("", "<|endoftext|>"):  # which TinyStories has
                     lines.append(line.strip())
                 elif lines:
-                    text = "\n\n" + " ".join(lines)
-                    yield text, text
+                    text = "\n\n" + " ".join(lines)  # paragraphs join with a blank line
+                    yield text, text  # the text is its own key
                     lines = []
 
 

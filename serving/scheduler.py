@@ -54,7 +54,8 @@ class Job:
     seconds: float = math.inf  # time limit, waiting included
 
     def __post_init__(self):
-        self.deadline = time.monotonic() + self.seconds
+        self.deadline = time.monotonic() + self.seconds  # on time.monotonic()'s clock
+        # turns tokens into text and finds stop strings
         self.text = TextStream(self.tokenizer, self.stop_strings)
         self.n_characters = 0  # in the pieces so far
         self.held = []  # [(Token, length of the text with it)], not in a piece yet
@@ -81,6 +82,7 @@ class Job:
 
     def _piece(self, text, end):
         self.n_characters += len(text)
+        # a token goes out with the text that ends it, not before
         tokens = []
         while self.held and self.held[0][1] <= self.n_characters:
             tokens.append(self.held.pop(0)[0])
@@ -101,7 +103,7 @@ class Scheduler:
         self.last_delivery = 0.0  # time.monotonic()
         self.lock = threading.Lock()  # for `waiting` and `next_step`
         self.next_step = None  # Future of the step that runs now or comes next
-        self.executor = ThreadPoolExecutor(max_workers=1)
+        self.executor = ThreadPoolExecutor(max_workers=1)  # the one thread that computes
         self.call = self.executor.submit  # a function, between two steps; returns a Future
         self.engine = self.call(load).result()
 
@@ -112,7 +114,7 @@ class Scheduler:
             if len(jobs) > free_rows + self.max_queue - len(self.waiting):
                 raise QueueFull
             self.waiting.extend(jobs)
-            if self.next_step is None:
+            if self.next_step is None:  # the scheduler was idle
                 self.next_step = self.call(self._step)
 
     def cancel(self, *jobs):
@@ -126,6 +128,7 @@ class Scheduler:
 
     def is_alive(self):
         """Return whether the thread is ready for jobs: False after a bug ended it."""
+        # a step catches the engine's errors, so an exception here is a bug
         step = self.next_step
         return step is None or not step.done() or step.exception() is None
 
@@ -144,7 +147,7 @@ class Scheduler:
             for row in list(self.running):
                 job = self._end(row)
                 pieces.append((job, job.finish("error")))
-        self._deliver(pieces)
+        self._deliver(pieces)  # outside of the lock: clients may add jobs meanwhile
         with self.lock:
             busy = self.waiting or self.running
             self.next_step = self.call(self._step) if busy else None
@@ -175,6 +178,7 @@ class Scheduler:
                 traceback.print_exc()
                 pieces.append((job, job.finish("error")))
                 continue
+            # the shared beginning is not computed again
             job.n_cached = self.engine.rows[row].n_reused
             self.running[row] = job
         return pieces
