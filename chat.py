@@ -47,14 +47,16 @@ class Chat:
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device, inference=True)
         at_least(1, config, "best_of")
+        # best_of and reward need each other
         if (config.best_of > 1) != bool(config.reward):
             knobs = f"best_of={config.best_of} with reward={config.reward or '(none)'}"
             raise ValueError(f"{knobs}: try --best_of=8 --reward=out/reward, or neither")
+        # the model, with the sampling defaults of its template
         self.model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
         self.config = for_template(config, self.tokenizer.template)
         self.reward_model = None
         if config.reward:
-            from rlhf.reward_model import load_reward_model
+            from rlhf.reward_model import load_reward_model  # only with --reward
 
             options = (self.tokenizer, device, dtype)
             self.reward_model = load_reward_model(config.reward, *options, inference=True)
@@ -69,7 +71,7 @@ class Chat:
 
         # the context must have room for the persona, a short message and a reply
         context = self.model.config.block_size
-        self.room = context - config.max_new_tokens
+        self.room = context - config.max_new_tokens  # tokens for the prompt
         shortest, _ = self.tokenizer.render([user("a")], add_generation_prompt=True)
         if self.room < len(shortest) or config.max_new_tokens < 1:
             problem = f"max_new_tokens={config.max_new_tokens} leaves no room for prompt or reply"
@@ -83,9 +85,10 @@ class Chat:
 
     def set_persona(self, persona):
         """Replace the persona; "" removes it. Raises ValueError if it is too long."""
+        # try it with a short message before it replaces the old one
         system = [{"role": "system", "content": persona}] if persona else []
         fit_context(self.tokenizer, [*system, user("a")], self.room)
-        self.system = system
+        self.system = system  # the persona as a list of messages, or []
 
     def reply(self, message):
         """Yield the reply to a message in pieces, without white space around it; remember both. If
@@ -93,17 +96,19 @@ class Chat:
         # the prompt: what fits of the conversation
         messages = [*self.messages, user(message)]
         prompt, self.dropped = fit_context(self.tokenizer, messages, self.room, self.dropped)
+        # remember the message, stream the reply
         self.turns.append(user(message))
         self.n_replies += 1
         reply = ""
         trim = Trim()
         try:
-            for piece in self.generate(prompt):
+            for piece in self.generate(prompt):  # pieces may begin or end with spaces
                 trimmed = trim.push(piece)
                 reply += trimmed
                 if trimmed:
                     yield trimmed
         finally:
+            # also after Ctrl-C, which closes this generator
             self.turns.append({"role": "assistant", "content": reply})
 
     def generate(self, prompt):
@@ -113,13 +118,13 @@ class Chat:
         stops = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
         if self.reward_model is None:
             # one reply, streamed
-            seed = config.seed + self.n_replies
+            seed = config.seed + self.n_replies  # a /retry draws another reply
             return stream(self.engine, tokenizer, prompt, config, seed=seed, **stops)
         # many replies, the best first
         from rlhf.scoring import best_of
 
         models = (self.engine, self.reward_model, tokenizer)
-        seed = config.seed + self.n_replies * config.best_of
+        seed = config.seed + self.n_replies * config.best_of  # candidate i draws with seed + i
         scored = best_of(*models, prompt, config.best_of, config, seed=seed, **stops)
         self.choice = [(score, tokenizer.decode(ids)) for score, ids in scored]
         # replies that were taken back in this place come last
@@ -132,7 +137,7 @@ class Chat:
         if not self.turns:
             return ""
         reply = self.turns.pop()["content"]
-        if reply:
+        if reply:  # an empty reply was interrupted, not rejected
             self.retried.append({"before": len(self.turns), "content": reply})
         return self.turns.pop()["content"]
 
@@ -165,24 +170,25 @@ def command(chat, line):
     name, _, argument = line.partition(" ")
     argument = argument.strip()
     if name == "/quit":
-        raise EOFError
+        raise EOFError  # as Ctrl-D does
     elif name == "/reset":
         chat.turns = []
         chat.retried = []
         chat.choice = []
-        chat.dropped = 0
+        chat.dropped = 0  # turns left out of the prompt
         print("conversation cleared")
     elif name == "/persona":
-        if argument:
+        if argument:  # without text, show it only
             chat.set_persona("" if argument == "-" else argument)
         print(chat.system[0]["content"] if chat.system else "no persona")
     elif name == "/retry":
         if chat.turns:
-            return chat.take_back()
+            return chat.take_back()  # `talk` answers it as a new message
         print("there is no message to answer again")
     elif name == "/why":
         if not chat.choice:
             print("no candidates to show: start with --best_of=8 --reward=DIR, and say something")
+        # one line per candidate; equal ones are counted
         lines = [f"{score:7.3f}  {' '.join(text.split())}" for score, text in chat.choice]
         for line, n in Counter(lines).items():
             print(line if n == 1 else f"{line}  ({n} times)")
@@ -224,13 +230,14 @@ def talk(chat):
         print("Bot: ", end="", flush=True)
         dropped = chat.dropped
         try:
+            # closing: on Ctrl-C the reply is remembered as far as it went
             with contextlib.closing(chat.reply(message)) as reply:
                 for piece in reply:
                     print(piece, end="", flush=True)
         except KeyboardInterrupt:
-            chat.cut_short()
+            chat.cut_short()  # drops the message if no text came
         print()
-        if chat.dropped > dropped:
+        if chat.dropped > dropped:  # tell it once each time the prompt loses turns
             print(f"(context full: the model no longer sees the oldest {chat.dropped} messages)")
 
 
@@ -241,7 +248,8 @@ def main(config):
     if sys.stdin.isatty():
         talk(chat)
         return
-    sys.stdin.reconfigure(errors="replace")
+    sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 become U+FFFD
+    # one line in, one line out: white space in a reply becomes single spaces
     for line in sys.stdin:
         message = line.strip()
         if message:

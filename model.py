@@ -28,11 +28,11 @@ PRESETS = {
 @dataclass
 class GPTConfig:
     block_size: int = 1024  # the context: the number of position embeddings
-    vocab_size: int = 50257
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
+    vocab_size: int = 50257  # GPT-2's tokens; a template may add some
+    n_layer: int = 12  # number of blocks
+    n_head: int = 12  # attention heads per block
+    n_embd: int = 768  # width of the hidden states
+    dropout: float = 0.0  # on embeddings, attention weights and each block's two outputs
 
 
 class Conv1D(nn.Module):
@@ -74,7 +74,7 @@ def packed_attention(documents, document_ids):
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.layer = layer
+        self.layer = layer  # tells the engine's cache which layer calls
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
@@ -98,7 +98,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4 C)
         return self.dropout(self.c_proj(x))
 
 
@@ -128,8 +128,8 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),  # tokens
+                "wpe": nn.Embedding(config.block_size, config.n_embd),  # positions
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd, eps=1e-5),
@@ -190,7 +190,7 @@ class GPT(nn.Module):
                 positions = index[:T]
             else:
                 document_ids = torch.searchsorted(documents, index, right=True) - 1  # (B * T,)
-                positions = (index - documents[document_ids]).view(B, T)
+                positions = (index - documents[document_ids]).view(B, T)  # restart at 0
                 attend = self.packed_attention(documents, document_ids.view(B, T))
 
         # token and position embeddings, the blocks, the final LayerNorm

@@ -31,6 +31,7 @@ def main(config):
     # GPT-2 saw <|endoftext|> before each text
     prompt = tokenizer.encode(config.start) or [tokenizer.special_ids["<|endoftext|>"]]
 
+    # stream each continuation after the prompt
     for i in range(config.num_samples):
         if i > 0:
             print("-" * 20)

@@ -84,6 +84,7 @@ def measure(config):
     means = rewards.cummax(1).values.mean(0).tolist()  # of the best of 1, 2, 3, ... replies
     curve = {2**k: round(means[2**k - 1], 4) for k in range(config.most.bit_length())}
 
+    # the curve: mean reward over the number of replies
     if config.png:
         from matplotlib.figure import Figure
 

@@ -33,8 +33,8 @@ def measure(config):
     draw = random.Random(0)
     all_replies = [reply for _, _, reply, _ in lines]
     n_tokens = 0  # of contexts and candidates
-    seconds = 0.0
-    seconds_alone = 0.0
+    seconds = 0.0  # for all candidates of a line
+    seconds_alone = 0.0  # for the reply alone
     for persona, messages, reply, candidates in draw.sample(lines, min(config.lines, len(lines))):
         # files without candidates: other replies of the file
         candidates = candidates or [*draw.choices(all_replies, k=19), reply]

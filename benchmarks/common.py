@@ -58,7 +58,7 @@ def resolve(init_from, model_class=GPT):
     """Return init_from, or for random:NAME the directory of a model with the shape of that preset
     and random weights, written at its first use: speed does not depend on the weights."""
     name = init_from.removeprefix("random:")
-    if name == init_from or name not in PRESETS:
+    if name == init_from or name not in PRESETS:  # load_model reports a wrong name
         return init_from
     # a reward model of the same shape has another directory
     directory = Path("out/random") / (name if model_class is GPT else f"{name}-reward")
@@ -71,7 +71,7 @@ def resolve(init_from, model_class=GPT):
 
 def save_random(name, model_class, directory):
     """Write a checkpoint with random weights."""
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # the same weights on every machine
     model = model_class(GPTConfig(**PRESETS[name]))
     # rename it at the end, so that nobody reads half of it
     unfinished = directory.with_name(f"{directory.name}.part")
@@ -91,7 +91,7 @@ def process_memory(field, pid="self"):
     status = Path(f"/proc/{pid}/status")
     if not status.exists():
         return None
-    kilobytes = re.search(rf"{field}:\s*(\d+) kB", status.read_text())[1]
+    kilobytes = re.search(rf"{field}:\s*(\d+) kB", status.read_text())[1]  # "VmHWM:   123456 kB"
     return int(kilobytes) * 1024 / 1e6
 
 

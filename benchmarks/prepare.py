@@ -26,13 +26,14 @@ class Config:
 def measure(config):
     """Tokenize conversations into a shard, then encode at most 64 MB of their text by tiktoken."""
     at_least(1, config, "megabytes")
+    # how many conversations make the megabytes asked for
     conversations = [messages for _, messages in chitchat.read(chitchat.packaged())]
     size = 0
     for messages in conversations:
         size += sum(len(message["content"].encode()) for message in messages)
     size /= 1e6 * len(conversations)  # MB per conversation
     n = max(2, round(config.megabytes / size))
-    memory = peak_memory("cpu")
+    memory = peak_memory("cpu")  # MB, before the work
 
     # to a shard: the first conversation to val, the others to train
     def divided():
@@ -44,11 +45,11 @@ def measure(config):
         corpus.prepare(corpus.Config(out_dir=folder), "bench", divided())
         seconds = time.perf_counter() - start
         tokens = sum(len(open_shard(path).tokens) for path in Path(folder).glob("*.bin"))
-    peak = peak_memory("cpu")
+    peak = peak_memory("cpu")  # MB, before tiktoken adds to it
 
     # tiktoken alone, with all cores
     texts = []
-    for i in range(min(n, round(64 / size))):
+    for i in range(min(n, round(64 / size))):  # 64 MB at most
         messages = conversations[i % len(conversations)]
         texts.append("\n".join(message["content"] for message in messages))
     start = time.perf_counter()

@@ -116,6 +116,7 @@ def running_server(config):
     command += [f"--device={config.device}"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
+        # the first line of its log has the address
         url = re.search(r"http://[\d.]+:(\d+)", server.stdout.readline())
         if not url:
             raise ValueError("the server did not start: it says why above")
@@ -165,6 +166,7 @@ async def send(port, request, client):
             reply.first_token = reply.first_token or time.perf_counter() - start
     writer.close()
 
+    # text and logprobs come in pieces, the usage at the end
     for event in map(json.loads, events):
         for choice in event.get("choices", ()):
             reply.text += choice["text"]

@@ -23,8 +23,8 @@ def hidden_of_branches(model, context, continuations):
     # branch 0 is the context; positions go on from its end in each continuation
     n = len(context)
     ids = list(context)
-    positions = list(range(n))
-    branch = [0] * n
+    positions = list(range(n))  # position of each id
+    branch = [0] * n  # branch of each id
     for i, continuation in enumerate(continuations, 1):
         ids += continuation
         positions += range(n, n + len(continuation))
@@ -32,6 +32,7 @@ def hidden_of_branches(model, context, continuations):
 
     device = model.transformer.wpe.weight.device
     idx, positions, branch = torch.tensor([ids, positions, branch], device=device)  # (T,) each
+    # each token sees the context and its own branch, up to itself
     mask = (branch == 0) | (branch == branch[:, None])  # (T, T)
     mask = mask.tril()
 

@@ -42,6 +42,7 @@ def load_model(
     ConnectionError if there is no such model, ValueError if it is damaged or not a GPT-2.
     """
     path, config, tokenizer = find(init_from)
+    # each token needs an embedding
     if config.vocab_size < tokenizer.n_vocab:
         sizes = f"{config.vocab_size} embeddings but its tokenizer has {tokenizer.n_vocab} tokens"
         raise ValueError(f"{init_from}: the model has {sizes}")

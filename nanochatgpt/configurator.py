@@ -23,7 +23,7 @@ def parse(Config, argv):
     """Return a `Config`, overridden by the files and arguments in `argv`. Its field `given`,
     if any, names the knobs that were set. Raises ValueError or OSError for a wrong argument."""
     knobs = _knobs(Config)
-    values = {}
+    values = {}  # knob -> value; later arguments win
     for arg in argv:
         # a config file sets several knobs, an argument sets one
         name, equals, text = arg.removeprefix("--").partition("=")
@@ -39,6 +39,7 @@ def parse(Config, argv):
                 nearest = difflib.get_close_matches(name, knobs, n=1, cutoff=0)[0]
                 raise ValueError(f"{arg}: unknown knob '{name}', did you mean '{nearest}'?")
             values[name] = _convert(knobs[name], value, arg)
+    # some defaults depend on whether the user set a knob
     if hasattr(Config, "given"):
         values["given"] = frozenset(values)
     return Config(**values)
@@ -60,7 +61,7 @@ def run(main, Config):
     except BrokenPipeError:  # the reader of our output, such as `head`, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if sys.flags.dev_mode:
+        if sys.flags.dev_mode:  # python -X dev
             raise
         message = str(error)
         full = re.search("out of memory|can't allocate memory", message)
@@ -91,7 +92,7 @@ def usage(Config, script, doc):
     # the comments of the fields; the formatter may wrap a default in ()
     field = re.compile(r"^    (\w+): \w+ = (?:\(\n[^#]*?)?.*?  # (.*)$", re.MULTILINE)
     comments = {}
-    for base in reversed(Config.__mro__[:-1]):
+    for base in reversed(Config.__mro__[:-1]):  # a subclass overrides its base
         comments |= field.findall(inspect.getsource(base))
     # one line per knob
     for name, knob in _knobs(Config).items():
@@ -107,10 +108,11 @@ def _knobs(Config):
 def _convert(knob, value, source):
     """Return the value in the knob's type: parse text, and let an int stand for a float."""
     if knob.type is bool and isinstance(value, str):
-        value = {"true": True, "false": False}.get(value.lower())
+        value = {"true": True, "false": False}.get(value.lower())  # None fails below
     elif isinstance(value, str) or (knob.type is float and type(value) is int):
         with contextlib.suppress(ValueError, OverflowError):
             value = knob.type(value)
+    # isinstance would accept True for an int
     if type(value) is not knob.type:
         example = f"{knob.name}={knob.default}"
         raise ValueError(f"{source}: {knob.name} is of type {knob.type.__name__}, as in {example}")

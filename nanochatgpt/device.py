@@ -10,9 +10,9 @@ import torch
 
 FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # 8- and 16-bit kernels for x86
 # options of malloc, from glibc's malloc.h
-M_TRIM_THRESHOLD = -1
+M_TRIM_THRESHOLD = -1  # free memory at the heap's end that triggers a return to the kernel
 M_MMAP_THRESHOLD = -3
-M_MMAP_MAX = -4
+M_MMAP_MAX = -4  # how many blocks may come from mmap
 # pattern in the device's name -> dense bf16 or fp16 FLOP/s, from the datasheets
 PEAK_FLOPS = {
     r"H200|H100(?! PCIe)": 989e12,
@@ -49,7 +49,7 @@ def pick_dtype(name, device, inference=False):
     float32; for inference on an x86 CPU float16, which is faster and writes the same text."""
     cuda = torch.device(device).type == "cuda"
     packed = inference and FBGEMM and torch.device(device).type == "cpu"  # see quantize.py
-    names = ["float32", "bfloat16", "float16"]
+    names = ["float32", "bfloat16", "float16"]  # values of the knob besides auto
     if packed:
         names.append("int8")
     # bfloat16 if the GPU computes with it, not if it emulates it
@@ -73,7 +73,7 @@ def keep_freed_memory():
 def mallopt(option, value):
     """Set an option of malloc, if the C library is glibc."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(option, value)
+        ctypes.CDLL(None).mallopt(option, value)  # CDLL(None): the C library of this process
 
 
 def peak_flops(device):

@@ -25,10 +25,10 @@ FULL_STATE_DICT = StateDictOptions(full_state_dict=True, cpu_offload=True)  # wh
 class Distributed:
     """Rank, world size and device of this process."""
 
-    rank: int
-    world_size: int
-    device: str
-    store: dist.Store | None
+    rank: int  # number of this process, from 0
+    world_size: int  # number of processes
+    device: str  # such as cuda:1; each process has its own
+    store: dist.Store | None  # key-value store shared by the processes; None for one process
 
     @property
     def master(self):
@@ -38,10 +38,10 @@ class Distributed:
     @contextlib.contextmanager
     def rank_zero_first(self):
         """Run the block on rank 0 first, then on the others, so that only one process downloads."""
-        if self.world_size > 1 and not self.master:
+        if self.world_size > 1 and not self.master:  # wait for rank 0
             dist.barrier()
         yield
-        if self.world_size > 1 and self.master:
+        if self.world_size > 1 and self.master:  # let the others go on
             dist.barrier()
 
     def sum(self, tensor):
@@ -66,6 +66,7 @@ def init_distributed(config, *divisible):
     Raises ValueError for a device that does not exist, or if one of the `divisible` knobs is not a
     multiple of the number of processes.
     """
+    # torchrun sets these variables
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device)
@@ -73,10 +74,12 @@ def init_distributed(config, *divisible):
     store = None
     if device_type == "cpu":
         keep_freed_memory()
+    # each process takes an equal part of a batch
     for name in divisible:
         value = getattr(config, name)
         if value % world_size:
             raise ValueError(f"{name}={value} is not a multiple of the {world_size} processes")
+    # connect to the other processes
     if world_size > 1:
         if device_type == "cuda":
             device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -91,7 +94,7 @@ def init_distributed(config, *divisible):
             backend, store=restart, rank=rank, world_size=world_size, timeout=hour
         )
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # for float32 products on a GPU
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # every process initialises the same weights
     return Distributed(rank, world_size, device, store)
 
 
@@ -106,6 +109,7 @@ def precision(name, device):
         raise ValueError(
             f"dtype=float16 trains on CUDA only; on {device_type} use bfloat16 or float32"
         )
+    # float32 needs no autocast
     autocast = contextlib.nullcontext()
     if dtype != torch.float32:
         autocast = torch.autocast(device_type, dtype)
@@ -125,8 +129,8 @@ def distribute(model, raw_model, distributed, sharded=False):
     its compiled version) with one copy per device (DDP), or unchanged for one process."""
     if sharded:
         for block in raw_model.transformer.h:
-            fully_shard(block)
-        fully_shard(raw_model)
+            fully_shard(block)  # gathers the weights of one block at a time
+        fully_shard(raw_model)  # the rest: embeddings, final LayerNorm
     elif distributed.world_size > 1:
         return DistributedDataParallel(model)  # device_ids would move the targets to the GPU
     return model
@@ -149,8 +153,8 @@ def gathered(raw_model, sharded):
         return raw_model
     weights = get_model_state_dict(raw_model, options=FULL_STATE_DICT)
     with torch.device("meta"):
-        model = GPT(raw_model.config)
+        model = GPT(raw_model.config)  # no memory for weights yet
     if dist.get_rank() == 0:
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(weights, assign=True)  # takes the tensors without a copy
         model.tie_weights()
     return model

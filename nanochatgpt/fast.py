@@ -123,7 +123,7 @@ def fast_packed_attention(model, documents, document_ids):
         return attend
 
     if documents.device.type == "cpu" and not torch.compiler.is_compiling():
-        lengths = [n for n in documents.diff().tolist() if n]
+        lengths = [n for n in documents.diff().tolist() if n]  # without the empty ones
 
         def attend(layer, q, k, v, dropout):
             B, nh, T, hs = q.shape

@@ -30,7 +30,7 @@ def download(url, path, size=None, sha256=None, headers=None):
     if _is_finished(path, size):
         return path
     part = path.with_name(path.name + ".part")
-    failures = 0
+    failures = 0  # attempts in a row that brought no new bytes
     while True:
         length = _length(part)
         try:

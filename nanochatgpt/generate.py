@@ -33,6 +33,7 @@ def generate(
     if stop_strings and tokenizer is None:
         raise ValueError("stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)")
     sampling = sampling or Sampling()
+    # a new engine has room for the longest prompt and its reply
     if engine is None:
         size = max(map(len, prompts), default=0) + max(sampling.max_new_tokens, 1)
         n_vocab = tokenizer.n_vocab if tokenizer else None
@@ -40,17 +41,17 @@ def generate(
     elif engine.running:
         raise ValueError(f"{len(engine.running)} rows of the engine are running: end them first")
 
-    new = [[] for _ in prompts]
+    new = [[] for _ in prompts]  # new ids of each prompt
     texts = [TextStream(tokenizer, stop_strings) for _ in prompts]
     ends = [[] for _ in prompts]  # length of the text after each new id, in characters
-    waiting = list(enumerate(prompts))
+    waiting = list(enumerate(prompts))  # [(index of the prompt, prompt)]
     prompt_of = {}  # index of the row -> index of its prompt
     try:
         while waiting or engine.running:
             # fill the free rows
             while waiting and len(engine.running) < len(engine.rows):
                 i, prompt = waiting.pop(0)
-                row_seed = None if seed is None else seed + i
+                row_seed = None if seed is None else seed + i  # the row draws the same in any batch
                 row = engine.add(
                     prompt, sampling, seed=row_seed, stop_ids=stop_ids, logit_bias=logit_bias
                 )
@@ -66,13 +67,14 @@ def generate(
                 text = texts[i]
                 text.push(token.id)
                 ends[i].append(text.length + text.within_character)
-                stop = text.stopped_at
+                stop = text.stopped_at  # in characters
                 if stop is None and not engine.rows[token.row].running:
                     stop = text.length - len(text.rest())
                 if stop is not None:
-                    new[i] = new[i][: bisect_right(ends[i], stop)]
+                    new[i] = new[i][: bisect_right(ends[i], stop)]  # ids that end by the stop
                     engine.end(token.row)
     finally:
+        # free the rows after an error too
         for row in prompt_of:
             engine.end(row)
     return new
@@ -90,9 +92,9 @@ def stream(engine, tokenizer, prompt, sampling, *, stop_strings=(), stop_ids=(),
     try:
         while row.running:
             for token in engine.step():
-                if piece := text.push(token.id):
+                if piece := text.push(token.id):  # "" while text is held back
                     yield piece
-            if text.stopped_at is not None:
+            if text.stopped_at is not None:  # `finally` ends the row
                 return
         # at the limit, what is held back might have become a stop string
         if len(row.ids) < row.limit and (piece := text.rest()):

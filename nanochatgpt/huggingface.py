@@ -27,7 +27,7 @@ SUPPORTED = {
     "tie_word_embeddings": True,
     "quantization_config": None,  # weights in floating point
 }
-SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
+SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")  # keys of config.json
 LARGEST = 1 << 20  # upper bound of a size; anything larger means a corrupt file
 FLOATS = {"f64", "f32", "f16", "bf16", "float64", "float32", "float16", "bfloat16"}
 SCORE = "score.weight"  # a reward model's, which has no lm_head
@@ -77,7 +77,7 @@ def config_files(model, tokenizer):
     """Return {name: text} of config.json and generation_config.json."""
     c = model.config
     config = dict(SUPPORTED)
-    del config["quantization_config"]
+    del config["quantization_config"]  # no key: not quantized
     config["architectures"] = [model.architecture]  # the class that transformers makes
     config["dtype"] = str(model.transformer.wpe.weight.dtype).removeprefix("torch.")
     # sizes; llama.cpp's converter reads n_ctx, OpenAI's name of n_positions
@@ -141,7 +141,7 @@ def open_weights(path, model):
         raise NoScore(f"{path} is not a reward model: it has no {SCORE}")
     if SCORE in stored_name and SCORE not in expected:
         raise ValueError(f"{path} is a reward model: it scores text and writes none")
-    for name in sorted(expected.keys() ^ stored_name.keys()):
+    for name in sorted(expected.keys() ^ stored_name.keys()):  # report the first difference
         verb = "lacks" if name in expected else "has"
         raise ValueError(f"{path} {verb} the tensor {name}, unlike the model in its config")
     for name, tensor in expected.items():
@@ -151,7 +151,7 @@ def open_weights(path, model):
             raise ValueError(f"{path}: {name} has shape {shape}, its config says {wanted}")
         if dtype.lower().removeprefix("torch.") not in FLOATS:
             raise ValueError(f"{path}: {name} is {dtype}; quantized weights are not supported")
-    return lambda name: read(stored_name[name])
+    return lambda name: read(stored_name[name])  # under model.py's name
 
 
 # --- tokenizer files ------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def read_tokenizer(directory):
             raise ValueError(f"{path} is not a tokenizer's: {error!r}") from error
     else:
         path = directory / "vocab.json"
-        vocab = read("vocab.json", gpt2_vocab())
+        vocab = read("vocab.json", gpt2_vocab())  # a repository without one uses GPT-2's
         added = read("added_tokens.json", {})
     if not gpt2_vocab().items() <= vocab.items():
         raise ValueError(f"{path} is not GPT-2's vocabulary; only models that use it can be loaded")

@@ -26,8 +26,8 @@ class PackedShard:
     """
 
     shard: Shard
-    pieces: np.ndarray
-    rows: list
+    pieces: np.ndarray  # (n, 4) int64
+    rows: list  # [[index of a piece]]
     rows_per_epoch: int
     n_lost: int
 
@@ -49,6 +49,7 @@ class Loader:
         self.block_size = block_size
         self.seed = seed
         self.tokenizer = tokenizer
+        # open each shard and pack its conversations into rows
         self.parts = []
         for path, share in shards:
             shard = open_shard(path, max_conversations)
@@ -56,22 +57,23 @@ class Loader:
             check_vocabulary(shard, shard.vocab_size - 1, tokenizer)
             self.parts.append(self._pack(shard, share))
 
+        # the figures for the log, and the most documents that a batch can hold
         self.n_tokens = sum(len(part.shard.tokens) for part in self.parts)
         self.n_lost = sum(part.n_lost for part in self.parts)
         self.n_rows = sum(part.rows_per_epoch for part in self.parts)
         n_inputs = 0  # per epoch
-        squares = 0
-        longest_row = 0
+        squares = 0  # sum of the squared lengths of the pieces, per epoch
+        longest_row = 0  # pieces in the row that has the most
         for part in self.parts:
             lengths = n_inputs_of(part.pieces)
-            epochs = part.rows_per_epoch / len(part.rows)
+            epochs = part.rows_per_epoch / len(part.rows)  # passes over this part in one epoch
             n_inputs += epochs * lengths.sum().item()
             squares += epochs * (lengths**2).sum().item()
             longest_row = max(longest_row, *map(len, part.rows))
         self.fill = n_inputs / (self.n_rows * block_size)
         self.span = squares / n_inputs
         self.max_documents = batch_size * (longest_row + 1)  # each row's padding is one, too
-        self._order = functools.lru_cache(2)(self._order)
+        self._order = functools.lru_cache(2)(self._order)  # this epoch and the next
 
     def batch(self, index):
         """Return batch `index` (0, 1, ...): x, y, documents.
@@ -84,13 +86,15 @@ class Loader:
         B = self.batch_size
         T = self.block_size
         x = np.zeros(B * T, np.int64)
-        y = np.full(B * T, -100, np.int64)
+        y = np.full(B * T, -100, np.int64)  # -100: no loss
         documents = np.full(self.max_documents + 1, B * T, np.int32)
-        n = 0
+        n = 0  # documents so far
         for b in range(B):
+            # rows are numbered through all epochs; look up which row this is
             epoch, row = divmod(index * B + b, self.n_rows)
             part_index, row = self._order(epoch)[row]
             part = self.parts[part_index]
+            # write its pieces one after the other
             start = b * T
             for piece in part.rows[row]:
                 ids, mask = read_piece(part.shard, part.pieces[piece])
@@ -126,9 +130,11 @@ class Loader:
             first = epoch * part.rows_per_epoch
             indices = np.arange(first, first + part.rows_per_epoch)
             passes, index = np.divmod(indices, len(part.rows))
+            # pass n has its own order, whichever epochs it falls into
             for n in np.unique(passes).tolist():
                 order = np.random.default_rng((self.seed, i, n)).permutation(len(part.rows))
                 rows += [(i, row) for row in order[index[passes == n]].tolist()]
+        # mix the parts
         return np.random.default_rng((self.seed, epoch)).permutation(rows).tolist()
 
     def _pack(self, shard, share):
@@ -144,7 +150,7 @@ class Loader:
 
     def _cut(self, shard):
         """Return the pieces of a shard, as in PackedShard; each fits a row with its target."""
-        room = self.block_size + 1
+        room = self.block_size + 1  # the last token of a piece is only a target
         if shard.template is None:  # plain text, one long document
             n = len(shard.tokens)
             starts = range(0, n - 1, self.block_size)
@@ -152,14 +158,17 @@ class Loader:
         else:
             pieces = []
             for begin, end in pairwise(shard.offsets.tolist()):
+                # a conversation that fits is one piece
                 if end - begin <= room:
-                    if end - begin >= 2:
+                    if end - begin >= 2:  # one token has no target
                         pieces.append((begin, begin, begin, end))
                     continue
+                # a longer one is cut; pieces without a reply teach nothing
                 ids = shard.tokens[begin:end].tolist()
                 for n, start, stop in self.tokenizer.cut(ids, room):
                     if shard.mask(begin + start, begin + stop).any():
                         pieces.append((begin, begin + n, begin + start, begin + stop))
+        # fail here, not in a run whose loss is always 0
         if not any(shard.mask(start + 1, stop).any() for _, _, start, stop in pieces):
             raise ValueError(
                 f"{shard.path} has no supervised token in any piece of up to "
@@ -174,8 +183,9 @@ def best_fit(lengths, block_size):
     """
     rows = []
     rows_with_room = [[] for _ in range(block_size + 1)]  # [r]: the rows with room for r more
-    for i in np.argsort(-lengths, kind="stable").tolist():
+    for i in np.argsort(-lengths, kind="stable").tolist():  # the longest first
         length = lengths[i].item()
+        # find the row with the least room that still fits
         room = length
         while room < block_size and not rows_with_room[room]:
             room += 1
@@ -184,6 +194,7 @@ def best_fit(lengths, block_size):
         else:
             row = []
             rows.append(row)
+        # put the piece there; the row now has less room
         row.append(i)
         rows_with_room[room - length].append(row)
     return rows
@@ -196,7 +207,7 @@ def n_inputs_of(pieces):
 
 def read_piece(shard, piece):
     """Return the ids (n,) int64 of a piece and which of them are supervised (n,) bool."""
-    a, b, c, d = piece.tolist()
+    a, b, c, d = piece.tolist()  # persona [a, b), the rest [c, d)
     ids = np.concatenate([shard.tokens[a:b], shard.tokens[c:d]]).astype(np.int64)
     mask = np.concatenate([shard.mask(a, b), shard.mask(c, d)])
     return ids, mask
@@ -204,11 +215,11 @@ def read_piece(shard, piece):
 
 def read_ahead(make, numbers):
     """Yield make(n) for each n, computing the next one in a thread meanwhile."""
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1) as thread:  # one thread: batches come in order
         pending = None
         for n in numbers:
             ready = pending
-            pending = thread.submit(make, n)
+            pending = thread.submit(make, n)  # starts before the caller asks for it
             if ready:
                 yield ready.result()
         if pending:

@@ -53,7 +53,8 @@ class Log:
     def __call__(self, **record):
         # JSON cannot hold NaN or inf (a diverged loss, fp16 overflow): write null
         finite = {k: v if v is None or math.isfinite(v) else None for k, v in record.items()}
-        self.file.write(json.dumps(finite) + "\n")
+        self.file.write(json.dumps(finite) + "\n")  # flushed line by line
+        # Weights & Biases can show NaN, so it gets the record as it is
         if self.wandb:
             self.wandb.log(record, step=record["iter"])
 
@@ -65,6 +66,7 @@ def read_log(path):
             record = json.loads(line)
         except ValueError:  # a line that a kill cut short
             continue
+        # a record is {name: number or null} with an integer iter
         values = record.values() if isinstance(record, dict) else [None]
         numbers = all(isinstance(value, int | float | None) for value in values)
         if not isinstance(record, dict) or not numbers or type(record.get("iter")) is not int:
@@ -76,7 +78,7 @@ class DivergenceCheck:
     """Stops a run that goes wrong before it overwrites its good checkpoint."""
 
     def __init__(self):
-        self.history = defaultdict(lambda: deque(maxlen=100))
+        self.history = defaultdict(lambda: deque(maxlen=100))  # name -> its last 100 values
 
     def check(self, name, value, it, usual=None):
         """Raise ValueError if the value is NaN or far above the usual one: the median of 100."""
@@ -84,13 +86,14 @@ class DivergenceCheck:
         if usual is None:
             usual = statistics.median(history) if len(history) >= 10 else math.inf  # too few yet
         factor, offset = LIMITS[name]
+        # `not <` also catches NaN
         if not value < factor * usual + offset:
             before = f", {usual:.4g} before" if usual < math.inf else ""
             raise ValueError(
                 f"the {name} is {value:.4g} at iter {it}{before}: training diverges. Lower "
                 "learning_rate, or raise warmup_iters; the saved checkpoints predate this"
             )
-        history.append(value)
+        history.append(value)  # only values that passed the check
 
 
 class StopSignal:
@@ -98,7 +101,7 @@ class StopSignal:
     run at once."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = False  # the training loop reads it after each step
         for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, kill
             signal.signal(number, self._ask)
 
@@ -116,7 +119,7 @@ class Timer:
         self.restart(it)
 
     def restart(self, it):
-        self.it = it
+        self.it = it  # step of the last restart
         self.time = time.perf_counter()  # seconds
 
     def seconds_per_step(self, it):

@@ -22,9 +22,11 @@ def sample_prompts(shards, tokenizer, n, room, seed):
     first = np.cumsum([0, *(len(shard.offsets) - 1 for shard in shards)])  # of each shard
     prompts = []
     replies = []
+    # visit the conversations of all shards in random order
     for conversation in np.random.default_rng(seed).permutation(first[-1]):
         if len(prompts) == n:
             break
+        # find its shard and its place there
         shard_index = np.searchsorted(first, conversation, side="right") - 1
         shard = shards[shard_index]
         i = conversation - first[shard_index]
@@ -38,9 +40,9 @@ def sample_prompts(shards, tokenizer, n, room, seed):
         for pos in range(1, min(len(ids), room + 1)):
             if mask[pos] and not mask[pos - 1] and tokenizer.eos_id in ids[pos:]:
                 spans.append((pos, ids.index(tokenizer.eos_id, pos)))
-        if spans:
+        if spans:  # otherwise no reply fits: try the next conversation
             pos, end = draw.choice(spans)
             check_vocabulary(shard, max(ids[:end]), tokenizer)
-            prompts.append(ids[:pos])
+            prompts.append(ids[:pos])  # ends with the opener of the reply
             replies.append(tokenizer.decode(ids[pos:end]).strip())
     return prompts, replies

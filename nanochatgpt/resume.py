@@ -26,14 +26,14 @@ class Run:
     resumed run must share with the original.
     """
 
-    script: str
-    config: object
+    script: str  # "train", "train_ppo" or "train_reward"
+    config: object  # the knobs of this call
     distributed: Distributed
-    must_match: tuple = ()
+    must_match: tuple = ()  # names of knobs
     tokenizer: Tokenizer = None
-    model: torch.nn.Module = None
+    model: torch.nn.Module = None  # the module that the optimizer updates, maybe sharded
     optimizer: torch.optim.Optimizer = None
-    scaler: torch.amp.GradScaler = None
+    scaler: torch.amp.GradScaler = None  # scales the loss for float16
 
     @property
     def last(self):
@@ -49,7 +49,7 @@ class Run:
         config = self.config
         distributed = self.distributed
         path = self.last / "state.pt"
-        resume = config.init_from == "resume"
+        resume = config.init_from == "resume"  # the user asks for it
 
         # torchrun --max_restarts starts all processes again: they resume what this job has begun
         if distributed.world_size > 1 and distributed.store.check(["begun"]):
@@ -61,10 +61,11 @@ class Run:
             )
         if distributed.world_size > 1:
             dist.barrier()  # every process has looked
-            distributed.store.set("begun", "1")
+            distributed.store.set("begun", "1")  # survives a restart of the processes
         if not resume:
             return None
 
+        # read the state and check that it is a run of this script
         if not path.exists():
             raise FileNotFoundError(f"no {path} to resume; start from a model with --init_from")
         state = load_tensors(path)
@@ -76,6 +77,7 @@ class Run:
                 f"{self.last} is a run of {state['script']}.py: resume it with that, or set "
                 "another --out_dir"
             )
+        # knobs that may not change within a run
         for name in self.must_match:
             value = getattr(config, name)
             if value != state["knobs"][name]:
@@ -94,16 +96,20 @@ class Run:
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
+        # a finished run may be resumed; it just ends
         if state["iter"] > self.config.max_iters:
             raise ValueError(
                 f"{self.last} is at iter {state['iter']}, beyond "
                 f"max_iters={self.config.max_iters}: raise max_iters"
             )
+        # pop: free the moments once the optimizer has its copy
         if moments := state.pop("optimizer", None):
+            # only the moments are restored: learning rate and weight decay come from the knobs
             groups = get_optimizer_state_dict(model, optimizer)
             set_optimizer_state_dict(
                 model, optimizer, groups | {"state": moments}, options=FULL_STATE_DICT
             )
+        # the loss scale that float16 has settled on
         if scaling := state.pop("scaler", None):
             scaler.load_state_dict(scaling)
 
@@ -114,22 +120,25 @@ class Run:
         a resumed run loads. progress: `iter` and further tensors or plain values. All
         processes must call this; rank 0 writes.
         """
+        # gather the moments of all processes on rank 0
         moments = {}
         if self.optimizer.state:  # the call below runs a dummy step on a fresh optimizer
             moments = get_optimizer_state_dict(self.model, self.optimizer, options=FULL_STATE_DICT)
-            moments = moments.get("state", {})
+            moments = moments.get("state", {})  # without the parameter groups, which hold knobs
         if not self.distributed.master:
             return
+        # the checkpoint, then the state
         save_model(exported, self.tokenizer, self.last)
-        state = progress | {
-            "script": self.script,
+        state = progress | {  # `needed` in `load` lists what must be there
+            "script": self.script,  # checked by `load`
             "knobs": {name: getattr(self.config, name) for name in self.must_match},
             "template": self.tokenizer.template,
-            "config": asdict(exported.config),
+            "config": asdict(exported.config),  # sizes of the model
             "model": module.state_dict(),
-            "optimizer": moments,
+            "optimizer": moments,  # by parameter name
             "scaler": self.scaler.state_dict(),
         }
+        # a kill while writing leaves the old state
         with replacing(self.last / "state.pt") as path:
             torch.save(state, path)
 

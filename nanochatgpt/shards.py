@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-MAGIC = b"nanoChat"
-VERSION = 1
-HEADER = struct.Struct("<8sIIQQ32s")
+MAGIC = b"nanoChat"  # first bytes of our files
+VERSION = 1  # of the file format
+HEADER = struct.Struct("<8sIIQQ32s")  # the fields in the order above
 FOREIGN = {  # first bytes -> what it is
     (20240520).to_bytes(4, "little"): "an llm.c file",
     (20240801).to_bytes(4, "little"): "an llm.c file",
@@ -41,10 +41,10 @@ class ShardWriter:
 
     def __init__(self, path, vocab_size, template):
         self.path = Path(path)
-        self.vocab_size = vocab_size
-        self.template = template
-        self.n_tokens = 0
-        self.n_conversations = 0
+        self.vocab_size = vocab_size  # tokens are below it
+        self.template = template  # name of the chat template
+        self.n_tokens = 0  # written so far
+        self.n_conversations = 0  # written so far
         self._bits = np.empty(0, np.uint8)  # the mask's last bits, less than a byte
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._part = self.path.with_name(self.path.name + ".part")
@@ -52,18 +52,20 @@ class ShardWriter:
         self._file = open(self._part, "wb")  # noqa: SIM115
         self._mask = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
         self._offsets = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
-        self._file.write(bytes(HEADER.size))
+        self._file.write(bytes(HEADER.size))  # a placeholder until `finish` knows the counts
 
     def write(self, conversations):
         """Append conversations, a list of (ids, mask), lists or arrays."""
         if not conversations:
             return
+        # one array for the whole list: faster than many small writes
         tokens = np.concatenate([np.asarray(ids, "<u2") for ids, _ in conversations])
         masks = [np.asarray(mask, np.uint8) for _, mask in conversations]
         lengths = [len(ids) for ids, _ in conversations]
-        starts = self.n_tokens + np.cumsum([0, *lengths[:-1]])
+        starts = self.n_tokens + np.cumsum([0, *lengths[:-1]])  # offset of each conversation
+        # whole bytes of the mask go to disk, the remaining bits wait for the next call
         bits = np.concatenate([self._bits, *masks])
-        whole = len(bits) // 8 * 8
+        whole = len(bits) // 8 * 8  # bits
         self._bits = bits[whole:]
         self._file.write(tokens.tobytes())
         self._mask.write(np.packbits(bits[:whole], bitorder="little").tobytes())
@@ -76,6 +78,7 @@ class ShardWriter:
 
     def __exit__(self, failed, *_):
         try:
+            # after an error the old file stays
             if not failed:
                 self.finish()
                 self._part.replace(self.path)
@@ -89,13 +92,16 @@ class ShardWriter:
         """Complete the file and flush it to disk. Leaving the context renames it to its place."""
         if self._file.closed:
             return
+        # the last bits of the mask, and the end of the last conversation
         self._mask.write(np.packbits(self._bits, bitorder="little").tobytes())
         self._offsets.write(struct.pack("<Q", self.n_tokens))
+        # append mask and offsets to the tokens
         for part in (self._mask, self._offsets):
-            self._file.write(bytes(-self._file.tell() % 8))
+            self._file.write(bytes(-self._file.tell() % 8))  # pad to 8 bytes
             part.seek(0)
-            while block := part.read(1 << 20):
+            while block := part.read(1 << 20):  # 1 MB at a time
                 self._file.write(block)
+        # the header, now that the counts are known
         header = HEADER.pack(
             MAGIC,
             VERSION,
@@ -107,7 +113,7 @@ class ShardWriter:
         self._file.seek(0)
         self._file.write(header)
         self._file.flush()
-        os.fsync(self._file.fileno())
+        os.fsync(self._file.fileno())  # on the disk before it gets its name
         self._file.close()
 
 
@@ -120,8 +126,8 @@ class Shard:
     tokens: np.ndarray  # (n,) uint16
     bits: np.ndarray | None
     offsets: np.ndarray  # (conversations + 1,) int64
-    template: str | None
-    vocab_size: int
+    template: str | None  # name of its chat template
+    vocab_size: int  # 0 if unknown
 
     def mask(self, start, stop):
         """Return which tokens of [start, stop) are supervised, (stop - start,) bool."""
@@ -137,7 +143,7 @@ def open_shard(path, max_conversations=0):
     path = Path(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
-        head = file.read(4096)
+        head = file.read(4096)  # enough to tell text from tokens
     if not head.startswith(MAGIC):
         return open_headerless(path, size, head)
 
@@ -163,9 +169,11 @@ def open_shard(path, max_conversations=0):
     bits = np.memmap(path, np.uint8, "r", mask_at, n_mask)
     offsets = np.memmap(path, "<u8", "r", offsets_at, n_conversations + 1).astype(np.int64)
     template = template.rstrip(b"\0").decode("ascii", "replace")
+    # catch damage that leaves the length as it was
     in_order = offsets[0] == 0 and offsets[-1] == n_tokens and (np.diff(offsets) >= 0).all()
     if not in_order or not template.isidentifier():
         raise ValueError(f"{path} is damaged (its offsets or its template): prepare it again")
+    # drop the other conversations; tokens end with the last one kept
     if max_conversations:
         offsets = offsets[: max_conversations + 1]
     return Shard(path, tokens[: offsets[-1]], bits, offsets, template, vocab_size)
@@ -178,7 +186,7 @@ def open_headerless(path, size, head):
     for magic, name in FOREIGN.items():
         if head.startswith(magic):
             raise ValueError(f"{path} is {name}, {remedy}")
-    if size < 4 or size % 2:
+    if size < 4 or size % 2:  # not a whole number of uint16, or too few to train on
         raise ValueError(f"{path} has no header and {size} bytes, {remedy}")
     if min(head) > 8:  # half of a token file's bytes are small; text has none below tab
         raise ValueError(f"{path} looks like text, {remedy}")
@@ -194,6 +202,7 @@ def find_shards(data_dir, dataset, split, shares=False):
     is no shard, ValueError for a share that is not a positive number.
     """
     shards = []
+    # NAME or NAME:SHARE
     for part in dataset.split(","):
         name, colon, share = (text.strip() for text in part.partition(":"))
         if colon and not shares:
@@ -201,9 +210,10 @@ def find_shards(data_dir, dataset, split, shares=False):
         try:
             share = float(share or 1)
         except ValueError:
-            share = math.nan
+            share = math.nan  # fails the check below
         if not 0 < share < math.inf:
             raise ValueError(f"dataset={dataset}: a share is a positive number, as in {name}:0.5")
+        # its files
         folder = Path(data_dir) / name
         paths = sorted(folder.glob(f"{split}*.bin"))
         if not paths:
@@ -216,7 +226,7 @@ def find_shards(data_dir, dataset, split, shares=False):
 
 def check_template(shard, tokenizer):
     """Raise ValueError for a shard of conversations in another template than the tokenizer's."""
-    if shard.template not in (None, tokenizer.template):
+    if shard.template not in (None, tokenizer.template):  # None: plain text fits any
         raise ValueError(
             f"{shard.path} is in template {shard.template}, the model in {tokenizer.template}: "
             f"prepare it again with --template={tokenizer.template}, or train with "

@@ -16,7 +16,7 @@ class Trim:
         """Take the next piece; return the text to print now."""
         text = self.held + text
         if not self.started:
-            text = text.lstrip()
+            text = text.lstrip()  # nothing was printed yet
         ready = text.rstrip()
         self.held = text[len(ready) :]
         self.started = self.started or ready != ""
@@ -49,7 +49,7 @@ class TextStream:
         # the text ends where the first stop string begins
         stops = [self._held.find(stop) for stop in self.stop_strings if stop in self._held]
         if stops:
-            self.stopped_at = self.length - len(self._held) + min(stops)
+            self.stopped_at = self.length - len(self._held) + min(stops)  # _held ends at `length`
             ready = self._held[: min(stops)]
             self._held = ""
             return ready
@@ -69,7 +69,7 @@ class TextStream:
 
 def overlap(text, stop):
     """Return the length of the longest proper prefix of `stop` that `text` ends with."""
-    for n in range(min(len(stop) - 1, len(text)), 0, -1):
+    for n in range(min(len(stop) - 1, len(text)), 0, -1):  # longest first
         if text.endswith(stop[:n]):
             return n
     return 0

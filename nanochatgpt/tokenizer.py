@@ -34,8 +34,8 @@ class Template:
     roles need an opener that begins with a newline or is a special token."""
 
     openers: dict  # role -> text that opens its turn; without the newline in the first turn
-    before: str = " "
-    after: str = ""
+    before: str = " "  # between opener and content
+    after: str = ""  # between content and end, or the next turn
     end: str = "<|endoftext|>"  # the special token that ends a reply
     specials: tuple = ()  # tokens added to GPT-2's vocabulary, from id 50257 on
 
@@ -97,7 +97,7 @@ class Tokenizer:
             raise ValueError(f"template '{template}' is not one of {', '.join(TEMPLATES)}")
         t = TEMPLATES[template]
         self.template = template
-        self._template = t
+        self._template = t  # self.template is its name
         self._bpe = gpt2_encoding(*t.specials)
         self.n_vocab = self._bpe.n_vocab  # 50,257 and the template's special tokens
         self.special_ids = {}  # token -> id
@@ -124,6 +124,7 @@ class Tokenizer:
         """Return the ids of `text`, never a special token. Lone surrogates become U+FFFD."""
         if len(text) < LONG_SPACE:
             return self._bpe.encode_ordinary(text)
+        # longer text is split inside each run of white space that is too long
         ids = []
         start = 0
         for space in re.finditer(rf"\s{{{LONG_SPACE}}}", text):
@@ -269,7 +270,7 @@ def fit_context(tokenizer, messages, room, start=0):
     ValueError if the persona leaves no room.
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
-    turns = messages[len(system) :]
+    turns = messages[len(system) :]  # of user and assistant
     newest = max(len(turns) - 1, 0)  # index of the last turn
     start = min(start, newest)  # the user may have taken turns back
 
@@ -299,5 +300,5 @@ def fit_context(tokenizer, messages, room, start=0):
         ids = render([{**turns[-1], "content": text}])
         if len(ids) <= room:
             return ids, start
-        content = content[len(ids) - room :]
+        content = content[len(ids) - room :]  # drop as many tokens as were too many
     raise ValueError(f"the persona is too long: it leaves no room in a prompt of {room} tokens")
