@@ -251,7 +251,7 @@ class Engine:
     def _prefill(self):
         """Compute waiting prompts, the oldest first; return {row: logits (V,)} of the finished
         ones. Prompts that lack only their last token are left to `_decode`."""
-        logits = {}
+        last = {}  # row -> hidden state (C,) of the last token of its prompt
         budget = self.prefill_tokens
         self.waiting = [row for row in self.waiting if row.running and row.n_missing > 1]
         for row in self.waiting:
@@ -263,8 +263,12 @@ class Engine:
                 budget -= n
                 hidden = self._compute(row, n)  # (n, C)
                 if row.n_missing == 0:
-                    logits[row] = self.model.lm_head(hidden[-1:])[0]  # (V,)
-        return logits
+                    last[row] = hidden[-1]
+        if not last:
+            return {}
+        # the head once for all: 0.9 of the time for 8 prompts of 128 tokens (assets/nano)
+        logits = self.model.lm_head(torch.stack(list(last.values())))  # (rows, V)
+        return dict(zip(last, logits, strict=True))
 
     def _copy_shared_prefix(self, row):
         """Copy the longest beginning of the row's ids that any row has in the cache."""
