@@ -17,6 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: more threads would only queue
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from hypothesis import settings
 from safetensors.torch import load_file
