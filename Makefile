@@ -15,7 +15,7 @@ $(if $(DATA),$(if $(wildcard $(DATA)),,$(error DATA=$(DATA): no such file)))
 demo: .venv/installed
 	@echo '--- the model in the box (Ctrl-D: go on to training it, Ctrl-C: end the demo)'
 	@mkdir -p out; $(call chat,nano)
-	@echo '--- trained on $(CORPUS), for one to four minutes'
+	@echo '--- trained on $(CORPUS), for a few minutes'
 	@$(MAKE) --no-print-directory $(OUT)/trained
 	@echo '--- before and after'
 	$(BIN)/python evaluate.py --base=nano --init_from=$(OUT) --dataset=$(CORPUS) --max_conversations=60 --replies=60 --probes=20

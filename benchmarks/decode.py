@@ -43,7 +43,7 @@ def measure(config):
     prompt_seconds = []
     new_seconds = []
     for repeat in range(config.repeats + 1):
-        # read new prompts, of which nothing is cached, and draw the first tokens
+        # read new prompts (nothing of them is cached) and draw the first tokens
         t0 = time.perf_counter()
         for row in range(config.rows):
             prompt = [draw.randrange(c.vocab_size) for _ in range(config.prompt_len)]

@@ -1,4 +1,4 @@
-# `make demo`: the model in the box learns a corpus it has not seen, in one to four minutes on two
+# `make demo`: the model in the box learns a corpus it has not seen, in one to five minutes on two
 # CPU cores.
 init_from = "nano"
 out_dir = "out/demo-chitchat"

@@ -335,7 +335,7 @@ class StepRunner:
         return self.recordings[shape](inputs, kv)
 
     def trace(self, inputs, kv):
-        with warnings.catch_warnings():  # about Python values, all of which follow from the shape
+        with warnings.catch_warnings():  # about Python values; they all follow from the shape
             warnings.simplefilter("ignore")
             return torch.jit.trace(self.step, (inputs, kv), check_trace=False)
 

@@ -29,7 +29,7 @@ class JsonStream:
 
     def expect(self, *characters):
         """Move past the next character that is not white space, one of `characters`; return it."""
-        # say what is there and what should be
+        # name the character read and the one expected
         character = self.peek()
         if character not in characters:
             problem = f"{character!r} instead of" if character else "it ends before"

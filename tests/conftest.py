@@ -178,8 +178,8 @@ def write_jsonl(path, conversations):
 
 @pytest.fixture
 def in_process(monkeypatch, capsys):
-    """Run a script as `script` does, but in this process, which spares 3 s: in_process(bench.main,
-    "bench.py", ...)."""
+    """Run a script as `script` does, but in this process, which spares 3 s: in_process(chat.main,
+    "chat.py", ...)."""
 
     def run(main, *argv):
         argv = [str(arg) for arg in argv]
