@@ -7,8 +7,7 @@ nanochatgpt/sampling.py draws the next token, nanochatgpt/generate.py collects w
 
 import math
 import random
-import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 
 from nanochatgpt.sampling import Sampling, draw_token, penalize
 
-RECORD_AFTER = 32  # once a shape has come up 32 times: recording pays off after about 50 replays
+PREFILL_TOKENS = 4096  # prompt tokens computed together, padding included
 
 
 class KVCache:
@@ -124,7 +123,11 @@ class Engine:
         # separately, so lengths are rounded up to chunks
         self.exact_length = self.device.type == "cpu" and not compile
         self.chunk = 1 if self.exact_length else 256
-        self.run_step = StepRunner(model, self.exact_length, record, compile)
+        self.run_step = Step(model, self.exact_length)
+        if record or compile:
+            from nanochatgpt.recording import StepRunner  # optional: the same results, faster
+
+            self.run_step = StepRunner(self.run_step, self.device, record, compile)
         with torch.inference_mode():
             head_size = config.n_embd // config.n_head
             shape = (config.n_layer, 2, rows, config.n_head, self.size, head_size)
@@ -253,22 +256,44 @@ class Engine:
         ones. Prompts that lack only their last token are left to `_decode`."""
         last = {}  # row -> hidden state (C,) of the last token of its prompt
         budget = self.prefill_tokens
+        while batch := self._next_batch(budget):
+            hidden = self._compute(batch)  # (B, T, C)
+            for i, (row, n) in enumerate(batch):
+                budget -= n
+                if row.n_missing == 0:
+                    last[row] = hidden[i, n - 1]
+        if not last:
+            return {}
+        logits = self.model.lm_head(torch.stack(list(last.values())))  # (rows, V)
+        return dict(zip(last, logits, strict=True))
+
+    def _next_batch(self, budget):
+        """Return [(row, number of tokens)] to compute together: the oldest waiting row, and those
+        after it that are its neighbours in the cache and of a similar length."""
         self.waiting = [row for row in self.waiting if row.running and row.n_missing > 1]
+        batch = []
+        longest = 0
         for row in self.waiting:
             self._copy_shared_prefix(row)
             n = min(row.n_missing, budget)
+            longest = max(longest, n)
+            if batch:
+                # a row that could copy half of its prompt from this batch waits for the next one
+                half = row.n_cached + row.n_missing // 2
+                copies = any(common_prefix(row.ids, other.ids) > half for other, _ in batch)
+                neighbour = row.index == batch[-1][0].index + 1
+                n_tokens = n + sum(count for _, count in batch)
+                padded = longest * (len(batch) + 1)
+                if copies or not neighbour or padded > min(2 * n_tokens, PREFILL_TOKENS):
+                    break
+            # only the last token is missing: `_decode` computes it
+            if row.n_missing == 1:
+                continue
             if n == 0:
                 break
-            if row.n_missing > 1:
-                budget -= n
-                hidden = self._compute(row, n)  # (n, C)
-                if row.n_missing == 0:
-                    last[row] = hidden[-1]
-        if not last:
-            return {}
-        # the head once for all: 0.9 of the time for 8 prompts of 128 tokens (assets/nano)
-        logits = self.model.lm_head(torch.stack(list(last.values())))  # (rows, V)
-        return dict(zip(last, logits, strict=True))
+            batch.append((row, n))
+            budget -= n
+        return batch
 
     def _copy_shared_prefix(self, row):
         """Copy the longest beginning of the row's ids that any row has in the cache."""
@@ -278,19 +303,26 @@ class Engine:
             self.kv[:, :, row.index, :, :n] = self.kv[:, :, source.index, :, :n]
             row.n_cached = n
 
-    def _compute(self, row, n):
-        """Compute the next n tokens of a prompt; return their final hidden states (n, C)."""
-        start = row.n_cached
-        row.n_cached += n
-        idx = torch.tensor([row.ids[start : start + n]], device=self.device)  # (1, n)
-        positions = torch.arange(start, start + n, device=self.device)[None]  # (1, n)
+    def _compute(self, batch):
+        """Compute the next tokens of a batch, [(row, n)]; return final hidden states (B, T, C)."""
+        B = len(batch)
+        T = max(n for _, n in batch)
+        # shorter rows are padded on the right; the padding lands past their cached tokens, where it
+        # is never read
+        idx = torch.zeros(B, T, dtype=torch.long)
+        starts = torch.zeros(B, 1, dtype=torch.long)
+        for i, (row, n) in enumerate(batch):
+            idx[i, :n] = torch.tensor(row.ids[row.n_cached : row.n_cached + n])
+            starts[i] = row.n_cached
+            row.n_cached += n
+        positions = (starts + torch.arange(T)).clamp(max=self.size - 1)  # (B, T)
         # a view, so the rest of the cache is never read
-        i = row.index
-        kv = self.kv[:, :, i : i + 1, :, : self._round_up(row.n_cached)]
-        return self.model.hidden(idx, positions=positions, attend=KVCache(kv, positions))[0]
-
-
-# --- recording: replay a step without Python between its kernels ----------------------------------
+        first = batch[0][0].index
+        length = self._round_up(positions.max().item() + 1)
+        kv = self.kv[:, :, first : first + B, :, :length]
+        positions = positions.to(self.device)
+        cache = KVCache(kv, positions)
+        return self.model.hidden(idx.to(self.device), positions=positions, attend=cache)
 
 
 class Step(torch.nn.Module):
@@ -307,55 +339,6 @@ class Step(torch.nn.Module):
         cache = KVCache(kv, positions, newest=self.exact_length and len(idx) == 1)
         hidden = self.model.hidden(idx, positions=positions, attend=cache)  # (n, 1, C)
         return self.model.lm_head(hidden[:, 0])
-
-
-class StepRunner:
-    """Runs steps. A shape of step that keeps coming is recorded and replayed: as a trace on a CPU,
-    as a graph on CUDA. GPT-2's 12 layers in int8 take 12 ms per step recorded, 22 in Python."""
-
-    def __init__(self, model, exact_length, record, compile):
-        self.step = Step(model, exact_length)
-        if compile:
-            self.step = torch.compile(self.step, dynamic=False)
-        self.cuda = model.transformer.wpe.weight.is_cuda
-        self.pool = torch.cuda.graph_pool_handle() if self.cuda else None  # memory of all graphs
-        self.record = record and (exact_length or self.cuda)
-        self.recordings = {}
-        self.uses = Counter()  # of each shape
-
-    def __call__(self, inputs, kv):
-        # a trace takes any length, and one for several rows takes any number of them
-        n = inputs.size(1)
-        shape = (n, kv.size(-2)) if self.cuda else min(n, 2)
-        self.uses[shape] += 1
-        if not self.record or self.uses[shape] < RECORD_AFTER:
-            return self.step(inputs, kv)
-        if shape not in self.recordings:
-            self.recordings[shape] = (self.graph if self.cuda else self.trace)(inputs, kv)
-        return self.recordings[shape](inputs, kv)
-
-    def trace(self, inputs, kv):
-        with warnings.catch_warnings():  # about Python values; they all follow from the shape
-            warnings.simplefilter("ignore")
-            return torch.jit.trace(self.step, (inputs, kv), check_trace=False)
-
-    def graph(self, inputs, kv):
-        """Return a CUDA graph as a function, which always reads and writes these very tensors."""
-        # one run for what is set up at the first call and cannot be recorded
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.step(inputs, kv)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
-            logits = self.step(inputs, kv)
-
-        def replay(*_):
-            graph.replay()
-            return logits
-
-        return replay
 
 
 def check_ids(name, ids, n):

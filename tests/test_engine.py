@@ -15,7 +15,7 @@ from conftest import PROMPTS
 
 from benchmarks import fidelity
 from model import GPT, GPTConfig
-from nanochatgpt import engine as engine_module
+from nanochatgpt import recording
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.device import FBGEMM
 from nanochatgpt.engine import Engine
@@ -308,7 +308,7 @@ def test_a_recorded_step_gives_the_ids_of_the_eager_one_at_every_length(model, r
         for prompt in PROMPTS[:rows]:
             engine.add(prompt, Sampling(60, 0.8), seed=1)
         ids.append(finish(engine))
-        assert bool(engine.run_step.recordings) == record
+        assert bool(getattr(engine.run_step, "recordings", {})) == record
     assert ids[0] == ids[1]
 
 
@@ -326,7 +326,7 @@ def test_one_trace_serves_any_number_of_rows(packed, dtype, monkeypatch):
     prompts = [*PROMPTS, [3], [9, 9]]
     results = []
     for record_after in (10**9, 3):
-        monkeypatch.setattr(engine_module, "RECORD_AFTER", record_after)
+        monkeypatch.setattr(recording, "RECORD_AFTER", record_after)
         engine = Engine(fast, rows=6)
         ids = {}
         for i, prompt in enumerate(prompts):  # rows join one by one, and end one by one
