@@ -24,7 +24,6 @@ from nanochatgpt.distributed import (
     seed_for,
     synced_last,
 )
-from nanochatgpt.fast import compiled, speed_up
 from nanochatgpt.generate import generate
 from nanochatgpt.loader import Loader, read_ahead
 from nanochatgpt.monitor import DivergenceCheck, Log, StopSignal, Timer, time_left
@@ -160,7 +159,12 @@ def main(config):
             f"block_size={config.block_size} exceeds the context: lower it to {context}"
         )
     raw_model.gradient_checkpointing = config.gradient_checkpointing
-    speed_up(raw_model.to(device))  # optional: fast loss and attention, equal up to rounding
+    raw_model.to(device)
+
+    # optional: a faster loss and attention, equal up to rounding; delete both lines to go without
+    from nanochatgpt.fast import speed_up
+
+    speed_up(raw_model)
 
     # 3. the data
     loaders = {}
@@ -172,7 +176,11 @@ def main(config):
         config.max_iters = max(1, round(config.max_epochs * steps_per_epoch))
 
     # 4. the model on many devices, the optimizer
-    model = compiled(raw_model) if config.compile else raw_model
+    model = raw_model
+    if config.compile:
+        from nanochatgpt.fast import compiled
+
+        model = compiled(raw_model)
     model = distribute(model, raw_model, distributed, sharded)
     optimizer = make_adamw(raw_model, config.learning_rate, config.weight_decay, config.beta2)
     state = state or {"iter": 0, "best_val_loss": math.inf}
