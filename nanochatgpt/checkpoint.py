@@ -3,7 +3,7 @@ Weights in and out. A checkpoint is a Hugging Face GPT-2 directory; `init_from` 
 
     nano                    the small chat model in assets/nano/
     a directory             config.json and model.safetensors or pytorch_model.bin
-    gpt2, gpt2-medium, ...  one of HUB, from the Hugging Face hub
+    gpt2, gpt2-medium, ...  OpenAI's weights, from the Hugging Face hub
     org/name                any GPT-2 on the hub
 """
 
@@ -14,20 +14,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from model import GPT, PRESETS, Conv1D, GPTConfig
+from model import GPT, Conv1D
 from nanochatgpt import huggingface
 from nanochatgpt.device import FBGEMM
-from nanochatgpt.files import hub_file, replacing
-from nanochatgpt.tokenizer import Tokenizer
+from nanochatgpt.files import replacing
 
-# short name -> sha256 of its model.safetensors
-HUB = {
-    "gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
-    "gpt2-medium": "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd",
-    "gpt2-large": "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce",
-    "gpt2-xl": "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
-    "distilgpt2": "e1ff18884359fe8beb795a5f414feb85a6ce3d929ad019c0d958c039d2b94a1b",
-}
 NANO = Path(__file__).parents[1] / "assets" / "nano"  # its README.md says how it was trained
 
 
@@ -100,40 +91,13 @@ def default_model():
 
 def find(init_from):
     """Return (path of the weights, GPTConfig, Tokenizer)."""
-    # a directory on this machine
     directory = NANO if init_from == "nano" else Path(init_from)
-    if directory.is_dir():
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if (directory / name).is_file():
-                config = huggingface.read_config(directory / "config.json")
-                return directory / name, config, huggingface.read_tokenizer(directory)
-        raise FileNotFoundError(f"{directory} has neither model.safetensors nor pytorch_model.bin")
+    if not directory.is_dir():
+        from nanochatgpt.hub import find_on_hub  # most runs need no download
 
-    # a short name
-    if init_from in HUB:
-        owner = "distilbert" if init_from == "distilgpt2" else "openai-community"
-        path = hub_file(f"{owner}/{init_from}", "model.safetensors", sha256=HUB[init_from])
-        return path, GPTConfig(**PRESETS[init_from]), Tokenizer()
-
-    # org/name, but not out/NAME, where train.py writes
-    if init_from.count("/") == 1 and not directory.parent.is_dir() and directory.parts[0] != "out":
-        return _find_on_hub(init_from)
-    names = f"one of nano, {', '.join(HUB)}, or an org/name on the hub"
-    raise FileNotFoundError(f"init_from={init_from}: train this directory first, or take {names}")
-
-
-def _find_on_hub(repo):
-    def fetch(name):  # None if the repository lacks the file
-        with contextlib.suppress(FileNotFoundError):
-            return hub_file(repo, name)
-
-    # download before reading
-    config = hub_file(repo, "config.json")
-    fetch("tokenizer_config.json")  # has the chat template
-    # older repositories have two files in place of tokenizer.json
-    tokenizer = fetch("tokenizer.json") or fetch("vocab.json") or config
-    if tokenizer.name == "vocab.json":
-        fetch("added_tokens.json")
-    weights = fetch("model.safetensors") or hub_file(repo, "pytorch_model.bin")
-    tokenizer = huggingface.read_tokenizer(tokenizer.parent)
-    return weights, huggingface.read_config(config), tokenizer
+        return find_on_hub(init_from)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / name).is_file():
+            config = huggingface.read_config(directory / "config.json")
+            return directory / name, config, huggingface.read_tokenizer(directory)
+    raise FileNotFoundError(f"{directory} has neither model.safetensors nor pytorch_model.bin")

@@ -27,7 +27,7 @@ def download(url, path, size=None, sha256=None, headers=None):
     ValueError (wrong file), OSError (disk full).
     """
     path = Path(path)
-    if _is_finished(path, size):
+    if is_finished(path, size):
         return path
     part = path.with_name(path.name + ".part")
     failures = 0  # attempts in a row that brought no new bytes
@@ -107,50 +107,13 @@ def _with_progress(chunks, name, done, total):
             print(f"{line:<70}", end=end, file=sys.stderr, flush=True)
 
 
-def _is_finished(path, size):
+def is_finished(path, size):
+    """Return whether a file is there, with this size in bytes if it is known."""
     return path.is_file() and size in (None, path.stat().st_size)
 
 
 def _length(part):
     return part.stat().st_size if part.exists() else 0
-
-
-def hub_file(repo, name, size=None, sha256=None, kind="models"):
-    """Return the path of a file of `repo` ("org/name") on the Hugging Face hub: in transformers'
-    cache, else in ours, else downloaded into ours. kind: "models" or "datasets".
-
-    HF_HUB_CACHE, HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to
-    transformers. For size, sha256 and errors see `download`.
-    """
-    # transformers' cache
-    env = os.environ
-    cache = env.get("XDG_CACHE_HOME") or "~/.cache"
-    home = env.get("HF_HOME") or f"{cache}/huggingface"
-    hub = Path(os.path.expanduser(env.get("HF_HUB_CACHE") or f"{home}/hub"))
-    # gpt2 and distilgpt2 had no organization until 2024; transformers caches either name
-    short = repo.removeprefix("openai-community/").removeprefix("distilbert/")
-    for alias in (repo, short):
-        folder = hub / f"{kind}--{alias.replace('/', '--')}"
-        if (folder / "refs/main").exists():
-            revision = (folder / "refs/main").read_text().strip()
-            path = folder / "snapshots" / revision / name
-            if _is_finished(path, size):
-                return path
-
-    # our cache
-    path = Path(os.path.expanduser(cache)) / "nanochatgpt" / kind / repo / name
-    offline = env.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    if offline and not _is_finished(path, size):
-        remedy = f"unset HF_HUB_OFFLINE, or place the file at {path} (or in {hub})"
-        raise FileNotFoundError(f"{repo}/{name} is not here, and HF_HUB_OFFLINE is set\n{remedy}")
-
-    # download
-    endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    folder = "datasets/" if kind == "datasets" else ""
-    url = f"{endpoint}/{folder}{repo}/resolve/main/{name}"
-    token = env.get("HF_TOKEN", "").strip()
-    headers = {"Authorization": f"Bearer {token}"} if token else {}  # not sent to other hosts
-    return download(url, path, size, sha256, headers)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanochatgpt.configurator import at_least, run
-from nanochatgpt.files import hub_file
+from nanochatgpt.hub import hub_file
 from prepare.corpus import Config as CorpusConfig
 from prepare.corpus import divide, existing, prepare
 from prepare.json_stream import JsonStream

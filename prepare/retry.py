@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from nanochatgpt.configurator import run
-from nanochatgpt.files import hub_file
+from nanochatgpt.hub import hub_file
 from nanochatgpt.tokenizer import Tokenizer
 from prepare.chitchat_package import mean_ratings, packaged, read
 from prepare.corpus import Config as CorpusConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanochatgpt.configurator import run
-from nanochatgpt.files import hub_file
+from nanochatgpt.hub import hub_file
 from prepare.corpus import Config, divide, existing, prepare
 
 REPO = "google/Synthetic-Persona-Chat"  # on the Hugging Face hub

@@ -16,7 +16,8 @@ from conftest import largest_file
 from safetensors.torch import save_file
 
 from nanochatgpt import files
-from nanochatgpt.files import download, hub_file, load_tensors, replacing
+from nanochatgpt.files import download, load_tensors, replacing
+from nanochatgpt.hub import hub_file
 
 BODY = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(BODY).hexdigest()

@@ -1,0 +1,88 @@
+"""
+Models and files of the Hugging Face hub.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+from model import PRESETS, GPTConfig
+from nanochatgpt.files import download, is_finished
+from nanochatgpt.huggingface import read_config, read_tokenizer
+from nanochatgpt.tokenizer import Tokenizer
+
+# short name -> sha256 of its model.safetensors
+HUB = {
+    "gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+    "gpt2-medium": "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd",
+    "gpt2-large": "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce",
+    "gpt2-xl": "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
+    "distilgpt2": "e1ff18884359fe8beb795a5f414feb85a6ce3d929ad019c0d958c039d2b94a1b",
+}
+
+
+def find_on_hub(name):
+    """Return (path of the weights, GPTConfig, Tokenizer) of a short name in HUB, or of org/name.
+    Raises FileNotFoundError if it is neither."""
+    if name in HUB:
+        owner = "distilbert" if name == "distilgpt2" else "openai-community"
+        weights = hub_file(f"{owner}/{name}", "model.safetensors", sha256=HUB[name])
+        return weights, GPTConfig(**PRESETS[name]), Tokenizer()
+
+    # out/NAME is not an org/name: train.py writes there
+    path = Path(name)
+    if name.count("/") != 1 or path.parent.is_dir() or path.parts[0] == "out":
+        names = f"one of nano, {', '.join(HUB)}, or an org/name on the hub"
+        raise FileNotFoundError(f"init_from={name}: train this directory first, or take {names}")
+
+    def fetch(file):  # None if the repository lacks it
+        with contextlib.suppress(FileNotFoundError):
+            return hub_file(name, file)
+
+    # download before reading
+    config = hub_file(name, "config.json")
+    fetch("tokenizer_config.json")  # has the chat template
+    # older repositories have two files in place of tokenizer.json
+    tokenizer = fetch("tokenizer.json") or fetch("vocab.json") or config
+    if tokenizer.name == "vocab.json":
+        fetch("added_tokens.json")
+    weights = fetch("model.safetensors") or hub_file(name, "pytorch_model.bin")
+    return weights, read_config(config), read_tokenizer(tokenizer.parent)
+
+
+def hub_file(repo, name, size=None, sha256=None, kind="models"):
+    """Return the path of a file of `repo` ("org/name") on the Hugging Face hub: in transformers'
+    cache, else in ours, else downloaded into ours. kind: "models" or "datasets".
+
+    HF_HUB_CACHE, HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to
+    transformers. For size, sha256 and errors see `download`.
+    """
+    # transformers' cache
+    env = os.environ
+    cache = env.get("XDG_CACHE_HOME") or "~/.cache"
+    home = env.get("HF_HOME") or f"{cache}/huggingface"
+    hub = Path(os.path.expanduser(env.get("HF_HUB_CACHE") or f"{home}/hub"))
+    # gpt2 and distilgpt2 had no organization until 2024; transformers caches either name
+    short = repo.removeprefix("openai-community/").removeprefix("distilbert/")
+    for alias in (repo, short):
+        folder = hub / f"{kind}--{alias.replace('/', '--')}"
+        if (folder / "refs/main").exists():
+            revision = (folder / "refs/main").read_text().strip()
+            path = folder / "snapshots" / revision / name
+            if is_finished(path, size):
+                return path
+
+    # our cache
+    path = Path(os.path.expanduser(cache)) / "nanochatgpt" / kind / repo / name
+    offline = env.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    if offline and not is_finished(path, size):
+        remedy = f"unset HF_HUB_OFFLINE, or place the file at {path} (or in {hub})"
+        raise FileNotFoundError(f"{repo}/{name} is not here, and HF_HUB_OFFLINE is set\n{remedy}")
+
+    # download
+    endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    folder = "datasets/" if kind == "datasets" else ""
+    url = f"{endpoint}/{folder}{repo}/resolve/main/{name}"
+    token = env.get("HF_TOKEN", "").strip()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}  # not sent to other hosts
+    return download(url, path, size, sha256, headers)
