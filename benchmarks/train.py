@@ -131,7 +131,7 @@ def padded_batch(loader, step):
         supervised = torch.from_numpy(shard.mask(start, stop))  # (n,) bool
         rows.append(torch.stack([ids, ids.where(supervised, -100)], dim=1))
     x, y = pad_sequence(rows, batch_first=True, padding_value=-100).unbind(2)
-    return x.clamp(min=0), y, (x != -100).long()  # no one attends to the padding
+    return x.clamp(min=0), y, (x != -100).long()  # the mask hides the padding
 
 
 if __name__ == "__main__":
