@@ -1,7 +1,9 @@
-"""What the best of N replies costs, compared with one reply, and how much better it scores:
-python benchmarks/best_of.py [--png=best_of.png]"""
+"""What choosing among replies costs, compared with one reply: python benchmarks/best_of.py
 
-import importlib.util
+The best of N: write N replies to a prompt and score them with a reward model. Ranking: compute the
+log-likelihoods of 20 candidates, which people wrote.
+"""
+
 import sys
 import time
 from dataclasses import dataclass
@@ -12,96 +14,77 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.common import ModelConfig, load, resolve, run_benchmark
-from nanochatgpt.configurator import at_least
+from evaluation.ranking import continuation, loglikelihoods
 from nanochatgpt.engine import Engine
-from nanochatgpt.files import replacing
 from nanochatgpt.generate import generate
 from nanochatgpt.prompts import sample_prompts
 from nanochatgpt.sampling import ChatSampling, for_template
 from nanochatgpt.shards import find_shards, open_shard
 from rlhf.reward_model import RewardModel, load_reward_model
-from rlhf.scoring import best_of, score_replies
+from rlhf.scoring import score_replies
 
 
 @dataclass
 class Config(ChatSampling, ModelConfig):
     init_from: str = "nano"  # as for chat.py, or random:NAME: that shape, random weights
     reward: str = "out/reward"  # a reward model, as for chat.py, or random:NAME
-    n: int = 8  # replies to choose from, in the timing
-    most: int = 16  # draw the curve up to the best of N replies
+    n: int = 8  # replies to choose from
     data_dir: str = "data"  # where the datasets are
     dataset: str = "personachat"  # reply to conversations of this dataset's val*.bin
     prompts: int = 50  # conversations to reply to
-    png: str = ""  # draw the curve into this file; needs matplotlib
 
 
 def measure(config):
-    """Time the best of n replies and one reply; compare the rewards of the best of 1, 2, 4, ..."""
-    at_least(1, config, "n", "most", "prompts")
-    if config.png and not importlib.util.find_spec("matplotlib"):
-        raise ValueError("png needs matplotlib: pip install matplotlib")
+    """Time one reply and the best of N, then one candidate and 20."""
     model, tokenizer, device, dtype = load(config)
     reward = resolve(config.reward, RewardModel)
     reward_model = load_reward_model(reward, tokenizer, device, dtype=dtype, inference=True)
+
+    # prompts, and the first 20 replies to them as candidates
     shards = [open_shard(path) for path, _ in find_shards(config.data_dir, config.dataset, "val")]
     room = model.config.block_size - config.max_new_tokens
-    prompts, _ = sample_prompts(shards, tokenizer, config.prompts, room, 0)
-    if not prompts:
-        raise ValueError(f"{config.dataset} has no prompt of {room} tokens: lower max_new_tokens")
+    prompts, texts = sample_prompts(shards, tokenizer, config.prompts, room, 0)
+    candidates = [continuation(tokenizer, text)[: config.max_new_tokens] for text in texts[:20]]
 
-    # an engine for each number of replies, so that each keeps its cached prompts
+    # an engine for one reply and one for N, so that each keeps its cached prompts
+    one = Engine(model, 1, n_vocab=tokenizer.n_vocab)
+    many = Engine(model, config.n, n_vocab=tokenizer.n_vocab)
     sampling = for_template(config, tokenizer.template)
-    stops = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
-    sizes = (1, config.n, config.most)
-    one, few, many = (Engine(model, rows, n_vocab=tokenizer.n_vocab) for rows in sizes)
+    options = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
+    options["tokenizer"] = tokenizer
 
     def reply(engine, prompt, seed):
         """Return as many replies to a prompt as the engine has rows."""
         copies = [prompt] * len(engine.rows)
-        options = {"tokenizer": tokenizer, "engine": engine, "seed": seed}
-        return generate(model, copies, sampling, **options, **stops)
+        return generate(model, copies, sampling, engine=engine, seed=seed, **options)
 
-    # time one reply and the best of n, then draw the replies of the curve
-    seconds = 0.0
-    seconds_of_one = 0.0
-    n_tokens = 0
-    rewards = []  # (most,) for each prompt
+    # seconds for one reply, the best of N, one candidate, 20 candidates; tokens in the N replies
+    costs = []  # for each prompt
+    rewards = []  # (N,) for each prompt
     for number, prompt in enumerate([prompts[0], *prompts]):  # the first time is a warm-up
-        seed = number * config.most
+        seed = number * config.n
         t0 = time.perf_counter()
         reply(one, prompt, seed)
         t1 = time.perf_counter()
-        best = best_of(few, reward_model, tokenizer, prompt, config.n, sampling, seed=seed, **stops)
+        replies = reply(many, prompt, seed)
+        rewards.append(score_replies(reward_model, tokenizer, prompt, replies))
         t2 = time.perf_counter()
-        if number > 0:
-            seconds_of_one += t1 - t0
-            seconds += t2 - t1
-            n_tokens += sum(len(ids) for _, ids in best)
-            replies = reply(many, prompt, seed)
-            rewards.append(score_replies(reward_model, tokenizer, prompt, replies))
-            print(f"{number} prompts", file=sys.stderr)
-    rewards = torch.stack(rewards)  # (prompts, most)
-    means = rewards.cummax(1).values.mean(0).tolist()  # of the best of 1, 2, 3, ... replies
-    curve = {2**k: round(means[2**k - 1], 4) for k in range(config.most.bit_length())}
+        loglikelihoods(model, prompt, candidates[:1])
+        t3 = time.perf_counter()
+        loglikelihoods(model, prompt, candidates)
+        t4 = time.perf_counter()
+        costs.append([t1 - t0, t2 - t1, t3 - t2, t4 - t3, sum(map(len, replies))])
+        print(f"{number} of {len(prompts)} prompts", file=sys.stderr)
 
-    # the curve: mean reward over the number of replies
-    if config.png:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 3.3), dpi=110, layout="constrained")
-        axes = figure.subplots()
-        axes.semilogx(list(curve), list(curve.values()), "o-", base=2)
-        axes.set_xticks(list(curve), list(curve))
-        axes.set(xlabel="replies to choose from", ylabel="mean reward of the best")
-        axes.grid(alpha=0.3)
-        with replacing(Path(config.png)) as part:
-            figure.savefig(part, format="png")
+    costs = torch.tensor(costs[1:]).sum(0).tolist()
+    one_reply, best_of_n, one_candidate, all_candidates, n_tokens = costs
+    rewards = torch.stack(rewards[1:])  # (prompts, N)
     return {
-        "tokens_per_s": n_tokens / seconds,
-        "seconds": seconds,  # of the best of n, scores included
-        "seconds_of_one": seconds_of_one,
-        "ratio": seconds / seconds_of_one,
-        "rewards": curve,  # {number of replies: mean reward of the best}
+        "tokens_per_s": n_tokens / best_of_n,
+        "seconds": best_of_n,  # scores included
+        "ratio": best_of_n / one_reply,
+        "ranking_ratio": all_candidates / one_candidate,
+        "rewards": rewards.cummax(1).values.mean(0).tolist(),  # of the best of 1, 2, 3, ... replies
         "std": rewards.std().item(),  # of the reward of one reply
     }
 

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import platform
 import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -37,11 +36,10 @@ def run_benchmark(measure, Config):
             result[name] = float(f"{value:.5g}") if isinstance(value, float) else value
         # what they depend on
         result["config"] = asdict(config)
-        result["config"].pop("given", None)  # not a knob
         result["torch"] = torch.__version__
-        result["cpu"] = platform.processor() or platform.machine()
         result["threads"] = torch.get_num_threads()
-        print(json.dumps(result))
+        result["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        print(json.dumps(result, default=list))  # list: config.given is a set
 
     run(main, Config)
 
@@ -60,9 +58,8 @@ def resolve(init_from, model_class=GPT):
     name = init_from.removeprefix("random:")
     if name == init_from or name not in PRESETS:  # load_model reports a wrong name
         return init_from
-    # a reward model of the same shape has another directory
-    directory = Path("out/random") / (name if model_class is GPT else f"{name}-reward")
-    if not directory.exists():
+    directory = Path("out/random") / f"{name}-{model_class.__name__}"
+    if not (directory / "config.json").exists():  # save_model's last file
         # in another process, because this one reports its peak memory
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
             process.submit(save_random, name, model_class, directory).result()
@@ -70,31 +67,18 @@ def resolve(init_from, model_class=GPT):
 
 
 def save_random(name, model_class, directory):
-    """Write a checkpoint with random weights."""
-    torch.manual_seed(0)  # the same weights on every machine
-    model = model_class(GPTConfig(**PRESETS[name]))
-    # rename it at the end, so that nobody reads half of it
-    unfinished = directory.with_name(f"{directory.name}.part")
-    save_model(model, Tokenizer(), unfinished)
-    unfinished.rename(directory)
+    """Write a checkpoint with random weights, the same on every machine."""
+    torch.manual_seed(0)
+    save_model(model_class(GPTConfig(**PRESETS[name])), Tokenizer(), directory)
 
 
 def peak_memory(device):
-    """Return the most memory used so far in MB: by tensors on CUDA, otherwise by the process."""
+    """Return the most memory used so far in MB: by tensors on CUDA, otherwise by the process, None
+    without /proc."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return process_memory("VmHWM")
-
-
-def process_memory(field, pid="self"):
-    """Return a process's VmRSS (resident now) or VmHWM (its peak) in MB, None without /proc."""
-    status = Path(f"/proc/{pid}/status")
+    status = Path("/proc/self/status")
     if not status.exists():
         return None
-    kilobytes = re.search(rf"{field}:\s*(\d+) kB", status.read_text())[1]  # "VmHWM:   123456 kB"
+    kilobytes = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]  # "VmHWM:   123456 kB"
     return int(kilobytes) * 1024 / 1e6
-
-
-def device_name(device):
-    """Return the name of a GPU; cpu and mps are their names."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device

@@ -9,8 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import ModelConfig, device_name, load, peak_memory, resolve, run_benchmark
-from nanochatgpt.configurator import at_least
+from benchmarks.common import ModelConfig, load, peak_memory, run_benchmark
 from nanochatgpt.engine import Engine
 from nanochatgpt.sampling import Sampling
 
@@ -27,26 +26,21 @@ class Config(ModelConfig):
 
 def measure(config):
     """Decode rows of random prompts again and again; return the median rates."""
-    at_least(1, config, "rows", "prompt_len", "new_tokens", "repeats")
-    resolve(config.init_from)  # writes random weights, before the clock starts
-    start = time.perf_counter()
     model, _, device, dtype = load(config)
     c = model.config
     size = config.prompt_len + config.new_tokens
     if size > c.block_size:
-        lengths = f"prompt_len={config.prompt_len} and new_tokens={config.new_tokens}"
-        raise ValueError(f"{lengths} exceed the model's context of {c.block_size} tokens")
+        raise ValueError(f"prompt_len + new_tokens = {size} exceeds the context, {c.block_size}")
     engine = Engine(model, config.rows, size, record=config.record, compile=config.compile)
     sampling = Sampling(max_new_tokens=config.new_tokens, top_k=50)
 
-    draw = random.Random(0)
     prompt_seconds = []
     new_seconds = []
     for repeat in range(config.repeats + 1):
         # read new prompts (nothing of them is cached) and draw the first tokens
         t0 = time.perf_counter()
         for row in range(config.rows):
-            prompt = [draw.randrange(c.vocab_size) for _ in range(config.prompt_len)]
+            prompt = random.choices(range(c.vocab_size), k=config.prompt_len)
             engine.add(prompt, sampling, seed=row)
         engine.step()  # returns ids, so the device is done
         t1 = time.perf_counter()
@@ -55,12 +49,11 @@ def measure(config):
         while engine.step():
             pass
         t2 = time.perf_counter()
-        if repeat == 0:
-            first_token = t1 - start
         prompt_seconds.append(t1 - t0)
         new_seconds.append(t2 - t1)
         print(f"{repeat}: prompt {t1 - t0:.3f} s, new tokens {t2 - t1:.3f} s", file=sys.stderr)
 
+    # the first repeat was the warm-up
     prompt = statistics.median(prompt_seconds[1:])
     new = statistics.median(new_seconds[1:])
     steps = config.new_tokens - 1  # the prompts gave the first token
@@ -69,14 +62,10 @@ def measure(config):
         "tokens_per_s": config.rows * config.new_tokens / (prompt + new),  # new tokens
         "seconds": prompt + new,  # of a repeat
         "prompt_tokens_per_s": config.rows * config.prompt_len / prompt,
-        "new_tokens_per_s": config.rows * steps / new if steps else None,
-        "weights_gb_per_s": weights * dtype.itemsize * steps / new / 1e9 if steps else None,
-        "first_token_s": first_token,  # from before the weights are loaded
-        # what the first repeat took longer
-        "warm_up_s": prompt_seconds[0] + new_seconds[0] - prompt - new,
+        "new_tokens_per_s": config.rows * steps / new,
+        "weights_gb_per_s": weights * dtype.itemsize * steps / new / 1e9,
         "peak_memory_mb": peak_memory(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "device": device_name(device),
     }
 
 

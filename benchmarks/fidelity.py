@@ -10,10 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from benchmarks.common import resolve, run_benchmark
+from benchmarks.common import load, run_benchmark
 from nanochatgpt.checkpoint import load_model
-from nanochatgpt.configurator import at_least
-from nanochatgpt.device import pick_device, pick_dtype
 from nanochatgpt.shards import find_shards, open_shard
 
 
@@ -30,18 +28,14 @@ class Config:
 @torch.inference_mode()
 def measure(config):
     """Predict the same text in float32 and in config.dtype; compare the distributions."""
-    at_least(1, config, "positions")
-    init_from = resolve(config.init_from)
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device, inference=True)
     path, _ = find_shards(config.data_dir, config.dataset, "val")[0]
-    reference = load_model(init_from, device)[0].eval()
-    model = load_model(init_from, device, dtype, inference=True)[0].eval()
+    model, _, device, _ = load(config)
+    reference, _ = load_model(config.init_from, device)
     tokens = open_shard(path).tokens[: config.positions + 1].astype("int64")
     tokens = torch.from_numpy(tokens).to(device)
 
     # sum over the positions, a context at a time
-    n = 0
+    n = len(tokens) - 1
     kl = 0.0
     n_same = 0
     loss = 0.0
@@ -54,8 +48,6 @@ def measure(config):
         n_same += (p.argmax(-1) == q.argmax(-1)).sum().item()
         reference_loss += F.nll_loss(p, y, reduction="sum").item()
         loss += F.nll_loss(q, y, reduction="sum").item()
-        n += len(x)
-        print(f"{n} of {len(tokens) - 1} positions", file=sys.stderr)
     return {
         "kl": kl / n,  # mean KL divergence from float32, nats
         "same_top": n_same / n,  # share of positions with the same most likely token

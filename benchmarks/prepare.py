@@ -1,6 +1,7 @@
 """How fast conversations become a shard, compared with tiktoken: python benchmarks/prepare.py"""
 
 import contextlib
+import itertools
 import os
 import sys
 import tempfile
@@ -11,7 +12,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import peak_memory, run_benchmark
-from nanochatgpt.configurator import at_least
 from nanochatgpt.shards import open_shard
 from nanochatgpt.tokenizer import gpt2_encoding
 from prepare import chitchat_package as chitchat
@@ -25,44 +25,33 @@ class Config:
 
 def measure(config):
     """Tokenize conversations into a shard, then encode at most 64 MB of their text by tiktoken."""
-    at_least(1, config, "megabytes")
-    # how many conversations make the megabytes asked for
-    conversations = [messages for _, messages in chitchat.read(chitchat.packaged())]
-    size = 0
-    for messages in conversations:
-        size += sum(len(message["content"].encode()) for message in messages)
-    size /= 1e6 * len(conversations)  # MB per conversation
-    n = max(2, round(config.megabytes / size))
-    memory = peak_memory("cpu")  # MB, before the work
+    conversations = list(chitchat.read(chitchat.packaged()))  # [(id, messages)]
+    texts = []
+    for _, messages in conversations:
+        texts.append("\n".join(message["content"] for message in messages))
+    size = sum(len(text.encode()) for text in texts) / len(texts) / 1e6  # MB per conversation
+    n = round(config.megabytes / size)  # conversations
 
-    # to a shard: the first conversation to val, the others to train
-    def divided():
-        for i in range(n):
-            yield ("train" if i else "val"), conversations[i % len(conversations)]
-
+    # to shards
+    repeated = itertools.islice(itertools.cycle(conversations), n)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         start = time.perf_counter()
-        corpus.prepare(corpus.Config(out_dir=folder), "bench", divided())
+        corpus.prepare(corpus.Config(out_dir=folder), "bench", corpus.divide(repeated))
         seconds = time.perf_counter() - start
         tokens = sum(len(open_shard(path).tokens) for path in Path(folder).glob("*.bin"))
     peak = peak_memory("cpu")  # MB, before tiktoken adds to it
 
-    # tiktoken alone, with all cores
-    texts = []
-    for i in range(min(n, round(64 / size))):  # 64 MB at most
-        messages = conversations[i % len(conversations)]
-        texts.append("\n".join(message["content"] for message in messages))
+    # tiktoken alone, with all cores, on 64 MB at most
+    texts = list(itertools.islice(itertools.cycle(texts), min(n, round(64 / size))))
     start = time.perf_counter()
     gpt2_encoding().encode_ordinary_batch(texts, num_threads=os.cpu_count())
     tiktoken_seconds = time.perf_counter() - start
     return {
         "tokens_per_s": tokens / seconds,
-        "seconds": seconds,  # from conversations to the shard
-        "megabytes": n * size,  # of text
-        "megabytes_per_s": n * size / seconds,
+        "seconds": seconds,  # from conversations to shards
+        "megabytes_per_s": n * size / seconds,  # of text
         "tiktoken_megabytes_per_s": len(texts) * size / tiktoken_seconds,
         "peak_memory_mb": peak,
-        "peak_memory_before_mb": memory,  # with chitchat in memory
     }
 
 

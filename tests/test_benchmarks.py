@@ -3,7 +3,7 @@
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,94 +12,70 @@ import torch.nn.functional as F
 from conftest import assert_refused, small_talk, write_shards
 from transformers import GPT2LMHeadModel
 
-from benchmarks import common
-from benchmarks.serve import Reply, same
+from benchmarks import best_of, common, decode, fidelity, serve, train
 from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.shards import open_shard
 from nanochatgpt.tokenizer import Tokenizer
 from rlhf.reward_model import RewardModel
 
-NAMES = ("best_of", "candidates", "decode", "fidelity", "prepare", "serve", "train")
 N_VOCAB = 50257
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    """A model of 64 positions, with weights large enough for distributions far from uniform."""
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A folder with a model of 64 positions, whose weights are large enough for distributions far
+    from uniform, a reward model and data/talk."""
+    folder = tmp_path_factory.mktemp("material")
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=32))
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:
                 p.mul_(10)
-    save_model(model, Tokenizer(), tmp_path / "tiny")
-    return tmp_path / "tiny"
+    save_model(model, Tokenizer(), folder / "tiny")
+    judge = RewardModel(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=32))
+    save_model(judge, Tokenizer(), folder / "judge")
+    write_shards(folder / "data" / "talk", small_talk(60, seed=1), small_talk(10, seed=2))
+    return folder
 
 
 @pytest.fixture
-def bench(as_main, monkeypatch, tmp_path, tiny):
-    """Run a benchmark in this process with the tiny model: bench("decode", rows=2)."""
-    monkeypatch.chdir(tmp_path)
+def measure(monkeypatch, material):
+    """Call a benchmark's measure with the tiny model: measure(decode, rows=2)."""
+    monkeypatch.chdir(material)
 
-    def run(name, **knobs):
-        if name != "prepare":
-            knobs = {"init_from": "tiny", "device": "cpu"} | knobs
-        args = [f"--{knob}={value}" for knob, value in knobs.items()]
-        return as_main(f"benchmarks/{name}.py", *args)
+    def call(module, **knobs):
+        figures = module.measure(module.Config(**{"init_from": "tiny", "device": "cpu"} | knobs))
+        if module is not fidelity:  # which measures no speed
+            assert figures["tokens_per_s"] > 0 and figures["seconds"] > 0
+        return figures
 
-    return run
-
-
-def figures(done, name):
-    """Return the JSON object that is the only line on stdout."""
-    assert done.returncode == 0, done.stderr
-    [line] = done.stdout.splitlines()
-    result = json.loads(line)
-    assert result["bench"] == name
-    assert result["torch"] == torch.__version__
-    if name != "fidelity":  # which measures no speed
-        assert result["tokens_per_s"] > 0 and result["seconds"] > 0
-    return result
-
-
-def nearly(value):
-    return pytest.approx(value, rel=1e-3)  # figures have five digits
+    return call
 
 
 # --- what all share -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_help_says_what_is_measured_and_lists_the_knobs(as_main, name):
-    done = as_main(f"benchmarks/{name}.py", "--help")
-    assert done.returncode == 0
-    assert f"python benchmarks/{name}.py" in done.stdout
-    assert "--megabytes" in done.stdout if name == "prepare" else "--init_from" in done.stdout
+def test_a_script_prints_its_progress_and_one_line_of_json(script):
+    """As a process, whose folder has a prepare.py too."""
+    done = script("benchmarks/prepare.py", "--megabytes=1")
+    assert done.returncode == 0, done.stderr
+    [line] = done.stdout.splitlines()
+    assert done.stderr
+    result = json.loads(line)
+    assert result["bench"] == "prepare"
+    assert result["torch"] == torch.__version__
+    assert result["config"] == {"megabytes": 1}
+    # GPT-2's tokens have about four characters, and the chat format adds some
+    assert result["tokens_per_s"] * result["seconds"] == pytest.approx(1e6 / 4, rel=0.4)
+    assert result["megabytes_per_s"] * result["seconds"] == pytest.approx(1, abs=0.01)
+    assert result["tiktoken_megabytes_per_s"] > 0
+    assert result["peak_memory_mb"] > 100
 
 
-@pytest.mark.parametrize(
-    ("name", "knobs", "words"),
-    [
-        ("decode", {"rows": 0}, ["rows=0"]),
-        ("decode", {"repeats": 0}, ["repeats=0"]),
-        ("decode", {"prompt_len": 50, "new_tokens": 15}, ["prompt_len=50", "new_tokens=15", 64]),
-        ("decode", {"init_from": "random:gpt9"}, ["random:gpt9"]),
-        ("fidelity", {"positions": 0}, ["positions=0"]),
-        ("fidelity", {"data_dir": "nowhere"}, ["nowhere/chitchat/val*.bin"]),
-        ("fidelity", {"init_from": "out/nothing", "dataset": "talk"}, ["out/nothing"]),
-        ("train", {"steps": 0}, ["steps=0"]),
-        ("train", {"loop": "fast"}, ["loop=fast", "packed", "nanogpt", "padded"]),
-        ("prepare", {"megabytes": 0}, ["megabytes=0"]),
-        ("candidates", {"source": "nothing.txt"}, ["nothing.txt"]),
-        ("best_of", {"n": 0}, ["n=0"]),
-        ("serve", {"clients": 0}, ["clients=0"]),
-    ],
-)
-def test_mistakes_are_refused_by_name(bench, data_dir, name, knobs, words):
-    done = bench(name, **knobs)
-    assert_refused(done, *words)
-    assert done.stdout == ""
+def test_a_mistake_in_a_script_is_refused(as_main):
+    assert_refused(as_main("benchmarks/decode.py", "--init_from=random:gpt9"), "random:gpt9")
 
 
 @pytest.mark.parametrize("model_class", [GPT, RewardModel])
@@ -110,7 +86,6 @@ def test_random_weights_are_written_once(monkeypatch, tmp_path, model_class):
     directory = common.resolve("random:small", model_class)
     model, _ = load_model(directory, model_class=model_class)
     assert (model.config.n_layer, model.config.n_embd) == (1, 8)
-    assert [path.name for path in Path("out/random").iterdir()] == [Path(directory).name]
 
     # the second call takes the same files; without them, the same weights come again
     weights = Path(directory) / "model.safetensors"
@@ -127,42 +102,36 @@ def test_random_weights_are_written_once(monkeypatch, tmp_path, model_class):
 @pytest.mark.slow
 def test_writing_random_weights_does_not_count_as_peak_memory(script):
     knobs = ["--init_from=random:distilgpt2", "--dtype=int8", "--device=cpu", "--repeats=1"]
-    first, second = (
-        figures(script("benchmarks/decode.py", *knobs, "--new_tokens=8"), "decode") for _ in "ab"
-    )
-    assert first["peak_memory_mb"] == pytest.approx(second["peak_memory_mb"], rel=0.1)
+    peaks = []
+    for _ in range(2):
+        done = script("benchmarks/decode.py", *knobs, "--new_tokens=8")
+        peaks.append(json.loads(done.stdout)["peak_memory_mb"])
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.1)
 
 
 # --- decode ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "auto"])
-def test_the_figures_of_decode_agree(bench, dtype):
-    knobs = {"rows": 3, "prompt_len": 20, "new_tokens": 15, "repeats": 2, "dtype": dtype}
-    done = bench("decode", **knobs)
-    result = figures(done, "decode")
-    assert len(done.stderr.splitlines()) == 1 + 2  # a line per repeat, after the warm-up's
-    assert result["config"] == result["config"] | knobs
-    assert result["device"] == "cpu"
-    assert result["dtype"] in (("float32",) if dtype == "float32" else ("float16", "float32"))
+def test_the_figures_of_decode_agree(measure, capsys, dtype):
+    figures = measure(decode, rows=3, prompt_len=20, new_tokens=15, repeats=2, dtype=dtype)
+    assert len(capsys.readouterr().err.splitlines()) == 1 + 2  # a line per repeat and the warm-up
+    assert figures["dtype"] in (("float32",) if dtype == "float32" else ("float16", "float32"))
 
     # reading the prompts gives the first token of each row, each other token takes a step
-    assert result["tokens_per_s"] * result["seconds"] == nearly(3 * 15)
-    prompt_seconds = 3 * 20 / result["prompt_tokens_per_s"]
-    new_seconds = 3 * 14 / result["new_tokens_per_s"]
-    assert prompt_seconds + new_seconds == nearly(result["seconds"])
+    assert figures["tokens_per_s"] * figures["seconds"] == pytest.approx(3 * 15)
+    prompt_seconds = 3 * 20 / figures["prompt_tokens_per_s"]
+    new_seconds = 3 * 14 / figures["new_tokens_per_s"]
+    assert prompt_seconds + new_seconds == pytest.approx(figures["seconds"])
     weights = 2 * (32 * 96 + 32 * 32 + 32 * 128 + 128 * 32) + N_VOCAB * 32  # layers, head
-    gigabytes = weights * {"float32": 4, "float16": 2}[result["dtype"]] / 1e9
-    assert result["weights_gb_per_s"] == nearly(gigabytes * 14 / new_seconds)
-    assert 0 < result["first_token_s"] < 60
-    assert 100 < result["peak_memory_mb"] < 4000  # torch alone takes more than 100
+    gigabytes = weights * {"float32": 4, "float16": 2}[figures["dtype"]] / 1e9
+    assert figures["weights_gb_per_s"] == pytest.approx(gigabytes * 14 / new_seconds)
+    assert 100 < figures["peak_memory_mb"] < 4000  # torch alone takes more than 100
 
 
-def test_one_new_token_takes_no_further_step(bench):
-    result = figures(bench("decode", prompt_len=63, new_tokens=1, repeats=1), "decode")
-    assert result["new_tokens_per_s"] is None
-    assert result["weights_gb_per_s"] is None
-    assert result["tokens_per_s"] * result["seconds"] == nearly(1)
+def test_decode_refuses_more_than_the_context(measure):
+    with pytest.raises(ValueError, match=r"prompt_len \+ new_tokens = 65 .* 64"):
+        measure(decode, prompt_len=50, new_tokens=15)
 
 
 # --- fidelity -------------------------------------------------------------------------------------
@@ -172,122 +141,96 @@ def test_one_new_token_takes_no_further_step(bench):
     ("dtype", "least", "most"),
     [("float32", 0, 1e-7), ("float16", 0, 1e-4), ("int8", 1e-4, 1.0)],  # nats
 )
-def test_fidelity_compares_with_float32(bench, tiny, data_dir, dtype, least, most):
-    done = bench("fidelity", dataset="talk", dtype=dtype, positions=150)
-    result = figures(done, "fidelity")
-    assert result["positions"] == 150
-    assert least <= result["kl"] < most
-    assert 0 <= result["same_top"] <= 1
+def test_fidelity_compares_with_float32(measure, dtype, least, most):
+    figures = measure(fidelity, dataset="talk", dtype=dtype, positions=150)
+    assert figures["positions"] == 150
+    assert least <= figures["kl"] < most
+    assert 0 <= figures["same_top"] <= 1
     if dtype != "int8":
-        assert result["same_top"] >= 0.99
-        assert result["perplexity"] == pytest.approx(result["perplexity_float32"], rel=0.01)
+        assert figures["same_top"] >= 0.99
+        assert figures["perplexity"] == pytest.approx(figures["perplexity_float32"], rel=0.01)
 
     # transformers' perplexity, of blocks as long as the context
-    tokens = open_shard(data_dir / "talk" / "val.bin").tokens[:151].astype("int64")
-    tokens = torch.from_numpy(tokens)
-    model = GPT2LMHeadModel.from_pretrained(tiny).eval()
+    tokens = torch.from_numpy(open_shard(Path("data/talk/val.bin")).tokens[:151].astype("int64"))
+    model = GPT2LMHeadModel.from_pretrained("tiny").eval()
     loss = 0.0
     for start in range(0, 150, 64):
         block = tokens[start : start + 65]
         with torch.no_grad():
             logits = model(block[None, :-1]).logits[0]
         loss += F.cross_entropy(logits, block[1:], reduction="sum").item()
-    assert result["perplexity_float32"] == nearly(math.exp(loss / 150))
+    assert figures["perplexity_float32"] == pytest.approx(math.exp(loss / 150), rel=1e-4)
 
 
-def test_fidelity_stops_at_the_end_of_the_text(bench, tmp_path):
-    write_shards(tmp_path / "data" / "talk", small_talk(1), small_talk(1))
-    n = len(open_shard(tmp_path / "data" / "talk" / "val.bin").tokens)
-    done = bench("fidelity", dataset="talk", dtype="float16", positions=10**6)
-    assert figures(done, "fidelity")["positions"] == n - 1
+def test_fidelity_stops_at_the_end_of_the_text(measure):
+    n = len(open_shard(Path("data/talk/val.bin")).tokens)
+    figures = measure(fidelity, dataset="talk", dtype="float16", positions=10**6)
+    assert figures["positions"] == n - 1
 
 
-# --- train, prepare -------------------------------------------------------------------------------
+# --- train ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loop", ["packed", "nanogpt", "padded"])
-def test_the_figures_of_train_agree(bench, data_dir, loop):
-    knobs = {"batch_size": 2, "block_size": 64, "steps": 1, "dtype": "float32"}
-    result = figures(bench("train", loop=loop, dataset="talk", **knobs), "train")
-    assert 0 < result["supervised_tokens_per_s"] < result["tokens_per_s"]
-    assert 0 < result["fill"] <= 1
-    assert result["first_step_s"] > 0
-    n_tokens = result["tokens_per_s"] * result["seconds"]
-    if loop == "padded":  # cut at the longest of the batch
-        assert result["fill"] * 128 >= n_tokens * 0.999
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_figures_of_train_agree(measure, padded):
+    knobs = {"padded": padded, "batch_size": 2, "block_size": 64, "steps": 1, "dtype": "float32"}
+    figures = measure(train, dataset="talk", **knobs)
+    assert 0 < figures["supervised_tokens_per_s"] < figures["tokens_per_s"]
+    assert 0 < figures["fill"] <= 1
+    n_tokens = figures["tokens_per_s"] * figures["seconds"]
+    if padded:  # cut at the longest of the batch
+        assert n_tokens <= figures["fill"] * 128 * 1.001
     else:
-        assert n_tokens == nearly(result["fill"] * 128)
+        assert n_tokens == pytest.approx(figures["fill"] * 128)
 
     # random tokens are all supervised
-    result = figures(bench("train", loop=loop, **knobs), "train")
-    assert result["fill"] == 1
-    assert result["supervised_tokens_per_s"] == result["tokens_per_s"]
-    assert result["tokens_per_s"] * result["seconds"] == nearly(128)
+    figures = measure(train, **knobs)
+    assert figures["fill"] == 1
+    assert figures["supervised_tokens_per_s"] == figures["tokens_per_s"]
+    assert figures["tokens_per_s"] * figures["seconds"] == pytest.approx(128)
 
 
-def test_the_figures_of_prepare_agree(script):
-    """As a process, whose folder has a prepare.py too."""
-    result = figures(script("benchmarks/prepare.py", "--megabytes=1"), "prepare")
-    assert result["megabytes"] == pytest.approx(1, abs=0.01)
-    # GPT-2's tokens have about four characters, and the chat format adds some
-    assert result["tokens_per_s"] * result["seconds"] == pytest.approx(1e6 / 4, rel=0.4)
-    assert result["megabytes_per_s"] * result["seconds"] == pytest.approx(1, abs=0.01)
-    assert result["tiktoken_megabytes_per_s"] > 0
-    assert result["peak_memory_mb"] >= result["peak_memory_before_mb"] > 0
+def test_a_padded_batch_holds_whole_conversations(material):
+    tokenizer = Tokenizer()
+    shards = [(material / "data" / "talk" / "train.bin", 1.0)]
+    loader = train.Loader(shards, 8, 64, 0, tokenizer)
+    x, y, mask = train.padded_batch(loader, 0)
+    conversations = []
+    for messages in small_talk(60, seed=1):
+        ids, supervised = tokenizer.render(messages)
+        labels = [id if s else -100 for id, s in zip(ids, supervised, strict=True)]
+        conversations.append((ids[:64], labels[:64]))
+    assert x.shape == y.shape == mask.shape == (8, mask.sum(1).max())
+    for b, n in enumerate(mask.sum(1).tolist()):
+        assert (x[b, :n].tolist(), y[b, :n].tolist()) in conversations
+        assert mask[b, :n].all() and not mask[b, n:].any() and (y[b, n:] == -100).all()
 
 
-# --- candidates, best_of --------------------------------------------------------------------------
+# --- best_of --------------------------------------------------------------------------------------
 
 
-def test_candidates_are_scored_together_and_alone(bench, tmp_path):
-    lines = ["1 your persona: i like tea."]
-    lines += [f"{i} hi {i}\tyes {i}\t\tno|why|yes {i}" for i in range(2, 8)]
-    (tmp_path / "valid.txt").write_text("\n".join(lines) + "\n")
-    result = figures(bench("candidates", source="valid.txt"), "candidates")
-    assert result["ratio"] == nearly(result["seconds"] / result["seconds_alone"])
-
-
-def test_rewards_rise_with_the_number_of_replies(bench, tmp_path):
-    judge = RewardModel(GPTConfig(64, n_layer=1, n_head=2, n_embd=32))
-    save_model(judge, Tokenizer(), tmp_path / "judge")
-    write_shards(tmp_path / "data" / "talk", small_talk(5), small_talk(8, seed=1))
-    knobs = {"reward": "judge", "dataset": "talk", "n": 3, "most": 5, "prompts": 4}
-    if find_spec("matplotlib"):
-        knobs["png"] = "curve.png"
-    result = figures(bench("best_of", max_new_tokens=8, **knobs), "best_of")
-    assert result["ratio"] == nearly(result["seconds"] / result["seconds_of_one"])
-    rewards = list(result["rewards"].values())
-    assert list(result["rewards"]) == ["1", "2", "4"]
+def test_rewards_rise_with_the_number_of_replies(measure):
+    knobs = {"reward": "judge", "dataset": "talk", "n": 4, "prompts": 3, "max_new_tokens": 8}
+    figures = measure(best_of, **knobs)
+    assert figures["ratio"] > 0 and figures["ranking_ratio"] > 0
+    rewards = figures["rewards"]
+    assert len(rewards) == 4
     assert rewards == sorted(rewards) and rewards[0] < rewards[-1]
-    assert result["std"] > 0
-    if find_spec("matplotlib"):
-        assert Path("curve.png").read_bytes().startswith(b"\x89PNG")
+    assert figures["std"] > 0
 
 
 # --- serve ----------------------------------------------------------------------------------------
 
 
-def test_all_clients_get_the_replies_that_one_gets(bench):
-    knobs = {"clients": 3, "prompt_len": 5, "new_tokens": 6, "rounds": 1, "soak": 20}
-    result = figures(bench("serve", **knobs), "serve")
-    assert result["ratio"] == nearly(result["tokens_per_s"] / result["one_tokens_per_s"])
-    assert result["lost"] == result["mixed_up"] == 0
-    longest = result["longest_first_token_s"]
-    assert 0 < result["first_token_s"] <= longest
-    assert result["first_token_s"] / 2 < result["slowest_clients_first_token_s"] <= longest
+def test_clients_of_a_server_are_timed_together_and_alone(measure, monkeypatch):
+    pytest.importorskip("fastapi")
+    config = serve.Config(init_from="tiny", device="cpu")
+    with serve.running_server(config) as port:
+        monkeypatch.setattr(serve, "running_server", lambda config: nullcontext(port))
+        figures = measure(serve, clients=3, prompt_len=5, new_tokens=6, rounds=1)
+        assert figures["ratio"] == figures["tokens_per_s"] / figures["one_tokens_per_s"]
+        assert 0 < figures["first_token_s"] <= figures["longest_first_token_s"]
 
-
-def test_replies_are_the_same_up_to_a_tie():
-    def reply(*tokens):
-        """A reply of tokens, each with other likely ones: ("a", {"b": -1.0})."""
-        text = "".join(token for token, _ in tokens)
-        logprobs = [(token, {token: -0.5} | others) for token, others in tokens]
-        return Reply(0, text, len(tokens), 0.1, logprobs)
-
-    a = reply(("a", {"b": -0.9}), ("c", {"d": -0.51}))
-    assert same(a, reply(("a", {}), ("c", {})))
-    assert same(a, reply(("a", {}), ("d", {})))  # 0.01 nats apart
-    assert not same(a, reply(("b", {}), ("c", {})))  # 0.4
-    assert not same(a, reply(("a", {}), ("e", {})))  # not among the most likely
-    assert not same(a, reply(("a", {})))  # the end is lost
-    assert not same(reply(("a", {})), a)
+        # a request that is refused ends the benchmark
+        with pytest.raises(ValueError, match="context"):
+            measure(serve, clients=3, new_tokens=1000)

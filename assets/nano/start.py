@@ -25,16 +25,12 @@ from nanochatgpt.tokenizer import Tokenizer
 @dataclass
 class Config:
     out_dir: str = "out/start"  # the checkpoint to write
-    n_layer: int = 4  # layers, at least 2
-    n_head: int = 6  # attention heads per layer, at least 3
-    n_embd: int = 192  # width; that of a head must be even
-    block_size: int = 512  # the model's context in tokens
-    seed: int = 1337  # for the random weights
 
 
 @torch.no_grad()
 def set_induction_heads(model):
-    """Set the embeddings, a third of layer 0's heads and two thirds of layer 1's."""
+    """Set the embeddings, a third of layer 0's heads and two thirds of layer 1's. That takes two
+    layers, three heads and an even head size."""
     c = model.config
     C = c.n_embd
     hs = C // c.n_head  # size of a head
@@ -51,7 +47,8 @@ def set_induction_heads(model):
 
     def random_code():
         """Return (C, hs): a random orthogonal projection of the token's part to a head's size."""
-        return torch.cat([torch.zeros(hs, hs), torch.linalg.qr(torch.randn(C - hs, hs))[0]])
+        basis, _ = torch.linalg.qr(torch.randn(C - hs, hs))
+        return torch.cat([torch.zeros(hs, hs), basis])  # nothing of the position's part
 
     def set_head(layer, head, query, key, value, output):
         """query, key, value: (C, hs); output: (hs, C)."""
@@ -64,7 +61,9 @@ def set_induction_heads(model):
     # layer 0: the query is the position turned back by one, the key the position, the score 40
     cos = frequencies.cos().diag()
     sin = frequencies.sin().diag()
-    back = torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])  # (hs, hs)
+    upper = torch.cat([cos, -sin], 1)
+    lower = torch.cat([sin, cos], 1)
+    back = torch.cat([upper, lower])  # (hs, hs), a rotation
     position = torch.eye(C, hs) * math.sqrt(40 * math.sqrt(hs)) / norm
     tokens = [random_code() for _ in range(n_pairs)]
     notes = [random_code() for _ in range(n_pairs)]
@@ -81,11 +80,8 @@ def set_induction_heads(model):
 
 
 def main(config):
-    if config.n_layer < 2 or config.n_head < 3 or config.n_embd // config.n_head % 2:
-        raise ValueError("copying needs n_layer >= 2, n_head >= 3 and n_embd / n_head even")
-    torch.manual_seed(config.seed)
-    shape = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
-    model = GPT(GPTConfig(config.block_size, **shape))
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(block_size=512, n_layer=4, n_head=6, n_embd=192))
     set_induction_heads(model)
     save_model(model, Tokenizer(), config.out_dir)
     print(f"wrote {config.out_dir}: {model.num_parameters():,} parameters")
