@@ -199,16 +199,16 @@ class Engine:
     def _draw(self, rows, logits):
         """Append a token to each of these rows, which share their options; return the Tokens.
         logits: (B, n_vocab) float32, overwritten."""
-        # penalties and the draw, for all rows at once
-        histories = []
+        # the penalties of each row, then the draw for all at once
+        options = rows[0].options
         logprobs = {}
-        for n, row in enumerate(rows):
-            histories.append((row.ids[: row.n_prompt], row.ids[row.n_prompt :], row.logit_bias))
+        for row, row_logits in zip(rows, logits, strict=True):
             if row.logprobs is not None:
-                logprobs[row] = logits[n].log_softmax(-1)  # before penalties
-        penalize(logits, rows[0].options, histories)
+                logprobs[row] = row_logits.log_softmax(-1)  # before penalties
+            prompt = row.ids[: row.n_prompt]
+            penalize(row_logits, options, prompt, row.ids[row.n_prompt :], row.logit_bias)
         uniform = torch.tensor([row.rng.random() for row in rows], device=self.device)  # (B,)
-        ids = draw_token(logits, uniform, rows[0].options).tolist()
+        ids = draw_token(logits, uniform, options).tolist()
 
         # one id per row: a stop, or a Token
         tokens = []

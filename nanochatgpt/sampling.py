@@ -69,47 +69,32 @@ def for_template(config, template):
     return replace(config, **defaults)
 
 
-def penalize(logits, options, rows):
-    """Apply the logit bias and the penalties to logits (B, V), in place.
+def penalize(logits, options, prompt, new, logit_bias):
+    """Apply the logit bias {id: number} and the penalties to logits (V,), in place.
 
-    rows: (prompt ids, new ids, logit bias {id: number}) of each. Order: bias, repetition_penalty
-    (CTRL, arXiv 1909.05858), presence and frequency penalty (OpenAI's), no_repeat_ngram_size.
+    prompt, new: the ids so far. Order: bias, repetition_penalty (CTRL, arXiv 1909.05858), presence
+    and frequency penalty (OpenAI's), no_repeat_ngram_size.
     """
-    # collect the tokens of all rows, so that each penalty is one operation
-    V = logits.size(-1)
-    bias = {}  # (row, id) -> number
-    seen = []  # (row, id)
-    penalties = {}  # (row, id) -> number
-    banned = []  # (row, id)
-    for n, (prompt, new, logit_bias) in enumerate(rows):
-        for token, value in logit_bias.items():
-            bias[n, token] = value
-        if options.repetition_penalty != 1:
-            seen += [(n, token) for token in {*prompt, *new} if token < V]
-        if options.presence_penalty or options.frequency_penalty:
-            for token, count in Counter(new).items():
-                penalties[n, token] = options.presence_penalty + options.frequency_penalty * count
-        if options.no_repeat_ngram_size:
-            ends = _ngram_ends([*prompt, *new], options.no_repeat_ngram_size)
-            banned += [(n, token) for token in ends if token < V]
 
-    def indices(pairs):
-        return torch.tensor(list(pairs), device=logits.device).unbind(1)  # rows (N,), ids (N,)
+    def tensor(values, dtype):
+        return torch.tensor(list(values), dtype=dtype, device=logits.device)
 
-    def numbers(values):
-        return torch.tensor(list(values.values()), device=logits.device)  # (N,)
-
-    # apply them
-    if bias:
-        logits[indices(bias)] += numbers(bias)
-    if seen:
-        values = logits[indices(seen)]
+    if logit_bias:
+        logits[tensor(logit_bias, torch.long)] += tensor(logit_bias.values(), logits.dtype)
+    if options.repetition_penalty != 1:
+        seen = tensor({*prompt, *new}, torch.long)
+        seen = seen[seen < len(logits)]  # a prompt may have ids that are never drawn
+        values = logits[seen]
         penalty = options.repetition_penalty
-        logits[indices(seen)] = torch.where(values < 0, values * penalty, values / penalty)
-    if penalties:
-        logits[indices(penalties)] -= numbers(penalties)
-    if banned:
-        logits[indices(banned)] = -math.inf
+        logits[seen] = torch.where(values < 0, values * penalty, values / penalty)
+    if new and (options.presence_penalty or options.frequency_penalty):
+        penalties = {}  # id -> number
+        for token, count in Counter(new).items():
+            penalties[token] = options.presence_penalty + options.frequency_penalty * count
+        logits[tensor(penalties, torch.long)] -= tensor(penalties.values(), logits.dtype)
+    if options.no_repeat_ngram_size:
+        ends = tensor(_ngram_ends([*prompt, *new], options.no_repeat_ngram_size), torch.long)
+        logits[ends[ends < len(logits)]] = -math.inf
 
 
 def _ngram_ends(ids, size):

@@ -48,7 +48,7 @@ additive = st.floats(-2, 2) | st.just(0.0)
 def penalized(logits, options, prompt, new, bias=()):
     """Return the logits (V,) of one row with its penalties."""
     logits = logits.clone()
-    penalize(logits[None], options, [(prompt, new, dict(bias))])
+    penalize(logits, options, prompt, new, dict(bias))
     return logits
 
 
@@ -162,34 +162,6 @@ def test_all_together_they_come_in_transformers_order_and_openais_before_the_ban
 def test_without_penalties_the_logits_are_the_same_whatever_the_warpers(text, options):
     logits, prompt, new = text
     assert torch.equal(penalized(logits, options, prompt, new), logits)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    rows=st.lists(st.tuples(texts(), biases), min_size=2, max_size=5),
-    penalty=st.just(1.0) | penalties,
-    presence=additive,
-    frequency=additive,
-    n=st.integers(0, 4),
-)
-def test_of_many_rows_each_is_penalised_as_if_alone(rows, penalty, presence, frequency, n):
-    V = min(
-        len(logits) for (logits, _, _), _ in rows
-    )  # ids of the texts may lie beyond, as a prompt's may
-    options = Sampling(
-        repetition_penalty=penalty,
-        presence_penalty=presence,
-        frequency_penalty=frequency,
-        no_repeat_ngram_size=n,
-    )
-    rows = [
-        (logits[:V], prompt, [token for token in new if token < V], within(bias, logits[:V]))
-        for (logits, prompt, new), bias in rows
-    ]
-    together = torch.stack([row[0] for row in rows])
-    penalize(together, options, [row[1:] for row in rows])
-    for row, found in zip(rows, together, strict=True):
-        assert torch.equal(found, penalized(row[0], options, *row[1:]))
 
 
 def test_greedy_ids_with_bias_and_penalties_are_those_of_transformers_generate(hf, model):
