@@ -106,7 +106,7 @@ def test_jobs_on_a_gpu_that_come_and_go_get_what_each_gets_alone():
     while left:
         job, piece = pieces.get(timeout=120)
         given[job] += [token.id for token in piece.tokens]
-        left -= piece.ended is not None
+        left -= piece.end is not None
     scheduler.close()
     for job, expected in zip(jobs, alone, strict=True):  # half a character at the end is no text
         assert (
