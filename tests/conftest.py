@@ -237,7 +237,7 @@ class Serving:
             logging.getLogger(name).propagate = True
         self.errors = logging.handlers.BufferingHandler(1000)
         self.errors.setLevel("ERROR")
-        logging.getLogger("uvicorn").addHandler(self.errors)
+        logging.getLogger().addHandler(self.errors)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]})
         self.thread.start()
         self.port = listening.getsockname()[1]
@@ -263,6 +263,7 @@ def serving(tmp_path_factory):
             server.stop()
             server.thread.join(30)
             server.service.scheduler.close()
+            logging.getLogger().removeHandler(server.errors)
         assert not server.thread.is_alive() and server.errors.buffer == []
 
     return start
