@@ -1,32 +1,69 @@
 """
-The routes of the API, and the page.
+The routes of the API, the page, and who may use them.
 """
 
 import asyncio
 import base64
 import contextlib
+import functools
 import hashlib
+import hmac
 import json
 import re
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 
-from serving.access import AccessControl, Refused, json_response
-from serving.protocol import ChatRequest, CompletionRequest, Feedback, conversation
+from serving import protocol
+from serving.protocol import Refused
 from serving.responses import respond
+from serving.service import QUEUED, REFUSED, RUNNING
 
 PAGE = Path(__file__).with_name("page.html")  # the chat page: HTML, CSS and script in one file
-router = APIRouter()
+LOOPBACK = ("localhost", "127.0.0.1", "::1")  # hosts that only this machine can reach
+MAX_BODY = 1_000_000  # bytes per request
+BODY_SECONDS = 10.0  # time limit for sending the body of a request
+
+
+class ApiRoute(APIRoute):
+    """A route that needs the API key, and waits for the body of a request for a limited time."""
+
+    def get_route_handler(self):
+        handle = super().get_route_handler()
+
+        async def checked(http):
+            key = http.app.state.service.config.api_key
+            header = http.headers.get("authorization", "").encode()
+            # compare in constant time: the time must not show how much of a key is right
+            if key and not hmac.compare_digest(header, f"Bearer {key}".encode()):
+                message = "the API key is missing or wrong"
+                headers = {"WWW-Authenticate": "Bearer"}
+                raise Refused(401, message, None, "invalid_api_key", headers)
+            try:
+                async with asyncio.timeout(BODY_SECONDS):
+                    await http.body()  # kept for `handle`
+            except (TimeoutError, ClientDisconnect):
+                message = "the request was sent too slowly"
+                raise Refused(408, message, headers={"Connection": "close"}) from None
+            return await handle(http)
+
+        return checked
+
+
+public = APIRouter()  # the page asks for the API key itself
+router = APIRouter(route_class=ApiRoute)
 
 
 @router.post("/v1/chat/completions")
-async def chat(request: ChatRequest, http: Request):
+async def chat(request: protocol.ChatRequest, http: Request):
     """Reply to a conversation."""
     service = http.app.state.service
     # in a thread: a megabyte of text takes a while to render
@@ -37,7 +74,7 @@ async def chat(request: ChatRequest, http: Request):
 
 
 @router.post("/v1/completions")
-async def complete(request: CompletionRequest, http: Request):
+async def complete(request: protocol.CompletionRequest, http: Request):
     """Continue one text or several."""
     service = http.app.state.service
     prompts = await asyncio.to_thread(service.completion_prompts, request)  # lists of ids
@@ -47,46 +84,44 @@ async def complete(request: CompletionRequest, http: Request):
 
 @router.get("/v1/models")
 async def models(http: Request):
-    card = http.app.state.service.model_card()  # one model per server
-    return json_response({"object": "list", "data": [card]})
+    # one model per server
+    return {"object": "list", "data": [http.app.state.service.model_card()]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, http: Request):  # a name may contain slashes, like org/model
     service = http.app.state.service
     service.check_model(name)  # 404 if the name is wrong
-    return json_response(service.model_card())
+    return service.model_card()
 
 
 @router.post("/feedback", status_code=204)
-async def feedback(rating: Feedback, http: Request):
+async def feedback(rating: protocol.Feedback, http: Request):
     """Append a conversation whose last reply was rated, as prepare/retry.py reads it."""
+    messages = protocol.conversation(rating.messages)
+    if messages[-1]["role"] != "assistant":
+        raise Refused(400, "messages must end with the reply that was rated", "messages")
+    # the first rating creates the folder
     path = Path(http.app.state.service.config.feedback)
-    # one JSON object per line: messages and label
-    record = {"messages": conversation(rating.messages), "label": rating.label}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # the first rating creates the folder
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise Refused(500, f"{path}: {error.strerror}") from error
-
-
-@router.api_route("/health", methods=["GET", "HEAD"], operation_id="health")
-async def health(http: Request):
-    # a load balancer stops sending requests here after a 503
-    if not http.app.state.service.scheduler.is_alive():
-        raise Refused(503, "the engine has stopped; see the server's log")
-    return json_response({"status": "ok"})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"messages": messages, "label": rating.label}) + "\n")
 
 
 @router.get("/metrics")
 async def metrics(http: Request):
-    # Prometheus' text format
-    return PlainTextResponse(generate_latest(http.app.state.service.metrics.registry))
+    scheduler = http.app.state.service.scheduler
+    RUNNING.set(len(scheduler.running))
+    QUEUED.set(len(scheduler.waiting))
+    return PlainTextResponse(generate_latest())  # Prometheus' text format
 
 
-@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+@public.api_route("/health", methods=["GET", "HEAD"], operation_id="health")
+async def health():
+    return {"status": "ok"}
+
+
+@public.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
 async def page(http: Request):
     return http.app.state.page  # read once, when the server starts
 
@@ -101,74 +136,60 @@ def load_page():
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
     policy += "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     policy += "frame-ancestors 'none'"
-    # nosniff: browsers must not guess another content type
-    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
-    return HTMLResponse(html, headers=headers | {"X-Content-Type-Options": "nosniff"})
-
-
-async def invalid_request(_, error):
-    """Raise Refused, whose response AccessControl sends, with the name of the wrong field."""
-    # a field of several types has an error for each: take the deepest, which came closest
-    deepest = max(reversed(error.errors()), key=lambda each: len(each["loc"]))
-    # build the field's name from its path, such as messages.0.content
-    names = []
-    for part in deepest["loc"][1:]:
-        if isinstance(part, int) or re.fullmatch("[a-z_]+", part):  # else the name of a type
-            names.append(str(part))
-    param = ".".join(names).removesuffix(".str")  # "str": one type of a union
-    # replace pydantic's wording where clients need a clearer message
-    message = deepest["msg"].removeprefix("Value error, ")
-    if deepest["type"] == "json_invalid":
-        param = ""
-        message = "the body is not valid JSON"
-    elif deepest["loc"] == ("body",) and deepest["type"] != "value_error":
-        message = "the body must be a JSON object, with Content-Type: application/json"
-    elif deepest["type"] == "extra_forbidden":
-        message = "not supported"
-    raise Refused(400, f"{param}: {message}" if param else message, param or None)
+    return HTMLResponse(html, headers={"Content-Security-Policy": policy})
 
 
 async def http_error(_, error):
-    # send 404 and 405 in OpenAI's error format too
-    raise Refused(error.status_code, error.detail, headers=error.headers)
+    """Return the response to an error, in OpenAI's format."""
+    REFUSED.labels(error.status_code).inc()
+    return JSONResponse(protocol.error_body(error), error.status_code, error.headers)
 
 
-async def internal_error(_, error):
-    # uvicorn logs the traceback
-    return Refused(500, "the server has a bug; its log has the traceback").response
+async def invalid_request(http, error):
+    """Return the response to a wrong field; it names the field."""
+    last = error.errors()[-1]  # a field of several types has an error for each
+    # build the field's name from its path, such as messages.0.content, without names of types
+    names = []
+    for part in last["loc"][1:]:
+        if isinstance(part, int) or part.isidentifier():
+            names.append(str(part))
+    param = ".".join(names)
+    message = f"{param}: {last['msg']}"
+    if last["loc"] == ("body",):
+        message = "the body must be a JSON object, with Content-Type: application/json"
+    return await http_error(http, Refused(400, message, param or None))
 
 
 @contextlib.asynccontextmanager
 async def lifespan(app):
     """Let the scheduler's thread hand its pieces to the event loop."""
-    # the scheduler's thread may only reach it through call_soon_threadsafe
     loop = asyncio.get_running_loop()
 
     def hand_out(pieces):
         for job, piece in pieces:
             job.on_piece(piece)  # puts the piece in the queue of its request
 
+    # another thread may only reach the loop through call_soon_threadsafe
     scheduler = app.state.service.scheduler
-    scheduler.deliver = lambda pieces: loop.call_soon_threadsafe(hand_out, pieces)
+    scheduler.deliver = functools.partial(loop.call_soon_threadsafe, hand_out)
     yield
 
 
 def create_app(config, service):
     """Return the ASGI application."""
     # every error becomes a JSON response in OpenAI's format
-    handlers = {
-        RequestValidationError: invalid_request,
-        HTTPException: http_error,
-        Exception: internal_error,
-    }
+    handlers = {RequestValidationError: invalid_request, HTTPException: http_error}
     # FastAPI's pages would load scripts from a CDN
     options = {"docs_url": None, "redoc_url": None, "lifespan": lifespan}
-    app = FastAPI(title="nanoChatGPT", exception_handlers=handlers, **options)
+    options |= {"exception_handlers": handlers, "max_body_size": MAX_BODY}
+    app = FastAPI(title="nanoChatGPT", **options)
     app.state.service = service
     app.state.page = load_page()
+    app.include_router(public)
     app.include_router(router)
-    # the middleware added last sees a request first: CORS, then access control
-    app.add_middleware(AccessControl, config=config, n_requests=service.metrics.requests)
+    if config.host in LOOPBACK:
+        # DNS rebinding: any web page can give its own host name the address of this machine
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
     if config.cors:  # an origin whose pages may call the API
         allow = {"allow_origins": [config.cors], "allow_methods": ["*"], "allow_headers": ["*"]}
         app.add_middleware(CORSMiddleware, **allow)

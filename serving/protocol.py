@@ -1,16 +1,15 @@
 """
-OpenAI's request and response types, as far as GPT-2 can serve them; other fields are refused.
+OpenAI's requests, responses and errors, as far as GPT-2 can serve them.
 
 https://platform.openai.com/docs/api-reference/chat and .../completions
 """
 
-import codecs
 import time
 import uuid
-from collections import defaultdict
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.exceptions import HTTPException
 
 T = TypeVar("T")
 MAX_ITEMS = 1000  # messages, parts of a message, prompts, biases: keeps validation quick
@@ -21,32 +20,42 @@ Count = Annotated[int, Field(ge=1, le=128)]  # replies per prompt
 MaxTokens = Annotated[int, Field(ge=1, le=10**9)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]  # added to a token's logit
-TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,6}$")]  # keys of JSON are strings
+TokenId = Annotated[int, Field(ge=0, strict=False)]  # keys of JSON are strings
 
-# default values that clients send for unsupported fields
+# unsupported fields -> values that change nothing; clients send them by default
 NO_OPS = {
-    "tools": ([],),  # field -> values that change nothing
+    "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
     "store": (False,),
-    "echo": (False,),
-    "suffix": ("",),
-    "best_of": (1,),
 }
 
 
+class Refused(HTTPException):
+    """A request that the server turns down, and why."""
+
+    def __init__(self, status, message, param=None, code=None, headers=None):
+        super().__init__(status, message, headers)
+        self.param = param  # the field that is wrong
+        self.code = code
+
+
+def error_body(error):
+    """Return an HTTPException as OpenAI's JSON."""
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    kinds |= {500: "server_error", 503: "server_error"}
+    kind = kinds.get(error.status_code, "invalid_request_error")
+    # the library's own errors have neither param nor code
+    param = getattr(error, "param", None)
+    code = getattr(error, "code", None)
+    return {"error": {"message": error.detail, "type": kind, "param": param, "code": code}}
+
+
 class Strict(BaseModel):
+    """Unknown fields and other types are errors; null stands for the default."""
+
     # strict: "3" is no number
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
-
-
-class Nullable(Strict):
-    """Null and default values are dropped."""
 
     @model_validator(mode="before")
     @classmethod
@@ -62,21 +71,18 @@ class Nullable(Strict):
 
 class StreamOptions(Strict):
     include_usage: bool = False  # send token counts in a last chunk
-    include_obfuscation: Literal[False] = False  # random padding, which we do not send
 
 
-class Options(Nullable):
+class Options(Strict):
     """The fields of both kinds of requests. None for a sampling option means the server's own."""
 
     model: str | None = None
-    # sampling
+    # sampling, as in nanochatgpt/sampling.py
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    # sample from the most likely tokens with this total
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    # sample from the k most likely tokens (0 = all)
     top_k: Annotated[int, Field(ge=0, le=10**6)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None  # 1 = off
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     # length, number, randomness
@@ -97,7 +103,7 @@ class Options(Nullable):
     @property
     def n_replies(self):
         """Replies to generate per prompt."""
-        return self.best_of or self.n
+        return max(self.best_of or 0, self.n)
 
     @property
     def stop_strings(self):
@@ -110,7 +116,7 @@ class TextPart(Strict):
     text: str
 
 
-class Message(Nullable):
+class Message(Strict):
     # developer: OpenAI's newer name for system
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Items[TextPart]
@@ -129,13 +135,13 @@ def conversation(messages):
     turns = []  # {"role", "content"}
     for message in messages:
         if message.role in ("user", "assistant"):
-            turns.append({"role": message.role, "content": message.text})  # the conversation itself
+            turns.append({"role": message.role, "content": message.text})
         elif not turns:  # a system message before the first turn
             system.append(message.text)
         else:
-            raise ValueError("system messages must come first")
+            raise Refused(400, "system messages must come first", "messages")
     if not turns:
-        raise ValueError("messages must include a user or assistant message")
+        raise Refused(400, "messages must include a user or assistant message", "messages")
     # the system text is the bot's persona
     persona = "\n".join(system)
     return [{"role": "system", "content": persona}, *turns] if persona else turns
@@ -145,16 +151,9 @@ class ChatRequest(Options):
     messages: Items[Message]
     max_completion_tokens: MaxTokens | None = None  # OpenAI's newer name for max_tokens
     logprobs: bool = False  # return the log-probability of each token
-    # most likely tokens to list at each position
+    # most likely tokens to list at each position, with logprobs
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     truncation: Literal["auto", "disabled"] = "disabled"  # auto: drop the oldest turns if too long
-
-    @model_validator(mode="after")
-    def check(self):
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
-        conversation(self.messages)  # raises ValueError for a wrong order
-        return self
 
     @property
     def n_logprobs(self):
@@ -174,14 +173,8 @@ class CompletionRequest(Options):
 class Feedback(Strict):
     """A conversation that ends in a reply, and whether the reader liked the reply."""
 
-    messages: Annotated[list[Message], Field(min_length=2, max_length=MAX_ITEMS, fail_fast=True)]
+    messages: Items[Message]
     label: Literal[0, 1]  # 1 = liked
-
-    @model_validator(mode="after")
-    def check(self):
-        if conversation(self.messages)[-1]["role"] != "assistant":
-            raise ValueError("messages must end with the reply that was rated")
-        return self
 
 
 class ResponseFormat:
@@ -195,24 +188,20 @@ class ResponseFormat:
         # the fields that all chunks of a response share
         self.head = {"id": response_id, "created": int(time.time()), "model": model}
 
-    def whole(self, replies, usage):
-        """replies: [(text, Tokens, finish reason)]."""
-        choices = []
-        for index, (text, tokens, finish_reason) in enumerate(replies):
-            choices.append(self.choice(index, self.message(text), tokens, finish_reason))
+    def whole(self, choices, usage):
         return self.head | {"object": self.kind, "choices": choices, "usage": usage}
 
-    def chunk(self, index, content, tokens=None, finish_reason=None):
-        # a chunk has one choice, the reply with this index
-        choice = self.choice(index, content, tokens or None, finish_reason)
-        return self.head | {"object": self.chunk_kind, "choices": [choice]}
+    def chunk(self, *choices):
+        return self.head | {"object": self.chunk_kind, "choices": choices}
 
-    def usage_chunk(self, usage):
-        return self.head | {"object": self.chunk_kind, "choices": [], "usage": usage}
-
-    def choice(self, index, content, tokens, finish_reason):
-        logprobs = None if self.n_logprobs is None else self.logprobs(index, tokens)
+    def choice(self, index, content, tokens=(), finish_reason=None):
+        """Return a reply or a piece of one; content: what `message` or `delta` returns."""
+        logprobs = None if self.n_logprobs is None else self.logprobs(tokens)
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def token_text(self, token):
+        """Return the text of a token; if it is not whole characters, with bytes such as \\xe2."""
+        return self.tokenizer.token_bytes(token).decode(errors="backslashreplace")
 
 
 class ChatFormat(ResponseFormat):
@@ -220,19 +209,13 @@ class ChatFormat(ResponseFormat):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def opening(self):
-        """Return the content of the first chunk, None if there is no special one."""
-        return {"delta": {"role": "assistant", "content": ""}}
-
     def message(self, text):
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
     def delta(self, text):
         return {"delta": {"content": text} if text else {}}
 
-    def logprobs(self, _, tokens):
-        if tokens is None:
-            return None
+    def logprobs(self, tokens):
         content = []
         for token in tokens:
             # the alternatives at this position, [(id, logprob)]
@@ -241,46 +224,26 @@ class ChatFormat(ResponseFormat):
         return {"content": content, "refusal": None}
 
     def token(self, token, logprob):
-        text = self.tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(self.tokenizer.token_bytes(token))}
+        data = self.tokenizer.token_bytes(token)
+        return {"token": self.token_text(token), "logprob": logprob, "bytes": list(data)}
 
 
 class CompletionFormat(ResponseFormat):
     prefix = "cmpl"
-    kind = chunk_kind = "text_completion"
-
-    def __init__(self, model, tokenizer, n_logprobs):
-        super().__init__(model, tokenizer, n_logprobs)
-        decoder = codecs.getincrementaldecoder("utf-8")
-        self.decoders = defaultdict(lambda: decoder("replace"))  # index of a choice -> decoder
-        self.offsets = defaultdict(int)  # index of a choice -> characters so far
-
-    def opening(self):
-        return None
+    kind = "text_completion"
+    chunk_kind = "text_completion"
 
     def message(self, text):
         return {"text": text}
 
     delta = message  # a chunk and a whole reply look the same here
 
-    def logprobs(self, index, tokens):
-        lists = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token in tokens or ():
+    def logprobs(self, tokens):
+        lists = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
+        for token in tokens:
+            lists["tokens"].append(self.token_text(token.id))
+            lists["token_logprobs"].append(token.logprob)
             # the chosen token is listed too, even if it is unlikely
             pairs = [*token.top, (token.id, token.logprob)]
-            lists["tokens"].append(self.name(token.id))
-            lists["token_logprobs"].append(token.logprob)
-            lists["top_logprobs"].append({self.name(i): logprob for i, logprob in pairs})
-            lists["text_offset"].append(self.offsets[index])
-            # a character can span tokens, so decode bytes incrementally to count characters
-            data = self.tokenizer.token_bytes(token.id)
-            self.offsets[index] += len(self.decoders[index].decode(data))
+            lists["top_logprobs"].append({self.token_text(i): logprob for i, logprob in pairs})
         return lists
-
-    def name(self, token):
-        """Return the text of a token; if it is not whole characters, its bytes: bytes:\\xe2."""
-        data = self.tokenizer.token_bytes(token)
-        try:
-            return data.decode()  # whole characters
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

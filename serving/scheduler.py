@@ -7,7 +7,6 @@ as long.
 """
 
 import math
-import threading
 import time
 import traceback
 from collections import deque
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nanochatgpt.sampling import Sampling
-from nanochatgpt.stream import TextStream, overlap
+from nanochatgpt.stream import TextStream, Trim
 from nanochatgpt.tokenizer import Tokenizer
 
 # seconds between two deliveries, per running job: a token then costs the event loop 52 µs, with
@@ -38,11 +37,11 @@ class QueueFull(Exception):
     """The queue has no room for the jobs."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # equal only to itself, so it can be a key
 class Job:
     """One reply to generate. The fields without a comment are arguments of Engine.add."""
 
-    on_piece: Callable  # the scheduler's `deliver` calls it with each Piece
+    on_piece: Callable  # takes each Piece
     prompt: list
     options: Sampling
     tokenizer: Tokenizer
@@ -51,42 +50,42 @@ class Job:
     stop_strings: tuple = ()  # the text ends before the first of them
     logit_bias: dict | None = None
     logprobs: int | None = None
+    trim: Trim | None = None  # strips white space around the text
     seconds: float = math.inf  # time limit, waiting included
 
     def __post_init__(self):
         self.deadline = time.monotonic() + self.seconds  # on time.monotonic()'s clock
         # turns tokens into text and finds stop strings
-        self.text = TextStream(self.tokenizer, self.stop_strings)
-        self.n_characters = 0  # in the pieces so far
-        self.held = []  # [(Token, length of the text with it)], not in a piece yet
+        self.stream = TextStream(self.tokenizer, self.stop_strings)
         self.n_tokens = 0  # generated, without the end token
         self.n_cached = 0  # tokens of the prompt that the engine had in its cache
+        # all pieces so far
+        self.text = ""
+        self.tokens = []
+        self.end = None
+        # what the next piece will have
+        self.new_text = ""
+        self.new_tokens = deque()  # (Token, length of the stream with it)
+        self.n_characters = 0  # of the stream, in the pieces so far
 
-    def push(self, token, full):
-        """Add the next Token, the last one if the row is `full`; return a Piece."""
+    def push(self, token):
+        """Add the next Token."""
         self.n_tokens += 1
-        text = self.text.push(token.id)
-        self.held.append((token, self.text.length + self.text.within_character))
-        if self.text.stopped_at is not None:
-            return self._piece(text, "stop")
-        return self.finish("length", text) if full else self._piece(text, None)
+        self.new_text += self.stream.push(token.id)
+        self.new_tokens.append((token, self.stream.length + self.stream.within_character))
 
-    def finish(self, end, text=""):
-        """Return the last Piece: `text` and what TextStream holds back."""
-        rest = self.text.rest()
-        n_marker = 0  # characters at the end that may be half a turn marker: do not show them
-        for marker in self.tokenizer.stop_strings if end != "stop" else ():
-            if marker in self.stop_strings:
-                n_marker = max(n_marker, overlap(rest, marker))
-        return self._piece(text + rest[: len(rest) - n_marker], end)
-
-    def _piece(self, text, end):
-        self.n_characters += len(text)
-        # a token goes out with the text that ends it, not before
+    def next_piece(self):
+        """Return the Piece with everything new."""
+        # a token goes out with the text that ends it, not before: a stop string may follow
+        self.n_characters += len(self.new_text)
         tokens = []
-        while self.held and self.held[0][1] <= self.n_characters:
-            tokens.append(self.held.pop(0)[0])
-        return Piece(text, tokens, end)
+        while self.new_tokens and self.new_tokens[0][1] <= self.n_characters:
+            tokens.append(self.new_tokens.popleft()[0])
+        text = self.trim.push(self.new_text) if self.trim else self.new_text
+        self.new_text = ""
+        self.text += text
+        self.tokens += tokens
+        return Piece(text, tokens, self.end)
 
 
 class Scheduler:
@@ -99,23 +98,20 @@ class Scheduler:
         self.deliver = deliver
         self.waiting = deque()  # jobs
         self.running = {}  # row of the engine -> job
-        self.undelivered = {}  # job -> Piece
+        self.changed = {}  # job -> True: those that have something to deliver, in order
         self.last_delivery = 0.0  # time.monotonic()
-        self.lock = threading.Lock()  # for `waiting` and `next_step`
-        self.next_step = None  # Future of the step that runs now or comes next
+        self.stepping = False  # whether a step runs now or comes next
         self.executor = ThreadPoolExecutor(max_workers=1)  # the one thread that computes
         self.call = self.executor.submit  # a function, between two steps; returns a Future
         self.engine = self.call(load).result()
 
     def add(self, *jobs):
         """Queue jobs. Raises QueueFull unless rows and queue have room for all of them."""
-        with self.lock:
-            free_rows = len(self.engine.rows) - len(self.running)
-            if len(jobs) > free_rows + self.max_queue - len(self.waiting):
-                raise QueueFull
-            self.waiting.extend(jobs)
-            if self.next_step is None:  # the scheduler was idle
-                self.next_step = self.call(self._step)
+        free_rows = len(self.engine.rows) - len(self.running)
+        if len(jobs) > free_rows + self.max_queue - len(self.waiting):
+            raise QueueFull
+        self.waiting.extend(jobs)
+        self.call(self._wake)
 
     def cancel(self, *jobs):
         """Let jobs run out of time: before the next step they end with the text they have."""
@@ -123,100 +119,85 @@ class Scheduler:
             job.deadline = 0
 
     def cancel_all(self):
-        with self.lock:
-            self.cancel(*self.waiting, *self.running.values())
-
-    def is_alive(self):
-        """Return whether the thread is ready for jobs: False after a bug ended it."""
-        # a step catches the engine's errors, so an exception here is a bug
-        step = self.next_step
-        return step is None or not step.done() or step.exception() is None
+        self.call(lambda: self.cancel(*self.waiting, *self.running.values()))
 
     def close(self):
         """End the thread after the step in progress."""
         self.executor.shutdown(cancel_futures=True)
 
+    def _wake(self):
+        if not self.stepping:
+            self._step()
+
     def _step(self):
         """Advance all jobs by one step, then queue the next step, after the calls that wait."""
-        with self.lock:
-            pieces = self._update_rows()
         try:
-            pieces += self._decode()
+            self._end_late_jobs()
+            self._start_jobs()
+            self._decode()
         except Exception:  # out of memory, say: fail the running jobs, the next ones may fit
             traceback.print_exc()
             for row in list(self.running):
-                job = self._end(row)
-                pieces.append((job, job.finish("error")))
-        self._deliver(pieces)  # outside of the lock: clients may add jobs meanwhile
-        with self.lock:
-            busy = self.waiting or self.running
-            self.next_step = self.call(self._step) if busy else None
+                self._end(row, "error")
+        self._deliver()
+        # a job that comes after this line wakes the scheduler again
+        self.stepping = bool(self.waiting or self.running)
+        if self.stepping:
+            self.call(self._step)
 
-    def _update_rows(self):
-        """End the jobs that are out of time, and give free rows to waiting jobs; return
-        [(job, Piece)] of those that ended."""
+    def _end_late_jobs(self):
         now = time.monotonic()
-        pieces = []
-        # out of time
         for row, job in list(self.running.items()):
             if job.deadline < now:
-                self._end(row)
-                pieces.append((job, job.finish("length")))
+                self._end(row, "length")
         for job in list(self.waiting):
             if job.deadline < now:
                 self.waiting.remove(job)
-                pieces.append((job, job.finish("late")))
+                job.end = "late"
+                self.changed[job] = True
 
-        # a free row
+    def _start_jobs(self):
+        """Give free rows to waiting jobs."""
         while self.waiting and len(self.running) < len(self.engine.rows):
             job = self.waiting.popleft()
             options = {"stop_ids": job.stop_ids, "logit_bias": job.logit_bias}
             options |= {"seed": job.seed, "logprobs": job.logprobs}
-            try:
-                row = self.engine.add(job.prompt, job.options, **options)
-            except ValueError:  # a request that the service should have refused
-                traceback.print_exc()
-                pieces.append((job, job.finish("error")))
-                continue
+            row = self.engine.add(job.prompt, job.options, **options)
             # the shared beginning is not computed again
             job.n_cached = self.engine.rows[row].n_reused
             self.running[row] = job
-        return pieces
 
     def _decode(self):
-        """Decode a token per row; return [(job, Piece)] of the jobs that have something new."""
-        pieces = []
+        """Decode a token per row, and end the jobs that are complete."""
         for token in self.engine.step():
             job = self.running[token.row]
-            piece = job.push(token, full=not self.engine.rows[token.row].running)
-            if piece.text or piece.tokens or piece.end:
-                pieces.append((job, piece))
-            if piece.end:
-                self._end(token.row)
+            job.push(token)
+            self.changed[job] = True
+            if job.stream.stopped_at is not None:
+                self._end(token.row, "stop")
+            elif not self.engine.rows[token.row].running:  # text held back may be half a marker
+                self._end(token.row, "length")
         # the other rows that no longer run drew a stop id, which is not given as a Token
         for row in self.running.keys() - set(self.engine.running):
-            job = self._end(row)
-            pieces.append((job, job.finish("stop")))
-        return pieces
+            job = self._end(row, "stop")
+            job.new_text += job.stream.rest()
 
-    def _end(self, row):
-        """Free a row and return its job."""
+    def _end(self, row, end):
+        """Free a row; return its job."""
         self.engine.end(row)
-        return self.running.pop(row)
+        job = self.running.pop(row)
+        job.end = end
+        self.changed[job] = True
+        return job
 
-    def _deliver(self, pieces):
-        """Hand over pieces at once if a job starts or ends, else collect them for a while."""
-        # join each job's new piece with what is not delivered yet
-        for job, new in pieces:
-            old = self.undelivered.get(job, Piece("", [], None))
-            self.undelivered[job] = Piece(old.text + new.text, old.tokens + new.tokens, new.end)
-        # the first token and the end are urgent
+    def _deliver(self):
+        """Hand over what is new at once if a job starts or ends, else collect it for a while."""
         urgent = False
-        for job, piece in self.undelivered.items():
-            urgent = urgent or piece.end or len(piece.tokens) == job.n_tokens
+        for job in self.changed:
+            urgent = urgent or job.end or job.n_tokens == 1
         now = time.monotonic()
         due = now > self.last_delivery + DELIVERY_INTERVAL * len(self.running)
-        if self.undelivered and (urgent or due):
-            self.deliver(list(self.undelivered.items()))
-            self.undelivered = {}
+        if urgent or (due and self.changed):
+            self.deliver([(job, job.next_piece()) for job in self.changed])
+            self.changed = {}
             self.last_delivery = now

@@ -3,16 +3,16 @@ on the spot."""
 
 import io
 import json
+import logging.handlers
 import os
 import random
-import re
 import resource
 import runpy
 import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from hypothesis import settings
 from safetensors.torch import load_file
 
 from model import GPT, GPTConfig
+from nanochatgpt import configurator
 from nanochatgpt.shards import ShardWriter
 from nanochatgpt.tokenizer import Tokenizer
 from prepare.render import render_batch
@@ -218,47 +219,52 @@ def as_main(in_process, monkeypatch):
 
 
 class Serving:
-    """serve.py as a process, with the model in the box unless told otherwise."""
+    """serve.py in a thread of the tests, with the model in the box unless told otherwise."""
 
-    def __init__(self, folder, *args, env=None):
+    def __init__(self, folder, *args):
+        import serve
+
         self.feedback = Path(folder) / "feedback.jsonl"
-        self.log = Path(folder) / "log"
-        command = [sys.executable, str(ROOT / "serve.py"), "--port=0", "--device=cpu"]
-        command += [f"--feedback={self.feedback}", *args]
-        env = os.environ | {"HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""} | (env or {})
-        with open(self.log, "w") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
-        deadline = time.monotonic() + 120
-        while not (url := re.search(r"http://[\d.]+:(\d+)/", self.log.read_text())):
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        self.port = int(url[1])
-        self.url = url[0].rstrip("/")
+        args = ["--port=0", "--device=cpu", f"--feedback={self.feedback}", *args]
+        config = configurator.parse(serve.Config, args)
+        listening = serve.listen(config)
+        self.service = serve.Service(config)
+        app = serve.create_app(config, self.service)
+        self.server = serve.Server(app, self.service.scheduler)
+        # its log belongs to pytest
+        for name in ("uvicorn", "uvicorn.access"):
+            logging.getLogger(name).handlers.clear()
+            logging.getLogger(name).propagate = True
+        self.errors = logging.handlers.BufferingHandler(1000)
+        self.errors.setLevel("ERROR")
+        logging.getLogger().addHandler(self.errors)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]})
+        self.thread.start()
+        self.port = listening.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
 
-    def stop(self, number=signal.SIGTERM, timeout=30):
-        """End it by a signal; return its exit status."""
-        self.process.send_signal(number)
-        return self.process.wait(timeout)
+    def stop(self):
+        """What a signal does."""
+        self.server.handle_exit(signal.SIGTERM, None)
 
 
 @pytest.fixture(scope="session")
 def serving(tmp_path_factory):
-    """Start serve.py: with serving("--max_rows=1") as server: ... server.url; at the end it must
-    still run and stop."""
+    """Start a server: with serving("--max_rows=1") as server: ... server.url; it must log no
+    error."""
     pytest.importorskip("fastapi")
 
     @contextmanager
-    def start(*args, env=None):
-        server = Serving(tmp_path_factory.mktemp("serve"), *args, env=env)
+    def start(*args):
+        server = Serving(tmp_path_factory.mktemp("serve"), *args)
         try:
             yield server
-            if server.process.poll() is None:
-                assert server.stop() == 0, server.log.read_text()
-            assert "Traceback" not in server.log.read_text(), server.log.read_text()
         finally:
-            server.process.kill()
-            server.process.wait()
+            server.stop()
+            server.thread.join(30)
+            server.service.scheduler.close()
+            logging.getLogger().removeHandler(server.errors)
+        assert not server.thread.is_alive() and server.errors.buffer == []
 
     return start
 
