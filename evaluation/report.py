@@ -1,12 +1,13 @@
 """Results of an evaluation: progress, a table, JSON, and an HTML page that loads nothing else."""
 
+import contextlib
 import json
 import sys
-import time
+from base64 import b64encode
 from html import escape
 from pathlib import Path
 
-from evaluation.charts import length_chart, loss_chart, pick_colors
+from evaluation.charts import length_chart, loss_chart, pick_colors, read_run, svg
 from nanochatgpt.files import replacing
 
 ROWS = {  # metric -> its label and format in the table
@@ -40,54 +41,42 @@ HEAD = """<!doctype html>
 <style>
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
-td { padding: .2rem .8rem; text-align: right } td:first-child { text-align: left }
-svg { max-width: 100%; height: auto }
+img { max-width: 100% } .table { overflow-x: auto }
 .talk { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: .6rem;
   border-top: 1px solid #8884; padding: 1rem 0; overflow-wrap: anywhere }
-.talk > pre { grid-column: 1 / -1; opacity: .7 } pre { white-space: pre-wrap; font: inherit }
+.talk pre { white-space: pre-wrap; font: inherit } .talk > pre { grid-column: 1 / -1; opacity: .7 }
 .reply { background: #8881; border-left: 4px solid; padding: .4rem .7rem }
 </style>"""
 
 
 def progress(items, label):
-    """Yield the items of a sequence. On a terminal, show how many are done and the time left."""
+    """Yield the items of a sequence. On a terminal, show how many are done."""
     terminal = sys.stderr.isatty()
-    start = time.perf_counter()  # seconds
-    try:
-        for n, item in enumerate(items, 1):
-            yield item
-            # overwrite the line: \r goes to its start, \033[K clears it
-            if terminal:
-                left = (time.perf_counter() - start) * (len(items) / n - 1)
-                line = f"\r\033[K{label}: {n:,} of {len(items):,}, {left:.0f} s left"
-                print(line, end="", file=sys.stderr, flush=True)
-    finally:
-        # also after an exception, so that the message has a line of its own
+    for n, item in enumerate(items, 1):
+        yield item
+        # \033[K clears the line; \r goes to its start, where the next output overwrites it
         if terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            print(f"\033[K{label}: {n:,} of {len(items):,}", end="\r", file=sys.stderr, flush=True)
+    if terminal:
+        print(end="\033[K", file=sys.stderr, flush=True)
 
 
 def table(metrics, rows=ROWS):
-    """Return {name: {metric: value}} as rows of text: the names, then each metric that any has."""
-    lines = [["", *metrics]]  # the head
-    for key, (label, form) in rows.items():
-        cells = [label]
-        for column in metrics.values():
-            value = column.get(key)
-            cells.append("" if value is None else f"{value:{form}}")
-        # no row for a metric that was not asked for
-        if any(cells[1:]):
-            lines.append(cells)
-    return lines
-
-
-def print_table(rows):
-    """Print what `table` returns."""
+    """Return {name: {metric: value}} as text: a line of names, then one for each metric that any
+    has."""
     # a column is as wide as its name, at least 10
-    widths = [max(len(name) + 2, 10) for name in rows[0][1:]]
-    for label, *cells in rows:
-        columns = [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
-        print(f"{label:46}{''.join(columns)}".rstrip())
+    widths = {name: max(len(name) + 2, 10) for name in metrics}
+    lines = [" " * 46 + "".join(f"{name:>{width}}" for name, width in widths.items())]
+    for key, (label, form) in rows.items():
+        line = f"{label:46}"
+        for name, width in widths.items():
+            value = metrics[name].get(key)
+            cell = "" if value is None else f"{value:{form}}"
+            line += f"{cell:>{width}}"
+        # no line for a metric that was not asked for
+        if line.strip() != label:
+            lines.append(line.rstrip())
+    return "\n".join(lines)
 
 
 def write(path, text):
@@ -104,49 +93,47 @@ def write_json(path, metrics):
     write(path, json.dumps(finite, indent=2) + "\n")
 
 
-def page(title, rows, runs, lengths, talks):
-    """Return the HTML of a report.
+def page(title, table_text, replies, prompts, tokenizer):
+    """Return the HTML of a report: a table, charts, and twenty of the conversations.
 
-    rows: as `table` returns them. runs: {name: curves of read_run}. lengths: {name: [tokens of a
-    reply]}. talks: [(messages, {name: the reply to them})].
+    replies: {name: [text of a reply to each prompt]}, of models and of people; a model that is the
+    out_dir of a run gets loss curves. prompts: [ids].
     """
-    # a model has the same color everywhere
-    colors = pick_colors([*rows[0][1:], *lengths, *runs])
+    colors = pick_colors(replies)  # a model has the same color everywhere
     parts = [HEAD, f"<title>{escape(title)}</title><h1>{escape(title)}</h1>"]
-
-    # the table
-    parts.append("<table>")
-    for row in rows:
-        cells = [f"<td>{escape(cell)}</td>" for cell in row]
-        parts.append(f"<tr>{''.join(cells)}</tr>")
-    parts.append("</table>")
+    parts.append(f'<pre class="table">{escape(table_text)}</pre>')
 
     # the charts
+    runs = {}
+    lengths = {}
+    for name, texts in replies.items():
+        with contextlib.suppress(FileNotFoundError, ValueError):  # not a run, or without losses
+            runs[name] = read_run(name)
+        if texts:
+            lengths[name] = [len(tokenizer.encode(text)) for text in texts]
     if runs:
         parts.append("<h2>Training loss (lines) and validation loss (dots)</h2>")
-        parts.append(loss_chart(runs, colors))
+        parts.append(_image(loss_chart(runs, colors)))
     if lengths:
         parts.append("<h2>Lengths of replies</h2>")
-        parts.append(length_chart(lengths, colors))
+        parts.append(_image(length_chart(lengths, colors)))
 
-    # the conversations
-    if talks:
+    # the conversations, each with the replies to it next to each other
+    if prompts:
         parts.append("<h2>Replies</h2>")
-    for messages, replies in talks:
-        parts.append(_talk(messages, replies, colors))
+    for i in range(0, len(prompts), 1 + (len(prompts) - 1) // 20):
+        talk = ""
+        for message in tokenizer.parse(prompts[i]):
+            talk += f"{message['role']}: {message['content']}\n"
+        html = f"<pre>{escape(talk)}</pre>"
+        for name, texts in replies.items():
+            reply = f"<small>{escape(name)}</small><pre>{escape(texts[i])}</pre>"
+            html += f'<div class="reply" style="border-color:{colors[name]}">{reply}</div>'
+        parts.append(f'<div class="talk">{html}</div>')
     return "\n".join(parts) + "\n"
 
 
-def _talk(messages, replies, colors):
-    """Return the HTML of a conversation and the replies to it, next to each other."""
-    # the conversation, a line per turn
-    speakers = {"system": "persona", "user": "human", "assistant": "bot"}
-    turns = [f"{speakers[message['role']]}: {message['content']}" for message in messages]
-    text = "\n".join(turns)
-    html = f"<pre>{escape(text)}</pre>"
-
-    # a box for each model's reply, with the color of its curves
-    for name, text in replies.items():
-        reply = f"<small>{escape(name)}</small><pre>{escape(text)}</pre>"
-        html += f'<div class="reply" style="border-color:{colors[name]}">{reply}</div>'
-    return f'<div class="talk">{html}</div>'
+def _image(figure):
+    """Return the HTML of a chart, which holds its SVG."""
+    data = b64encode(svg(figure).encode()).decode()
+    return f'<img alt="chart" src="data:image/svg+xml;base64,{data}">'
