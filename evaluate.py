@@ -12,9 +12,6 @@ prepare/recall.py does not train on.
 import math
 from dataclasses import dataclass
 
-import torch
-
-from evaluation.charts import new_figure
 from evaluation.metrics import SACREBLEU, diversity, predict, rates, remembers, similarity
 from evaluation.replies import ReplyConfig, load, reply_to
 from evaluation.report import ROWS, page, progress, table, write, write_json
@@ -39,7 +36,7 @@ class Config(ReplyConfig):
     replies: int = 200  # replies to generate
     probes: int = 100  # facts of each kind to ask for
     json: str = ""  # write the metrics to this file too
-    report: str = ""  # write an HTML page with charts and conversations too; needs matplotlib
+    report: str = ""  # write an HTML page with the table and conversations to this file
 
 
 class EvalSet:
@@ -52,19 +49,23 @@ class EvalSet:
         self.prompts = []  # to reply to, a list of ids each
         self.references = []  # what people replied
         self.probes = {}  # name -> [(ids of a prompt, the value to remember)]
-        room = context - config.max_new_tokens  # for a prompt
-        too_long = f"max_new_tokens={config.max_new_tokens} leaves no room in {context} tokens"
 
+        # made-up conversations that end with a question
+        longest = 1  # tokens in a prompt
         for name, k in PROBES.items():
             speaker = Speaker("val", config.seed)
             self.probes[name] = []
             for _ in range(config.probes):
                 messages, value = probe(speaker, k)
                 prompt, _ = tokenizer.render(messages, add_generation_prompt=True)
-                if len(prompt) > room:
-                    raise ValueError(f"{too_long} for a probe: lower it, or set --probes=0")
                 self.probes[name].append((prompt, value))
+                longest = max(longest, len(prompt))
+        room = context - config.max_new_tokens  # for a prompt
+        if longest > room:
+            problem = f"max_new_tokens={config.max_new_tokens} leaves {room} of {context} tokens"
+            raise ValueError(f"{problem} for prompts of {longest}: lower it, or set --probes=0")
 
+        # conversations of people
         if config.dataset:
             paths = find_shards(config.data_dir, config.dataset, "val")
             n = config.max_conversations
@@ -73,9 +74,6 @@ class EvalSet:
             self.prompts, self.references = sample_prompts(
                 shards, tokenizer, config.replies, room, config.seed
             )
-            has_replies = any(shard.template for shard in shards)
-            if config.replies and has_replies and not self.prompts:
-                raise ValueError(f"{too_long} for a prompt: lower it, or set --replies=0")
 
 
 def predictions(model, loader):
@@ -129,11 +127,9 @@ def main(config):
     at_least(0, config, "max_conversations", "replies", "probes")
     at_least(1, config, "batch_size", "max_new_tokens")
 
-    # 1. the models; fail before downloading weights if there is no data or no matplotlib
+    # 1. the models; fail before downloading weights if there is no data
     if config.dataset:
         find_shards(config.data_dir, config.dataset, "val")
-    if config.report:
-        new_figure()
     models = {}
     templates = set()
     for name in filter(None, [config.base, config.init_from]):

@@ -3,7 +3,6 @@
 import re
 import string
 from collections import Counter
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +12,14 @@ SACREBLEU = {"bleu": BLEU(force=True), "chrf": CHRF()}  # force: PersonaChat is 
 HEAD_ROWS = 256  # rows of logits at a time, 50 MB in float32
 
 
-class Prediction(NamedTuple):
-    """What a model predicts at the N supervised positions of a batch, in the order of the rows."""
-
-    targets: torch.Tensor  # (N,) int64
-    predicted: torch.Tensor  # (N,) int64, the most likely tokens
-    nll: torch.Tensor  # (N,) float32, -log of the target's probability, in nats
-    starts: torch.Tensor  # (N,) bool: the first token of a reply
-
-
 @torch.no_grad()
 def predict(model, x, y, documents, device):
-    """Return the Prediction of a Loader's batch, on the CPU."""
+    """Return (targets, predicted, nll, starts), (N,) each, of the N supervised positions of a
+    Loader's batch, on the CPU.
+
+    predicted: the most likely tokens; nll: -log of the target's probability, in nats; starts: bool,
+    whether this is the first token of a reply.
+    """
     # the supervised positions; a reply starts where they have a gap or the document changes
     pos = (y.flatten() != -100).nonzero()[:, 0]  # (N,)
     document = torch.searchsorted(documents, pos.int(), right=True)
@@ -43,29 +38,24 @@ def predict(model, x, y, documents, device):
         logits = model.lm_head(rows).float()  # (rows, V)
         predicted.append(logits.argmax(-1).cpu())
         nll.append(F.cross_entropy(logits, target.to(device), reduction="none").cpu())
-    return Prediction(targets, torch.cat(predicted), torch.cat(nll), starts)
+    return targets, torch.cat(predicted), torch.cat(nll), starts
 
 
 def rates(predictions):
-    """Return {loss, perplexity, token_accuracy, reward, penalty} of a list of Predictions.
+    """Return {loss, perplexity, reward, penalty} of a list of what `predict` returns.
 
-    loss: mean cross-entropy in nats. token_accuracy: how often the most likely token is the target;
-    Locutusque's gpt2-conversational-or-qa calls it reward. penalty: how often the most likely token
-    is the same as one position earlier in the same reply.
+    loss: mean cross-entropy in nats. reward, a name from Locutusque's gpt2-conversational-or-qa:
+    how often the most likely token is the target. penalty: how often the most likely token is the
+    same as one position earlier in the same reply.
     """
-    # one Prediction of all batches
     targets, predicted, nll, starts = map(torch.cat, zip(*predictions, strict=True))
     loss = nll.double().mean()
-    accuracy = (predicted == targets).double().mean().item()
-
-    # pairs of neighbors in the same reply
-    pairs = ~starts[1:]
+    pairs = ~starts[1:]  # whether a token and the one before it are in the same reply
     repeated = (predicted.diff() == 0) & pairs
     return {
         "loss": loss.item(),
         "perplexity": loss.exp().item(),
-        "token_accuracy": accuracy,
-        "reward": accuracy,
+        "reward": (predicted == targets).double().mean().item(),
         "penalty": repeated.sum().item() / max(1, pairs.sum().item()),
     }
 

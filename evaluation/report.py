@@ -1,21 +1,17 @@
 """Results of an evaluation: progress, a table, JSON, and an HTML page that loads nothing else."""
 
-import contextlib
 import json
 import sys
-from base64 import b64encode
 from html import escape
 from pathlib import Path
 
-from evaluation.charts import length_chart, loss_chart, pick_colors, read_run, svg
 from nanochatgpt.files import replacing
 
 ROWS = {  # metric -> its label and format in the table
     # predictions of what people said
     "loss": ("loss, nats per token", ".4f"),
     "perplexity": ("perplexity", ".2f"),
-    "token_accuracy": ("token accuracy", ".1%"),
-    "reward": ("Locutusque's reward (= token accuracy)", ".1%"),
+    "reward": ("token accuracy (Locutusque's reward)", ".1%"),
     "penalty": ("penalty: predicted tokens like the one before", ".1%"),
     # replies to people
     "bleu": ("BLEU", ".2%"),
@@ -33,19 +29,16 @@ ROWS = {  # metric -> its label and format in the table
     "recall_6": ("recall of what was told 6 exchanges ago", ".1%"),
     "persona": ("recall of its persona", ".1%"),
 }
-# the styles are in the page, which follows the browser's light or dark theme
 HEAD = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 :root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
-img { max-width: 100% } .table { overflow-x: auto }
-.talk { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: .6rem;
-  border-top: 1px solid #8884; padding: 1rem 0; overflow-wrap: anywhere }
-.talk pre { white-space: pre-wrap; font: inherit } .talk > pre { grid-column: 1 / -1; opacity: .7 }
-.reply { background: #8881; border-left: 4px solid; padding: .4rem .7rem }
+body { font: 16px/1.5 sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
+pre { overflow-x: auto }
+.talk { display: flex; flex-wrap: wrap; gap: 1rem; border-top: 1px solid; padding: 1rem 0 }
+.talk div { flex: 1 16rem; white-space: pre-wrap; overflow-wrap: anywhere }
 </style>"""
 
 
@@ -64,13 +57,12 @@ def progress(items, label):
 def table(metrics, rows=ROWS):
     """Return {name: {metric: value}} as text: a line of names, then one for each metric that any
     has."""
-    # a column is as wide as its name, at least 10
-    widths = {name: max(len(name) + 2, 10) for name in metrics}
-    lines = [" " * 46 + "".join(f"{name:>{width}}" for name, width in widths.items())]
+    width = 2 + max(8, *map(len, metrics))  # of a column
+    lines = [" " * 46 + "".join(f"{name:>{width}}" for name in metrics)]
     for key, (label, form) in rows.items():
         line = f"{label:46}"
-        for name, width in widths.items():
-            value = metrics[name].get(key)
+        for values in metrics.values():
+            value = values.get(key)
             cell = "" if value is None else f"{value:{form}}"
             line += f"{cell:>{width}}"
         # no line for a metric that was not asked for
@@ -94,46 +86,20 @@ def write_json(path, metrics):
 
 
 def page(title, table_text, replies, prompts, tokenizer):
-    """Return the HTML of a report: a table, charts, and twenty of the conversations.
+    """Return the HTML of a report: a table, and twenty of the conversations.
 
-    replies: {name: [text of a reply to each prompt]}, of models and of people; a model that is the
-    out_dir of a run gets loss curves. prompts: [ids].
+    replies: {name: [text of a reply to each prompt]}, of models and of people. prompts: [ids].
     """
-    colors = pick_colors(replies)  # a model has the same color everywhere
     parts = [HEAD, f"<title>{escape(title)}</title><h1>{escape(title)}</h1>"]
-    parts.append(f'<pre class="table">{escape(table_text)}</pre>')
+    parts.append(f"<pre>{escape(table_text)}</pre>")
 
-    # the charts
-    runs = {}
-    lengths = {}
-    for name, texts in replies.items():
-        with contextlib.suppress(FileNotFoundError, ValueError):  # not a run, or without losses
-            runs[name] = read_run(name)
-        if texts:
-            lengths[name] = [len(tokenizer.encode(text)) for text in texts]
-    if runs:
-        parts.append("<h2>Training loss (lines) and validation loss (dots)</h2>")
-        parts.append(_image(loss_chart(runs, colors)))
-    if lengths:
-        parts.append("<h2>Lengths of replies</h2>")
-        parts.append(_image(length_chart(lengths, colors)))
-
-    # the conversations, each with the replies to it next to each other
-    if prompts:
-        parts.append("<h2>Replies</h2>")
-    for i in range(0, len(prompts), 1 + (len(prompts) - 1) // 20):
+    # a conversation, and the replies to it next to each other
+    for i, prompt in enumerate(prompts[:20]):  # they are in random order
         talk = ""
-        for message in tokenizer.parse(prompts[i]):
+        for message in tokenizer.parse(prompt):
             talk += f"{message['role']}: {message['content']}\n"
-        html = f"<pre>{escape(talk)}</pre>"
+        html = f"<div>{escape(talk)}</div>"
         for name, texts in replies.items():
-            reply = f"<small>{escape(name)}</small><pre>{escape(texts[i])}</pre>"
-            html += f'<div class="reply" style="border-color:{colors[name]}">{reply}</div>'
+            html += f"<div><b>{escape(name)}</b>\n{escape(texts[i])}</div>"
         parts.append(f'<div class="talk">{html}</div>')
     return "\n".join(parts) + "\n"
-
-
-def _image(figure):
-    """Return the HTML of a chart, which holds its SVG."""
-    data = b64encode(svg(figure).encode()).decode()
-    return f'<img alt="chart" src="data:image/svg+xml;base64,{data}">'
