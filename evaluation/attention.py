@@ -82,11 +82,11 @@ def main(config):
     # left: the mask
     figure.set_size_inches(11, 4.2)
     left, right = figure.subplots(1, 2, width_ratios=(1, 2))
-    left.imshow(mask, cmap="Blues", vmax=2, interpolation="none")
+    left.imshow(mask.numpy(), cmap="Blues", vmax=2, interpolation="none")
     left.set_title("who may look at whom")
 
     # right: the reply's tokens (rows) over the tokens of their conversation
-    picture = weights[start:stop, start:stop][reply]
+    picture = weights[start:stop, start:stop][reply].numpy()
     right.imshow(picture, cmap="Blues", aspect="auto", interpolation="none")
     right.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
     right.set_yticks(range(len(reply)), reply_labels, fontsize=7)
