@@ -26,7 +26,8 @@ from prepare.parlai import examples
 ROWS = {  # metric -> its label and format in the table
     "f1": ("F1", ".1%"),
     "hits_1": ("Hits@1 of 20 candidates", ".1%"),
-    "perplexity": ("perplexity", ".2f"),
+    # per token of GPT-2, the end token included; the published ones are per word of a dictionary
+    "perplexity": ("perplexity per token (published: per word)", ".2f"),
 }
 PUBLISHED = {
     # arXiv 1901.08149: a GPT of 117M parameters with a ranking head, on the hidden test set
@@ -90,8 +91,6 @@ def main(config):
     # how it ranks the candidates, next to the published numbers
     metrics = {"f1": total / len(lines)} | rank(model, tokenizer, lines)
     print(table({config.init_from: metrics} | PUBLISHED, ROWS))
-    print("the published perplexities are per dictionary word, without the end token; ours are per")
-    print("token of GPT-2, with it")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,9 @@ HEAD_ROWS = 256  # rows of logits at a time, 50 MB in float32
 
 @torch.no_grad()
 def predict(model, x, y, documents, device):
-    """Return (targets, predicted, nll, starts), (N,) each, of the N supervised positions of a
-    Loader's batch, on the CPU.
-
-    predicted: the most likely tokens; nll: -log of the target's probability, in nats; starts: bool,
-    whether this is the first token of a reply.
-    """
+    """Return (targets, predicted, nll, starts) of a Loader's batch, each (N,) and on the CPU, for
+    its N supervised positions. predicted: the most likely tokens; nll: -log of the target's
+    probability, in nats; starts: whether this is the first token of a reply."""
     # the supervised positions; a reply starts where they have a gap or the document changes
     pos = (y.flatten() != -100).nonzero()[:, 0]  # (N,)
     document = torch.searchsorted(documents, pos.int(), right=True)

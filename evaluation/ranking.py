@@ -14,13 +14,9 @@ def continuation(tokenizer, text):
 
 @torch.no_grad()
 def loglikelihoods(model, context, continuations):
-    """Return [log-likelihood in nats] of continuations (a list of lists of ids) of the ids in
-    `context`, from one forward pass.
-
-    Raises ValueError if the context and a continuation exceed the model's context.
-    """
-    # the last token of each is only a target
-    inputs = [ids[:-1] for ids in continuations]
+    """Return [log-likelihood in nats] of continuations ([ids]) of the ids in `context`, from one
+    forward pass. Raises ValueError if the context and a continuation exceed the model's context."""
+    inputs = [ids[:-1] for ids in continuations]  # the last token of each is only a target
     hidden = hidden_of_branches(model, context, inputs)  # (T, C)
 
     # the position that predicts each token: for the first one, the end of the context
@@ -34,8 +30,7 @@ def loglikelihoods(model, context, continuations):
         start = end
 
     # the log-probability of each token, summed over each continuation
-    targets = torch.tensor(targets, device=hidden.device)
     logits = model.lm_head(hidden[pos]).float()  # (N, V)
+    targets = torch.tensor(targets, device=hidden.device)
     nll = F.cross_entropy(logits, targets, reduction="none")  # (N,)
-    parts = nll.split(list(map(len, continuations)))
-    return [-part.sum().item() for part in parts]
+    return [-part.sum().item() for part in nll.split([len(ids) for ids in continuations])]

@@ -44,19 +44,15 @@ pre { overflow-x: auto }
 
 def progress(items, label):
     """Yield the items of a sequence. On a terminal, show how many are done."""
-    terminal = sys.stderr.isatty()
     for n, item in enumerate(items, 1):
         yield item
-        # \033[K clears the line; \r goes to its start, where the next output overwrites it
-        if terminal:
-            print(f"\033[K{label}: {n:,} of {len(items):,}", end="\r", file=sys.stderr, flush=True)
-    if terminal:
-        print(end="\033[K", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            end = "\n" if n == len(items) else "\r"  # \r: the next line overwrites this one
+            print(f"{label}: {n:,} of {len(items):,}", end=end, file=sys.stderr, flush=True)
 
 
 def table(metrics, rows=ROWS):
-    """Return {name: {metric: value}} as text: a line of names, then one for each metric that any
-    has."""
+    """Return {name: {metric: value}} as text: a line of names, then one for each metric."""
     width = 2 + max(8, *map(len, metrics))  # of a column
     lines = [" " * 46 + "".join(f"{name:>{width}}" for name in metrics)]
     for key, (label, form) in rows.items():
