@@ -77,8 +77,7 @@ class EvalSet:
 
 
 def predictions(model, loader):
-    """Return `rates` over all supervised tokens of a Loader. Compare with other programs in
-    float32, because the precision changes them."""
+    """Return `rates` over all supervised tokens of a Loader."""
     device = model.transformer.wpe.weight.device
     batches = []
     n_batches = math.ceil(loader.n_rows / loader.batch_size)

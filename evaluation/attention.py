@@ -65,8 +65,7 @@ def main(config):
 
     # the row
     shards = find_shards("data", config.dataset, "val")
-    loader = Loader(shards, 1, config.tokens, 0, tokenizer)
-    x, y, documents = loader.batch(config.row)
+    x, y, documents = Loader(shards, 1, config.tokens, 0, tokenizer).batch(config.row)
     mask, weights = head_attention(model, x, documents, config.layer, config.head)
 
     # the last reply of the second conversation: the last run of positions that learn

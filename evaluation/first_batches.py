@@ -38,8 +38,7 @@ class Config:
 
 
 def texts_of_replies(ids, starts, tokenizer):
-    """Return the texts of replies, without the end tokens, given ids (N,) and starts (N,) as
-    `predict` returns them."""
+    """Return the texts of replies, without end tokens; ids and starts: as `predict` has them."""
     replies = ids.tensor_split(starts.nonzero()[1:, 0])
     return [tokenizer.decode(reply[:-1].tolist()) for reply in replies]
 
@@ -56,8 +55,8 @@ def main(config):
         tokenizer = Tokenizer(template)
         model.grow_vocab(tokenizer.n_vocab)
     speed_up(model)
-    context = model.config.block_size
-    loader = Loader(shards, config.batch_size, context, seed=1337, tokenizer=tokenizer)
+    block_size = model.config.block_size
+    loader = Loader(shards, config.batch_size, block_size, seed=1337, tokenizer=tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.01)
 
     print("batch" + "".join(f"{key:>10}" for key in COLUMNS))

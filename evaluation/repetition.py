@@ -45,8 +45,7 @@ def main(config):
 
     # the model, and prompts that leave room for the replies
     model, tokenizer = load(config.init_from, config)
-    paths = find_shards("data", config.dataset, "val")
-    shards = [open_shard(path) for path, _ in paths]
+    shards = [open_shard(path) for path, _ in find_shards("data", config.dataset, "val")]
     room = model.config.block_size - config.max_new_tokens
     prompts, _ = sample_prompts(shards, tokenizer, config.prompts, room, config.seed)
     if not prompts:

@@ -50,10 +50,8 @@ def reply_to(prompts, model, tokenizer, config, label):
     for start in progress(range(0, len(prompts), CHUNK), label):
         chunk = prompts[start : start + CHUNK]
         seed = config.seed + start
-        generated = generate(
-            model, chunk, sampling, seed=seed, stop_ids=stop_ids, tokenizer=tokenizer
-        )
-        for ids in generated:
+        rows = generate(model, chunk, sampling, seed=seed, stop_ids=stop_ids, tokenizer=tokenizer)
+        for ids in rows:
             # cut the reply where another turn begins
             text, *next_turns = openers.split(tokenizer.decode(ids), maxsplit=1)
             ended = len(ids) < config.max_new_tokens

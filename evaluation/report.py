@@ -8,22 +8,18 @@ from pathlib import Path
 from nanochatgpt.files import replacing
 
 ROWS = {  # metric -> its label and format in the table
-    # predictions of what people said
     "loss": ("loss, nats per token", ".4f"),
     "perplexity": ("perplexity", ".2f"),
     "reward": ("token accuracy (Locutusque's reward)", ".1%"),
     "penalty": ("penalty: predicted tokens like the one before", ".1%"),
-    # replies to people
     "bleu": ("BLEU", ".2%"),
     "chrf": ("chrF", ".2%"),
     "distinct_1": ("distinct words", ".1%"),
     "distinct_2": ("distinct pairs of words", ".1%"),
     "repeated_4grams": ("repeated 4-grams", ".2%"),
     "mean_length": ("tokens in a reply", ".1f"),
-    # all replies, those to probes included
     "ended": ("replies that end by themselves", ".1%"),
     "speaks_for_human": ("replies that speak for the human", ".1%"),
-    # probes
     "recall_1": ("recall of what was told 1 exchange ago", ".1%"),
     "recall_3": ("recall of what was told 3 exchanges ago", ".1%"),
     "recall_6": ("recall of what was told 6 exchanges ago", ".1%"),
