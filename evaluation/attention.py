@@ -28,7 +28,7 @@ class Config:
     init_from: str = "nano"  # the model: nano, a directory, gpt2, ..., org/name
     dataset: str = "recall"  # pack the val*.bin of this folder of data/
     tokens: int = 480  # tokens in the row
-    row: int = 5  # which row, from 0
+    row: int = 15  # which row, from 0
     layer: int = 1  # draw a head of this layer, from 0
     head: int = 1  # which head, from 0
     png: str = "attention.png"  # the file to write
