@@ -1,95 +1,60 @@
 """Metrics of predicted tokens and of replies."""
 
-import math
 import re
 import string
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from sacrebleu.metrics import BLEU, CHRF
 
 SACREBLEU = {"bleu": BLEU(force=True), "chrf": CHRF()}  # force: PersonaChat is tokenized text
 HEAD_ROWS = 256  # rows of logits at a time, 50 MB in float32
 
 
-@dataclass
-class Prediction:
-    """What a model predicts at the N supervised positions of a batch, in the order of the rows."""
-
-    targets: torch.Tensor  # (N,) int64
-    predicted: torch.Tensor  # (N,) int64, the most likely tokens
-    nll: torch.Tensor  # (N,) float32, -log of the target's probability, in nats
-    continues: torch.Tensor  # (N - 1,) bool: the next position is the next token of the same reply
-
-    def sums(self):
-        """Return what adds up over batches, (5,) float64, for `rates`."""
-        correct = self.predicted == self.targets
-        repeated = (self.predicted.diff() == 0) & self.continues  # equals the prediction before it
-        token = torch.ones_like(self.targets)
-        columns = (self.nll, correct, repeated, token, self.continues)
-        return torch.stack([column.cpu().double().sum() for column in columns])
-
-    def replies(self):
-        """Return [(predicted ids, target ids)] of each reply, without its last token, the end."""
-        predicted = self.predicted.tolist()
-        targets = self.targets.tolist()
-        ends = (~self.continues).nonzero()[:, 0].tolist()
-        ends.append(len(targets) - 1)
-        replies = []
-        start = 0
-        for end in ends:
-            replies.append((predicted[start:end], targets[start:end]))
-            start = end + 1
-        return replies
-
-
 @torch.no_grad()
 def predict(model, x, y, documents, device):
-    """Return the Prediction of a Loader's batch, which must have supervised tokens."""
-    # the supervised positions, and which of them follow each other in one reply
+    """Return (targets, predicted, nll, starts) of a Loader's batch, each (N,) and on the CPU, for
+    its N supervised positions. predicted: the most likely tokens; nll: -log of the target's
+    probability, in nats; starts: whether this is the first token of a reply."""
+    # the supervised positions; a reply starts where they have a gap or the document changes
     pos = (y.flatten() != -100).nonzero()[:, 0]  # (N,)
     document = torch.searchsorted(documents, pos.int(), right=True)
-    continues = (pos.diff() == 1) & (document.diff() == 0)
+    starts = torch.ones_like(pos, dtype=torch.bool)
+    starts[1:] = (pos.diff() != 1) | (document.diff() != 0)
 
     # the hidden states that predict them
     hidden = model.hidden(x.to(device), documents=documents.to(device))  # (B, T, C)
     hidden = hidden.flatten(0, 1)[pos.to(device)]  # (N, C)
-    targets = y.flatten()[pos].to(device)  # (N,)
+    targets = y.flatten()[pos]  # (N,)
 
     # the head, a few rows at a time
     predicted = []
     nll = []
     for rows, target in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
         logits = model.lm_head(rows).float()  # (rows, V)
-        predicted.append(logits.argmax(-1))
-        target_logits = logits.gather(1, target[:, None])[:, 0]  # (rows,)
-        nll.append(logits.logsumexp(-1) - target_logits)
-    return Prediction(targets, torch.cat(predicted), torch.cat(nll), continues.to(device))
+        predicted.append(logits.argmax(-1).cpu())
+        nll.append(F.cross_entropy(logits, target.to(device), reduction="none").cpu())
+    return targets, torch.cat(predicted), torch.cat(nll), starts
 
 
-def rates(sums):
-    """Return {loss, perplexity, token_accuracy, reward, penalty} of summed Prediction.sums().
+def rates(predictions):
+    """Return {loss, perplexity, reward, penalty} of a list of what `predict` returns.
 
-    loss: mean cross-entropy in nats. token_accuracy: how often the most likely token is the target;
-    Locutusque's gpt2-conversational-or-qa calls it reward. penalty: how often the most likely token
-    is the same as one position earlier in the same reply.
+    loss: mean cross-entropy in nats. reward, a name from Locutusque's gpt2-conversational-or-qa:
+    how often the most likely token is the target. penalty: how often the most likely token is the
+    same as one position earlier in the same reply.
     """
-    nll, correct, repeated, n_tokens, n_pairs = sums.tolist()
-    loss = nll / n_tokens
-    accuracy = correct / n_tokens
+    targets, predicted, nll, starts = map(torch.cat, zip(*predictions, strict=True))
+    loss = nll.double().mean()
+    pairs = ~starts[1:]  # whether a token and the one before it are in the same reply
+    repeated = (predicted.diff() == 0) & pairs
     return {
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "token_accuracy": accuracy,
-        "reward": accuracy,
-        "penalty": repeated / max(1, n_pairs),
+        "loss": loss.item(),
+        "perplexity": loss.exp().item(),
+        "reward": (predicted == targets).double().mean().item(),
+        "penalty": repeated.sum().item() / max(1, pairs.sum().item()),
     }
-
-
-def perplexity(loss):
-    """Return the exponential of a mean loss in nats; infinity if that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def words(text):
@@ -105,22 +70,22 @@ def ngrams(text, n):
 
 def diversity(texts, tokenizer):
     """Return {distinct_1, distinct_2, repeated_4grams, mean_length in tokens} of replies."""
-    lengths = [len(tokenizer.encode(text)) for text in texts]
+    n_tokens = sum(len(tokenizer.encode(text)) for text in texts)
     return {
         "distinct_1": distinct(texts, 1),
         "distinct_2": distinct(texts, 2),
         "repeated_4grams": repeated_4grams(texts),
-        "mean_length": sum(lengths) / len(lengths),
+        "mean_length": n_tokens / len(texts),
     }
 
 
 def distinct(texts, n):
     """Return the number of different n-grams of words divided by the number of all (Li et al. 2016,
     arXiv 1510.03055)."""
-    grams = []  # of all texts
+    counts = Counter()  # of all texts
     for text in texts:
-        grams += ngrams(text, n)
-    return len(set(grams)) / max(1, len(grams))
+        counts.update(ngrams(text, n))
+    return len(counts) / max(1, counts.total())
 
 
 def repeated_4grams(texts):
@@ -130,8 +95,7 @@ def repeated_4grams(texts):
     for text in texts:
         grams = ngrams(text, 4)
         total += len(grams)
-        # the first time that a 4-gram comes is no repetition
-        repeated += len(grams) - len(set(grams))
+        repeated += len(grams) - len(set(grams))  # the first of each is no repetition
     return repeated / max(1, total)
 
 
@@ -139,8 +103,7 @@ def similarity(texts, references):
     """Return sacrebleu's {bleu, chrf} of a corpus, each from 0 to 1."""
     scores = {}
     for name, metric in SACREBLEU.items():
-        score = metric.corpus_score(texts, [references])
-        scores[name] = score.score / 100  # from percent
+        scores[name] = metric.corpus_score(texts, [references]).score / 100  # from percent
     return scores
 
 
@@ -157,8 +120,7 @@ def f1(text, reference):
     reply = bag(text)
     target = bag(reference)
     common = (reply & target).total()
-    n_words = reply.total() + target.total()
-    return 2 * common / max(1, n_words)
+    return 2 * common / max(1, reply.total() + target.total())
 
 
 def remembers(text, value):

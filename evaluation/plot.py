@@ -1,66 +1,64 @@
 """
-Draw the loss curves of training runs as an SVG picture, and print a line about each run:
+Draw the loss curves of training runs, and print the best validation loss of each:
 
-    python evaluation/plot.py OUT_DIR... [--svg=FILE]
+    python evaluation/plot.py --out_dir=out/chat,out/small
+
+Thin lines are single steps, thick ones their moving mean, dots the validation loss. Needs
+matplotlib (pip install matplotlib).
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.charts import loss_chart, pick_colors, read_run
-from evaluation.report import write
+from evaluation.charts import new_figure, save
 from nanochatgpt.configurator import run
+from nanochatgpt.monitor import read_log
 
 
 @dataclass
 class Config:
+    out_dir: str = "out/chat"  # the runs: a,b
     svg: str = "loss.svg"  # the file to write
 
 
-def summary(name, curves):
-    """Return a line about a run."""
-    # {iter: nats} each; a run that has only begun may lack one
-    loss, val_loss = curves.values()
-    text = f"{name}: {max(loss | val_loss):,} iters"
-    # the training loss is that of the last step that was logged
-    if loss:
-        text += f", last loss {loss[max(loss)]:.4f}"
-    if val_loss:
-        best = min(val_loss, key=val_loss.get)
-        text += f", best val loss {val_loss[best]:.4f} at iter {best:,}"
-    return text
+def read_curve(out_dir, name):
+    """Return (iters, nats), two arrays, of a loss in the log of a run."""
+    iters = []
+    losses = []
+    for _, record in read_log(Path(out_dir) / "metrics.jsonl"):
+        if record.get(name) is not None:  # null: it was NaN
+            iters.append(record["iter"])
+            losses.append(record[name])
+    return np.array(iters), np.array(losses)
 
 
-def main():
-    # arguments without dashes are runs; the rest goes to the configurator
-    out_dirs = []
-    knobs = []
-    for arg in sys.argv[1:]:
-        if arg.startswith("-"):
-            knobs.append(arg)
-        else:
-            out_dirs.append(arg)
-    sys.argv[1:] = knobs
+def main(config):
+    figure = new_figure()
+    axes = figure.add_subplot(xlabel="iter", ylabel="loss (nats)")
+    for i, out_dir in enumerate(config.out_dir.split(",")):
+        # each step, and the mean of n steps; a run that has only begun has none
+        color = f"C{i}"  # color i of matplotlib's cycle
+        iters, losses = read_curve(out_dir, "loss")
+        axes.plot(iters, losses, color=color, linewidth=0.4)
+        if len(losses):
+            n = 1 + len(losses) // 50
+            means = np.convolve(losses, np.ones(n) / n, "valid")
+            axes.plot(iters[n - 1 :], means, color=color)
 
-    def draw(config):
-        if not out_dirs:
-            raise ValueError("name a run: python evaluation/plot.py out/chat")
-
-        # the picture
-        runs = {out_dir: read_run(out_dir) for out_dir in out_dirs}
-        colors = pick_colors(runs)
-        write(config.svg, loss_chart(runs, colors))
-        print(f"wrote {config.svg}")
-
-        # a line about each run
-        for name, curves in runs.items():
-            print(summary(name, curves))
-
-    run(draw, Config)
+        # the validation loss
+        iters, losses = read_curve(out_dir, "val_loss")
+        axes.plot(iters, losses, "o", color=color, markersize=4, label=out_dir)
+        if len(losses):
+            best = losses.argmin()
+            print(f"{out_dir}: best val loss {losses[best]:.4f} at iter {iters[best]:,}")
+    axes.legend()
+    save(figure, config.svg)
 
 
 if __name__ == "__main__":
-    main()
+    run(main, Config)

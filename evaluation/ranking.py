@@ -1,27 +1,22 @@
 """Log-likelihoods of candidate replies to one context."""
 
 import torch
+import torch.nn.functional as F
 
 from nanochatgpt.branches import hidden_of_branches
 
 
 def continuation(tokenizer, text):
     """Return the ids of a reply after its opener, the end token included."""
-    message = {"role": "assistant", "content": text}
-    ids, mask = tokenizer.render([message])
-    start = mask.index(1)  # the opener is not supervised, everything after it is
-    return ids[start:]
+    ids, mask = tokenizer.render([{"role": "assistant", "content": text}])
+    return ids[mask.index(1) :]  # the opener is not supervised, everything after it is
 
 
 @torch.no_grad()
 def loglikelihoods(model, context, continuations):
-    """Return [log-likelihood in nats] of continuations (a list of lists of ids) of the ids in
-    `context`, from one forward pass.
-
-    Raises ValueError if the context and a continuation exceed the model's context.
-    """
-    # the last token of each is only a target
-    inputs = [ids[:-1] for ids in continuations]
+    """Return [log-likelihood in nats] of continuations ([ids]) of the ids in `context`, from one
+    forward pass. Raises ValueError if the context and a continuation exceed the model's context."""
+    inputs = [ids[:-1] for ids in continuations]  # the last token of each is only a target
     hidden = hidden_of_branches(model, context, inputs)  # (T, C)
 
     # the position that predicts each token: for the first one, the end of the context
@@ -30,17 +25,12 @@ def loglikelihoods(model, context, continuations):
     start = len(context)
     for ids in continuations:
         end = start + len(ids) - 1
-        pos.append(len(context) - 1)
-        pos += range(start, end)
+        pos += [len(context) - 1, *range(start, end)]
         targets += ids
         start = end
 
-    # the log-probability of each token, then the sum over each continuation
-    targets = torch.tensor(targets, device=hidden.device)
+    # the log-probability of each token, summed over each continuation
     logits = model.lm_head(hidden[pos]).float()  # (N, V)
-    logprobs = logits.log_softmax(-1)
-    logprobs = logprobs.gather(1, targets[:, None])[:, 0]  # (N,)
-    sums = []
-    for part in logprobs.split([len(ids) for ids in continuations]):
-        sums.append(part.sum().item())
-    return sums
+    targets = torch.tensor(targets, device=hidden.device)
+    nll = F.cross_entropy(logits, targets, reduction="none")  # (N,)
+    return [-part.sum().item() for part in nll.split([len(ids) for ids in continuations])]

@@ -176,7 +176,7 @@ def test_a_corpus_to_be_downloaded_without_a_network(as_main, name, empty_caches
     ],
 )
 def test_a_full_disk(call, name, written):
-    report = ["--report=report.html"] if name == "evaluate.py" else []
+    report = ["--report=report.html", "--replies=20"] if name == "evaluate.py" else []
     with largest_file(3000):  # more than is printed, which may go to a file too
         done = call(name, "--init_from=tiny", *report)
     assert_refused(done, written)

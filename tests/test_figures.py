@@ -1,14 +1,12 @@
 """The pictures of attention and repetition: their numbers agree with a plain count; mistakes end in
 a line."""
 
-import json
 import re
 import sys
 
 import pytest
 import torch
 from conftest import assert_refused, small_talk, write_shards
-from test_plot import read_svg
 
 from evaluation import attention, repetition
 from model import GPT, GPTConfig
@@ -38,39 +36,54 @@ def draw(monkeypatch, tmp_path, in_process):
     return call
 
 
-def result_of(done):
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture
+def figure_of(draw, monkeypatch):
+    """Return the picture that a script draws, as a matplotlib Figure."""
+
+    def figure_of(script, *knobs):
+        figures = []
+        monkeypatch.setattr(script, "save", lambda figure, path: figures.append(figure))
+        done = draw(script, *knobs)
+        assert done.returncode == 0, done.stderr
+        return figures[0]
+
+    return figure_of
 
 
-def test_attention_is_that_of_the_conversation_alone_in_transformers(draw, tmp_path):
+def test_attention_is_that_of_the_conversation_alone_in_transformers(figure_of):
     from transformers import GPT2LMHeadModel
 
-    result = result_of(draw(attention, "--tokens=200", "--row=0", "--layer=0", "--png=a.png"))
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    figure = figure_of(attention, "--tokens=200", "--row=0", "--layer=0")
     model, tokenizer = load_model("tiny")
     x, _, documents = Loader(find_shards("data", "talk", "val"), 1, 200, 0, tokenizer).batch(0)
     mask, weights = attention.head_attention(model, x, documents, layer=0, head=1)
-    assert len(result["begin"]) > 2
-    start, stop = result["begin"][1:3]
+    start, stop = documents[1:3].tolist()
     hf = GPT2LMHeadModel.from_pretrained("tiny", attn_implementation="eager")
     with torch.inference_mode():
         alone = hf(x[None, 0, start:stop], output_attentions=True).attentions[0][0, 1]
     torch.testing.assert_close(weights[start:stop, start:stop], alone, atol=1e-5, rtol=0)
     assert not weights[start:stop, :start].any() and not mask[start:stop, :start].any()
-    assert result["reply"] in tokenizer.decode(x[0, start:stop].tolist()).replace("\n", r"\n")
+
+    # the picture: the mask; then for each token of the last reply, the weights of its conversation
+    left, right = figure.axes
+    assert (left.images[0].get_array() == mask.numpy()).all()
+    picture = torch.tensor(right.images[0].get_array())
+    reply = "".join(label.get_text() for label in right.get_yticklabels())
+    text = tokenizer.decode(x[0, start:stop].tolist()).replace("\n", r"\n")
+    # each position learns the next token: the opener the first, the last token the end
+    assert reply.startswith("]:") and "[Bot" + reply == text[-len("[Bot" + reply) :]
+    torch.testing.assert_close(picture, alone[-len(picture) :], atol=1e-5, rtol=0)
 
 
-def test_repetition_is_counted_over_the_beginnings_of_the_same_replies(draw):
+def test_repetition_is_counted_over_the_beginnings_of_the_same_replies(figure_of):
     knobs = ["--prompts=3", "--max_new_tokens=45", "--temperature=0.1", "--dtype=float32"]
-    result = result_of(draw(repetition, *knobs, "--device=cpu"))
-    assert result.pop("lengths") == [20, 40]
-    assert list(result) == list(repetition.CURVES)
-    curves, dots, _ = read_svg("repetition.svg")
-    assert len(curves) == len(dots) == 3
+    figure = figure_of(repetition, *knobs, "--device=cpu")
+    curves = {line.get_label(): line.get_data() for line in figure.axes[0].lines}
+    assert list(curves) == list(repetition.CURVES)
+    assert list(curves["none"][0]) == [20, 40]
 
     # random weights say one token again and again at a low temperature, unless it is penalized
-    assert result["none"][1] > result["frequency_penalty 0.7"][1]
+    assert curves["none"][1][1] > curves["frequency_penalty 0.7"][1][1]
     tokenizer = Tokenizer()
     prompts, _ = sample_prompts([open_shard("data/talk/val.bin")], tokenizer, 3, 256 - 45, 0)
     no_end = dict.fromkeys(tokenizer.stop_ids, -100.0)
@@ -83,12 +96,21 @@ def test_repetition_is_counted_over_the_beginnings_of_the_same_replies(draw):
         grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
         repeated += sum(gram in grams[:i] for i, gram in enumerate(grams))
         total += len(grams)
-    assert result["none"][1] == pytest.approx(repeated / total)
+    assert curves["none"][1][1] == pytest.approx(100 * repeated / total)
+
+
+def test_the_pictures_are_written(draw, tmp_path):
+    assert draw(attention, "--tokens=200", "--layer=0", "--row=0", "--png=a.png").returncode == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    knobs = ["--prompts=1", "--max_new_tokens=20", "--svg=new/a.svg"]
+    assert draw(repetition, *knobs).returncode == 0
+    assert "<svg" in (tmp_path / "new" / "a.svg").read_text()
 
 
 def test_mistakes_end_in_a_line(draw, monkeypatch):
     assert_refused(draw(attention, "--dataset=none", "--layer=0"), "data/none/val*.bin")
     assert_refused(draw(attention, "--layer=1"), "1 layers of 2 heads")
     assert_refused(draw(repetition, "--max_new_tokens=255"), "max_new_tokens")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert_refused(draw(attention), "pip install matplotlib")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for script in (attention, repetition):
+        assert_refused(draw(script, "--init_from=none"), "pip install matplotlib")
