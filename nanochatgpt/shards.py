@@ -31,11 +31,6 @@ FOREIGN = {  # first bytes -> what it is
 }
 
 
-def padded(n):
-    """Round up to a multiple of 8."""
-    return -(-n // 8) * 8
-
-
 class ShardWriter:
     """Writes one shard in constant memory. With `with`, the file appears whole or not at all."""
 
@@ -48,11 +43,11 @@ class ShardWriter:
         self._bits = np.empty(0, np.uint8)  # the mask's last bits, less than a byte
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._part = self.path.with_name(self.path.name + ".part")
-        # mask and offsets wait in files of their own until the tokens before them are complete
         self._file = open(self._part, "wb")  # noqa: SIM115
+        self._file.write(bytes(HEADER.size))  # a placeholder until `finish` knows the counts
+        # mask and offsets wait in files of their own until the tokens before them are complete
         self._mask = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
         self._offsets = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
-        self._file.write(bytes(HEADER.size))  # a placeholder until `finish` knows the counts
 
     def write(self, conversations):
         """Append conversations, a list of (ids, mask), lists or arrays."""
@@ -102,16 +97,9 @@ class ShardWriter:
             while block := part.read(1 << 20):  # 1 MB at a time
                 self._file.write(block)
         # the header, now that the counts are known
-        header = HEADER.pack(
-            MAGIC,
-            VERSION,
-            self.vocab_size,
-            self.n_tokens,
-            self.n_conversations,
-            self.template.encode(),
-        )
+        counts = (self.vocab_size, self.n_tokens, self.n_conversations)
         self._file.seek(0)
-        self._file.write(header)
+        self._file.write(HEADER.pack(MAGIC, VERSION, *counts, self.template.encode()))
         self._file.flush()
         os.fsync(self._file.fileno())  # on the disk before it gets its name
         self._file.close()
@@ -153,14 +141,13 @@ def open_shard(path, max_conversations=0):
     _, version, vocab_size, n_tokens, n_conversations, template = HEADER.unpack(head[: HEADER.size])
     if version != VERSION:
         raise ValueError(f"{path} has format version {version}, not {VERSION}: prepare it again")
-    n_mask = -(-n_tokens // 8)
-    mask_at = HEADER.size + padded(2 * n_tokens)
-    offsets_at = mask_at + padded(n_mask)
+    n_mask = math.ceil(n_tokens / 8)  # bytes
+    mask_at = HEADER.size + 8 * math.ceil(n_tokens / 4)  # padded to 8 bytes
+    offsets_at = mask_at + 8 * math.ceil(n_mask / 8)
     expected = offsets_at + 8 * (n_conversations + 1)
     if size != expected:
-        raise ValueError(
-            f"{path} is cut short or damaged ({size} bytes instead of {expected}): prepare it again"
-        )
+        problem = f"cut short or damaged ({size} bytes instead of {expected})"
+        raise ValueError(f"{path} is {problem}: prepare it again")
     if n_tokens == 0:
         raise ValueError(f"{path} holds no tokens: prepare it again")
 
@@ -173,7 +160,7 @@ def open_shard(path, max_conversations=0):
     in_order = offsets[0] == 0 and offsets[-1] == n_tokens and (np.diff(offsets) >= 0).all()
     if not in_order or not template.isidentifier():
         raise ValueError(f"{path} is damaged (its offsets or its template): prepare it again")
-    # drop the other conversations; tokens end with the last one kept
+    # keep the first conversations
     if max_conversations:
         offsets = offsets[: max_conversations + 1]
     return Shard(path, tokens[: offsets[-1]], bits, offsets, template, vocab_size)
@@ -217,9 +204,8 @@ def find_shards(data_dir, dataset, split, shares=False):
         folder = Path(data_dir) / name
         paths = sorted(folder.glob(f"{split}*.bin"))
         if not paths:
-            raise FileNotFoundError(
-                f"no {folder}/{split}*.bin: make it with a script in prepare/, or set --dataset"
-            )
+            remedy = "make it with a script in prepare/, or set --dataset"
+            raise FileNotFoundError(f"no {folder}/{split}*.bin: {remedy}")
         shards += [(path, share) for path in paths]
     return shards
 
@@ -227,16 +213,15 @@ def find_shards(data_dir, dataset, split, shares=False):
 def check_template(shard, tokenizer):
     """Raise ValueError for a shard of conversations in another template than the tokenizer's."""
     if shard.template not in (None, tokenizer.template):  # None: plain text fits any
+        remedy = f"prepare it with --template={tokenizer.template}, or train with"
         raise ValueError(
             f"{shard.path} is in template {shard.template}, the model in {tokenizer.template}: "
-            f"prepare it again with --template={tokenizer.template}, or train with "
-            f"--template={shard.template}"
+            f"{remedy} --template={shard.template}"
         )
 
 
 def check_vocabulary(shard, token, tokenizer):
     """Raise ValueError if `token`, the largest of a part of the shard, is beyond the vocabulary."""
     if token >= tokenizer.n_vocab:
-        raise ValueError(
-            f"{shard.path} has token {token}, but the tokenizer has only {tokenizer.n_vocab}"
-        )
+        size = f"the tokenizer has only {tokenizer.n_vocab}"
+        raise ValueError(f"{shard.path} has token {token}, but {size}")
