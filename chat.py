@@ -47,10 +47,8 @@ class Chat:
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device, inference=True)
         at_least(1, config, "best_of")
-        # best_of and reward need each other
         if (config.best_of > 1) != bool(config.reward):
-            knobs = f"best_of={config.best_of} with reward={config.reward or '(none)'}"
-            raise ValueError(f"{knobs}: try --best_of=8 --reward=out/reward, or neither")
+            raise ValueError("best_of and reward need each other: --best_of=8 --reward=out/reward")
         # the model, with the sampling defaults of its template
         self.model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
         self.config = for_template(config, self.tokenizer.template)
@@ -63,20 +61,23 @@ class Chat:
 
         # the engine keeps what earlier turns computed
         self.engine = Engine(self.model, config.best_of, n_vocab=self.tokenizer.n_vocab)
+        self.n_replies = 0  # seeds the next reply
+        self.reset()
+
+        # the context must have room for a reply, the persona and a short message
+        context = self.model.config.block_size
+        self.room = context - config.max_new_tokens  # tokens for the prompt
+        if not 1 <= config.max_new_tokens <= context - 16:
+            problem = f"max_new_tokens={config.max_new_tokens} leaves no room for prompt or reply"
+            raise ValueError(f"{problem} in a context of {context}; try {context // 2}")
+        self.set_persona(config.persona)
+
+    def reset(self):
+        """Forget the conversation, but for the persona."""
         self.turns = []  # messages of both sides, without the persona
         self.retried = []  # replies that were taken back
         self.choice = []  # [(score, text)] that the last reply was chosen from
         self.dropped = 0  # oldest turns that the prompt leaves out
-        self.n_replies = 0  # seeds the next reply
-
-        # the context must have room for the persona, a short message and a reply
-        context = self.model.config.block_size
-        self.room = context - config.max_new_tokens  # tokens for the prompt
-        shortest, _ = self.tokenizer.render([user("a")], add_generation_prompt=True)
-        if self.room < len(shortest) or config.max_new_tokens < 1:
-            problem = f"max_new_tokens={config.max_new_tokens} leaves no room for prompt or reply"
-            raise ValueError(f"{problem} in a context of {context}; try {context // 2}")
-        self.set_persona(config.persona)
 
     @property
     def messages(self):
@@ -88,7 +89,7 @@ class Chat:
         # try it with a short message before it replaces the old one
         system = [{"role": "system", "content": persona}] if persona else []
         fit_context(self.tokenizer, [*system, user("a")], self.room)
-        self.system = system  # the persona as a list of messages, or []
+        self.system = system  # one message, or none
 
     def reply(self, message):
         """Yield the reply to a message in pieces, without white space around it; remember both. If
@@ -96,7 +97,6 @@ class Chat:
         # the prompt: what fits of the conversation
         messages = [*self.messages, user(message)]
         prompt, self.dropped = fit_context(self.tokenizer, messages, self.room, self.dropped)
-        # remember the message, stream the reply
         self.turns.append(user(message))
         self.n_replies += 1
         reply = ""
@@ -117,9 +117,9 @@ class Chat:
         tokenizer = self.tokenizer
         stops = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
         if self.reward_model is None:
-            # one reply, streamed
             seed = config.seed + self.n_replies  # a /retry draws another reply
             return stream(self.engine, tokenizer, prompt, config, seed=seed, **stops)
+
         # many replies, the best first
         from rlhf.scoring import best_of
 
@@ -172,10 +172,7 @@ def command(chat, line):
     if name == "/quit":
         raise EOFError  # as Ctrl-D does
     elif name == "/reset":
-        chat.turns = []
-        chat.retried = []
-        chat.choice = []
-        chat.dropped = 0  # turns left out of the prompt
+        chat.reset()
         print("conversation cleared")
     elif name == "/persona":
         if argument:  # without text, show it only
@@ -205,9 +202,8 @@ def talk(chat):
     """Hold a conversation at a terminal until its end of input."""
     with contextlib.suppress(ImportError):  # Windows lacks it
         import readline  # noqa: F401 (gives input() line editing and history)
-    size = chat.model.num_parameters() / 1e6
-    context = chat.model.config.block_size
-    print(f"{chat.config.init_from}: {size:.0f}M parameters, context {context}. Try /help")
+    size = f"{chat.model.num_parameters() / 1e6:.0f}M parameters"
+    print(f"{chat.config.init_from}: {size}, context {chat.model.config.block_size}. Try /help")
     while True:
         # read a message or a command
         try:
@@ -250,10 +246,8 @@ def main(config):
         return
     sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 become U+FFFD
     # one line in, one line out: white space in a reply becomes single spaces
-    for line in sys.stdin:
-        message = line.strip()
-        if message:
-            print("Bot:", " ".join("".join(chat.reply(message)).split()), flush=True)
+    for message in filter(None, map(str.strip, sys.stdin)):
+        print("Bot:", " ".join("".join(chat.reply(message)).split()), flush=True)
 
 
 if __name__ == "__main__":
