@@ -1,7 +1,7 @@
 """
 Draw the loss curves of training runs, and print the best validation loss of each:
 
-    python evaluation/plot.py --out_dir=out/chat,out/small
+    python evaluation/plot.py out/chat out/small [--svg=FILE]
 
 Thin lines are single steps, thick ones their moving mean, dots the validation loss. Needs
 matplotlib (pip install matplotlib).
@@ -22,7 +22,7 @@ from nanochatgpt.monitor import read_log
 
 @dataclass
 class Config:
-    out_dir: str = "out/chat"  # the runs: a,b
+    out_dir: str = "out/chat"  # the runs: a,b, which can also be given as plain arguments
     svg: str = "loss.svg"  # the file to write
 
 
@@ -61,4 +61,10 @@ def main(config):
 
 
 if __name__ == "__main__":
+    # plain arguments are the runs
+    out_dirs = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
+    knobs = [arg for arg in sys.argv[1:] if arg.startswith("-")]
+    if out_dirs:
+        knobs.append(f"--out_dir={','.join(out_dirs)}")
+    sys.argv[1:] = knobs
     run(main, Config)

@@ -117,7 +117,10 @@ async def metrics(http: Request):
 
 
 @public.api_route("/health", methods=["GET", "HEAD"], operation_id="health")
-async def health():
+async def health(http: Request):
+    # a load balancer stops sending requests here after a 503
+    if not http.app.state.service.scheduler.alive:
+        raise Refused(503, "the engine has stopped; see the server's log")
     return {"status": "ok"}
 
 

@@ -101,6 +101,7 @@ class Scheduler:
         self.changed = {}  # job -> True: those that have something to deliver, in order
         self.last_delivery = 0.0  # time.monotonic()
         self.stepping = False  # whether a step runs now or comes next
+        self.alive = True  # False after a bug ended the steps
         self.executor = ThreadPoolExecutor(max_workers=1)  # the one thread that computes
         self.call = self.executor.submit  # a function, between two steps; returns a Future
         self.engine = self.call(load).result()
@@ -139,7 +140,11 @@ class Scheduler:
             traceback.print_exc()
             for row in list(self.running):
                 self._end(row, "error")
-        self._deliver()
+        try:
+            self._deliver()
+        except Exception:
+            self.alive = False  # for /health
+            raise
         # a job that comes after this line wakes the scheduler again
         self.stepping = bool(self.waiting or self.running)
         if self.stepping:
@@ -162,7 +167,13 @@ class Scheduler:
             job = self.waiting.popleft()
             options = {"stop_ids": job.stop_ids, "logit_bias": job.logit_bias}
             options |= {"seed": job.seed, "logprobs": job.logprobs}
-            row = self.engine.add(job.prompt, job.options, **options)
+            try:
+                row = self.engine.add(job.prompt, job.options, **options)
+            except ValueError:  # a request that the service should have refused
+                traceback.print_exc()
+                job.end = "error"
+                self.changed[job] = True
+                continue
             # the shared beginning is not computed again
             job.n_cached = self.engine.rows[row].n_reused
             self.running[row] = job

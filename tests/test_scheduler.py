@@ -191,7 +191,15 @@ def test_an_error_fails_the_running_jobs_and_the_next_ones_go_on(start, monkeypa
     jobs = [job(PROMPTS[i]) for i in range(3)]
     listener.add(*jobs)
     assert [listener.end(each) for each in jobs] == ["error", "error", "length"]
-    assert "out of memory" in capsys.readouterr().err
+    assert "out of memory" in capsys.readouterr().err and listener.scheduler.alive
+
+
+def test_a_prompt_that_does_not_fit_fails_alone(start):
+    listener = start(rows=1)
+    too_long = job([1] * 1000)
+    other = job(PROMPTS[0])
+    listener.add(too_long, other)
+    assert (listener.end(too_long), listener.end(other)) == ("error", "length")
 
 
 def test_calls_happen_between_steps_in_the_thread_of_the_engine(start, monkeypatch):
