@@ -27,7 +27,7 @@ def measure(config):
     """Tokenize conversations into a shard, then encode at most 64 MB of their text by tiktoken."""
     at_least(1, config, "megabytes")
     # how many conversations make the megabytes asked for
-    conversations = [messages for _, messages in chitchat.read(chitchat.packaged())]
+    conversations = [messages for _, messages, _ in chitchat.read(chitchat.packaged())]
     size = 0
     for messages in conversations:
         size += sum(len(message["content"].encode()) for message in messages)

@@ -20,82 +20,16 @@ NAME_ENDINGS = {  # of made-up names
 }
 
 
-class Tables:
-    """The vocabulary of the conversations, from recall.txt and GPT-2's tokens."""
-
-    def __init__(self):
-        # ":" is the only delimiter, since values contain "="
-        text = configparser.ConfigParser(delimiters=":", interpolation=None)
-        text.read(Path(__file__).with_name("recall.txt"), encoding="utf-8")
-
-        # the sentences
-        self.sentences = {}  # purpose -> {split: [sentence]}
-        for purpose, sentences in text["sentences"].items():
-            self.sentences[purpose] = by_split(sentences)
-        for leads in self.sentences["lead"].values():
-            leads[:0] = ["", "", ""]  # often there is none
-        self.small_talk = {"train": [], "val": []}  # split -> [(topic, human, bot)]
-        for topic, exchange in text["small talk"].items():
-            split = "val" if " // " in exchange else "train"
-            self.small_talk[split].append((topic, *re.split(" //? ", exchange)))
-
-        # the words
-        self.swap = dict(pair.split("=") for pair in text["words"]["swap"].split())
-        self.syllables = text["words"]["syllables"].split()  # of made-up names
-        self.little_words = set(text["words"]["little"].split())  # people leave them out
-        self.values = {}  # kind of value -> {split: [value]}
-        self.listed = set()  # words of all values, in lower case
-        for kind, values in text["values"].items():
-            self.values[kind] = by_split(values, " ")
-            self.listed.update(values.lower().split())
-
-        # a section is one kind of fact, or one for each "thing=kind of value" in `each`
-        self.kinds = []  # {"values": kind of value, "tell": {split: [sentence]}, "ask": ...}
-        for name in text.sections():
-            if name.startswith("fact"):
-                section = dict(text[name])
-                values = section.pop("values", "")
-                for pair in section.pop("each", f"={values}").split():
-                    thing, _, values = pair.partition("=")
-                    kind = {key: by_split(s.replace("{it}", thing)) for key, s in section.items()}
-                    self.kinds.append(kind | {"values": values})
-
-        # the tokens that are words or parts of words
-        self.words = []  # with a space before them
-        self.endings = []  # tokens from inside of words
-        for token in sorted(gpt2_encoding().token_byte_values()):
-            if re.fullmatch(b" [A-Za-z][a-z]{2,}", token):
-                word = token[1:].decode()
-                if word.lower() not in self.listed and not held_out(word):
-                    self.words.append(word)
-            elif re.fullmatch(b"[a-z]{2,}", token):
-                self.endings.append(token.decode())
-        # past tense
-        self.verbs = [word for word in self.words if word.islower() and word.endswith("ed")]
-
-
 @functools.cache
-def tables():
-    return Tables()  # built once: it goes through all of GPT-2's tokens
-
-
-def by_split(text, separator=" / "):
-    """Return {split: [item]} of a list in recall.txt; the items after // are for val."""
-    # line breaks in recall.txt are just spaces
-    train, _, val = " ".join(text.split()).partition(" // ")
-    return {"train": train.split(separator), "val": val.split(separator)}
+def gpt2_tokens(pattern):
+    """Return GPT-2's tokens of a form, in order and without spaces."""
+    tokens = sorted(gpt2_encoding().token_byte_values())
+    return [token.decode().strip() for token in tokens if re.fullmatch(pattern, token)]
 
 
 def held_out(word):
-    """Return whether a word that is in no list is for val."""
-    # a tenth of all words, the same in every run
+    """Return whether a word that is in no list is for val: a tenth of all, the same in each run."""
     return zlib.crc32(word.lower().encode()) % 10 == 0
-
-
-def swap(sentence):
-    """Return a sentence as the other speaker says it: what is my name -> what is your name."""
-    swapped = " ".join(tables().swap.get(word, word) for word in sentence.split())
-    return re.sub(r"\b(tell|told|give|gave) i\b", r"\1 me", swapped)  # as an object
 
 
 class Speaker:
@@ -104,76 +38,124 @@ class Speaker:
     def __init__(self, split, seed):
         self.split = split
         self.random = random.Random(f"{split} {seed}")  # each split has its own sequence
-        self.tables = tables()
+        # ":" is the only delimiter, since values contain "="
+        text = configparser.ConfigParser(delimiters=":", interpolation=None)
+        text.read(Path(__file__).with_name("recall.txt"), encoding="utf-8")
+
+        # the sentences
+        self.sentences = {}  # purpose -> [sentence]
+        for purpose, sentences in text["sentences"].items():
+            self.sentences[purpose] = self.items(sentences)
+        self.sentences["lead"][:0] = ["", "", ""]  # often there is none
+        self.exchanges = []  # small talk, [(topic, human, bot)]
+        for topic, exchange in text["small talk"].items():
+            if (" // " in exchange) == (split == "val"):
+                self.exchanges.append((topic, *re.split(" //? ", exchange)))
+
+        # the values, and the words of both splits' values, in lower case
+        self.values = {}  # kind of value -> [value]
+        self.listed = set()
+        for kind, values in text["values"].items():
+            self.values[kind] = self.items(values, " ")
+            self.listed.update(values.lower().split())
+
+        # a section is one kind of fact, or one for each "thing=kind of value" in `each`
+        self.kinds = []  # {"values": kind of value, "tell": [sentence], "ask": ...}
+        for name in text.sections():
+            if name.startswith("fact"):
+                section = dict(text[name])
+                values = section.pop("values", "")
+                for pair in section.pop("each", f"={values}").split():
+                    thing, _, values = pair.partition("=")
+                    kind = {key: self.items(s.replace("{it}", thing)) for key, s in section.items()}
+                    self.kinds.append(kind | {"values": values})
+
+        # other words
+        self.swaps = dict(pair.split("=") for pair in text["words"]["swap"].split())
+        self.syllables = text["words"]["syllables"].split()  # of made-up names
+        self.little_words = set(text["words"]["little"].split())  # people leave them out
+        self.words = []  # GPT-2's tokens that begin with a space
+        for word in gpt2_tokens(b" [A-Za-z][a-z]{2,}"):
+            if word.lower() not in self.listed and not held_out(word):
+                self.words.append(word)
+        self.verbs = [word for word in self.words if re.fullmatch("[a-z]+ed", word)]  # past tense
+        self.endings = gpt2_tokens(b"[a-z]{2,}")  # from inside of words
+
+    def items(self, text, separator=" / "):
+        """Return the split's items of a list in recall.txt; those after // are for val."""
+        # line breaks in recall.txt are just spaces
+        train, _, val = " ".join(text.split()).partition(" // ")
+        return (val if self.split == "val" else train).split(separator)
 
     def say(self, sentences, slots=None, slips=False):
-        """Return a sentence: one of {split: [sentence]}, or the given one, with its alternatives
-        chosen and its slots filled. slips: in training, write every second one in haste."""
-        choice = self.random.choice
-        if isinstance(sentences, dict):
-            sentences = choice(sentences[self.split])
+        """Return one of the sentences, or the given one, with alternatives chosen and slots filled.
 
+        slips: in training, write every second one in haste.
+        """
+        choice = self.random.choice
         # choose alternatives, [a|b], and verbs, before the slots are filled
-        sentence = re.sub(r"\[(.*?)\]", lambda match: choice(match[1].split("|")), sentences)
-        words = re.sub("{verb}", lambda _: choice(self.tables.verbs), sentence).split()
+        sentence = sentences if isinstance(sentences, str) else choice(sentences)
+        sentence = re.sub(r"\[(.*?)\]", lambda match: choice(match[1].split("|")), sentence)
+        words = re.sub("{verb}", lambda _: choice(self.verbs), sentence).split()
         if slips and self.split == "train" and self.random.random() < 0.5:
             words = self.slip(words)
         sentence = " ".join(words)  # slots such as {x} are still open
         return " ".join(sentence.format(**slots).split()) if slots else sentence
 
+    def swap(self, sentence):
+        """Return a sentence as the other speaker says it: what is my name -> what is your name."""
+        swapped = " ".join(self.swaps.get(word, word) for word in sentence.split())
+        return re.sub(r"\b(tell|told|give|gave) i\b", r"\1 me", swapped)  # as an object
+
     def slip(self, words):
         """Return words with some of the little ones missing and some odd ones added, but not next
         to a slot. It makes the model look for what sentences have in common."""
-        # leave out little words
-        kept = []
-        for word in words:
-            if word not in self.tables.little_words or self.random.random() < 0.85:
-                kept.append(word)
-
-        # add odd ones
+        chance = self.random.random
+        kept = [word for word in words if word not in self.little_words or chance() < 0.85]
         written = []
-        for word in kept:
-            if "{" not in word + "".join(written[-1:]) and self.random.random() < 0.08:
-                written.append(self.random.choice(self.tables.words))
+        for i, word in enumerate(kept):
+            near_slot = "{" in word or (i > 0 and "{" in kept[i - 1])
+            if not near_slot and chance() < 0.08:
+                written.append(self.random.choice(self.words))
             written.append(word)
         return written
 
-    def any_word(self):
-        """Return a word. A quarter do not exist, since some tokens only occur inside of words."""
-        if self.random.random() < 0.75:
-            return self.random.choice(self.tables.words)
-        while True:
-            word = self.random.choice(self.tables.words) + self.random.choice(self.tables.endings)
-            if word.lower() not in self.tables.listed and not held_out(word):
-                return word
-
-    def made_up_name(self, kind):
-        choice = self.random.choice
-        while True:
-            n_syllables = choice((1, 2, 2, 3))
-            syllables = [choice(self.tables.syllables) for _ in range(n_syllables)]
-            name = "".join(syllables).title() + choice(NAME_ENDINGS[kind])
-            word = name.split()[0]  # so that no place of one split is a name of the other
-            in_split = held_out(word) == (self.split == "val")
-            if len(name) > 2 and in_split and word.lower() not in self.tables.listed:
-                return name
+    def remark(self):
+        """Return something that the human says in small talk."""
+        return self.say(self.random.choice(self.exchanges)[1])
 
     def value(self, kind):
         """Return a value of a kind, one that the other split never has."""
+        choice = self.random.choice
         if kind == "number":
-            while True:
-                number = str(self.random.randrange(100, 1000))
-                if held_out(number) == (self.split == "val"):
-                    return number
+            return self.invent(lambda: str(self.random.randrange(100, 1000)))
         if kind == "title":
             return f"The {self.value('adjective').title()} {self.value('noun').title()}"
         if kind == "thing":
             return f"{self.value('adjective')} {self.value('noun')}"
+        # any word, so that the model cannot guess by what fits; a quarter do not exist, since
+        # some tokens only occur inside of words
         if self.split == "train" and self.random.random() < 0.4:
-            return self.any_word()  # so that the model cannot guess by what fits
+            if self.random.random() < 0.75:
+                return choice(self.words)
+            return self.invent(lambda: choice(self.words) + choice(self.endings))
         if kind in NAME_ENDINGS and self.random.random() < 0.7:
-            return self.made_up_name(kind)
-        return self.random.choice(self.tables.values[kind][self.split])
+            return self.invent(lambda: self.made_up_name(NAME_ENDINGS[kind]))
+        return choice(self.values[kind])
+
+    def made_up_name(self, endings):
+        n_syllables = self.random.choice((1, 2, 2, 3))
+        syllables = [self.random.choice(self.syllables) for _ in range(n_syllables)]
+        return "".join(syllables).title() + self.random.choice(endings)
+
+    def invent(self, draw):
+        """Return the first draw() that begins with a word of this split alone, in no list."""
+        while True:
+            value = draw()
+            word = value.split()[0].lower()
+            in_split = held_out(word) == (self.split == "val")
+            if len(value) > 2 and in_split and word not in self.listed:
+                return value
 
 
 class Conversation:
@@ -184,7 +166,8 @@ class Conversation:
         self.speaker = speaker
         self.say = speaker.say
         self.random = speaker.random
-        self.tables = speaker.tables
+        self.sentences = speaker.sentences  # purpose -> [sentence]
+        self.kinds = speaker.kinds  # of facts
         self.lower = self.random.random() < 0.5  # write in lower case, as people do who chat
         self.facts = {}  # ("human" or "bot", number of the kind) -> slots of its sentences
         self.topic = None  # the last one
@@ -205,11 +188,10 @@ class Conversation:
         text = re.sub(r"\bi\b", "I", text)
         return re.sub(r"(^|[.?!] )[a-z]", lambda match: match[0].upper(), text)
 
-    def add(self, human, bot=None):
-        """Add a message and its reply, if there is one."""
+    def add(self, human, bot):
+        """Add a message and its reply."""
         self.messages.append({"role": "user", "content": self.written(human)})
-        if bot is not None:
-            self.messages.append({"role": "assistant", "content": self.written(bot)})
+        self.messages.append({"role": "assistant", "content": self.written(bot)})
 
     def new_fact(self, owner):
         """Return (kind, slots) of a fact, of a new kind and with a value of new words."""
@@ -217,73 +199,68 @@ class Conversation:
         used_words = set()
         for slots in self.facts.values():
             used_words.update(slots["x"].lower().split())
-        used_words.discard("the")
-        kinds = self.tables.kinds[:-1] if owner == "bot" else self.tables.kinds  # no code word
+        # the bot has no code word, which is the last kind
+        n_kinds = len(self.kinds) - (owner == "bot")
         while True:
-            number = self.random.randrange(len(kinds))
-            value = self.speaker.value(kinds[number]["values"])
-            used = used_words & set(value.lower().split())
+            number = self.random.randrange(n_kinds)
+            kind = self.kinds[number]
+            value = self.speaker.value(kind["values"])
+            words = value.lower().removeprefix("the ").split()
             # no kind twice, and no value with a word of another value
-            if (owner, number) not in self.facts and not used:
+            if (owner, number) not in self.facts and used_words.isdisjoint(words):
                 break
         article = "an" if value[0] in "aeiou" else "a"  # of "ax", the value with its article
         self.facts[owner, number] = {"x": value, "ax": f"{article} {value}"}
-        return kinds[number], self.facts[owner, number]
+        return kind, self.facts[owner, number]
 
     def tell(self, echo=True):
         """The human tells a fact, the bot comments. Return the fact's key in `facts`.
 
         echo: the comment may name the value.
         """
-        sentences = self.tables.sentences
         kind, slots = self.new_fact("human")  # a fact that has not come up yet
-
-        # the comment, then the statement: the order of the draws decides what a seed makes
         comment = None
         while comment is None or (not echo and slots["x"] in comment):
-            comment = self.say(sentences["comment"], {"c": self.say(kind["comment"], slots)})
+            comment = self.say(self.sentences["comment"], {"c": self.say(kind["comment"], slots)})
         statement = self.say(kind["tell"], slots, slips=True)
-        human = self.say(sentences["tell"], {"t": statement, "s": self.remark()}, slips=True)
-        self.add(human, comment)
-        self.topic = swap(self.say(kind["noun"]))
+        slots = {"t": statement, "s": self.speaker.remark()}
+        self.add(self.say(self.sentences["tell"], slots, slips=True), comment)
+        self.topic = self.speaker.swap(self.say(kind["noun"]))
         return next(reversed(self.facts))
 
-    def ask(self, fact, answer=True):
+    def ask(self, fact):
         """The human asks for a fact, a key of `facts`."""
         owner, number = fact
-        kind = self.tables.kinds[number]
-        turned = swap if owner == "bot" else str  # sentences are about the human's facts
+        kind = self.kinds[number]
+        # sentences are about the human's facts
+        turned = self.speaker.swap if owner == "bot" else str
         noun = self.say(kind["noun"])  # what the fact is about, such as "my name"
         question = turned(self.say(kind["ask"], slips=True))
-        slots = {"q": question, "n": turned(noun), "s": self.remark()}
+        slots = {"q": question, "n": turned(noun), "s": self.speaker.remark()}
         # the bot answers with the value that it was told
         statement = self.say(turned(self.say(kind["answer"])), self.facts[fact])
-        reply = self.say(self.tables.sentences["answer"], {"a": statement})
-        asked = self.tables.sentences["ask the bot" if owner == "bot" else "ask"]
-        self.add(self.say(asked, slots, slips=True), reply if answer else None)
-        self.topic = noun if owner == "bot" else swap(noun)  # as the bot says it
-
-    def remark(self):
-        """Return something that the human says in small talk."""
-        return self.say(self.random.choice(self.tables.small_talk[self.speaker.split])[1])
+        reply = self.say(self.sentences["answer"], {"a": statement})
+        asked = self.sentences["ask the bot" if owner == "bot" else "ask"]
+        self.add(self.say(asked, slots, slips=True), reply)
+        self.topic = noun if owner == "bot" else self.speaker.swap(noun)  # as the bot says it
 
     def small_talk(self):
-        topic, human, bot = self.random.choice(self.tables.small_talk[self.speaker.split])
-        lead = self.say(self.tables.sentences["lead"])  # an interjection, often empty
+        topic, human, bot = self.random.choice(self.speaker.exchanges)
+        lead = self.say(self.sentences["lead"])  # an interjection, often empty
         self.add(f"{lead} {self.say(human)}".strip(), self.say(bot))
         self.topic = topic  # ask_topic refers to it
 
     def ask_topic(self):
         """The human asks what the last topic was."""
-        human = self.say(self.tables.sentences["topic"])
-        self.add(human, self.say(self.tables.sentences["about"], {"n": self.topic}))
+        human = self.say(self.sentences["topic"])
+        self.add(human, self.say(self.sentences["about"], {"n": self.topic}))
 
     def repeat(self):
         """The human has the bot repeat one to three words."""
         kinds = ["name", "place", "noun", "number"]
         words = [self.speaker.value(self.random.choice(kinds)) for _ in range(3)]
         words = " ".join(words[: self.random.randrange(1, 4)])  # keep one to three
-        self.add(self.say(self.tables.sentences["repeat"], {"x": words}), f"{words}.")
+        self.add(self.say(self.sentences["repeat"], {"x": words}), f"{words}.")
         self.topic = None
 
 
@@ -328,5 +305,6 @@ def probe(speaker, k):
             talk.small_talk()
         else:
             talk.tell()
-    talk.ask(fact, answer=False)
+    talk.ask(fact)
+    talk.messages.pop()  # the answer
     return talk.messages, talk.written(talk.facts[fact]["x"])
