@@ -30,7 +30,7 @@ class Config(CorpusConfig):
 
 
 def conversation(record, skip_bad):
-    """Return a record's messages, [] to leave it out: if the question or the answer is blank, or,
+    """Return a record's messages, None to leave it out: if the question or the answer is blank, or,
     with skip_bad, not a text."""
     messages = []
     # the columns are called like the roles
@@ -40,40 +40,36 @@ def conversation(record, skip_bad):
             continue
         if not isinstance(text, str):
             if skip_bad:
-                return []
+                return None
             raise ValueError(f"{column} is not a text: {text!r:.40}")
         if text.strip():
             messages.append({"role": column.lower(), "content": text.strip()})
         elif column != "System":
-            return []  # nothing to learn without a question or an answer
+            return None  # nothing to learn without a question or an answer
     return messages
 
 
-def conversations(config, path, list_name, counts):
-    """Yield the messages of a list's records; count in `counts` those that are left out."""
+def conversations(config, path, list_name):
+    """Yield the messages of a list's records, the first max_examples."""
+    parse = functools.partial(conversation, skip_bad=config.skip_bad)
     try:
-        parse = functools.partial(conversation, skip_bad=config.skip_bad)
-        for messages in read_records(path, parse, list_name):
-            if messages:
-                yield messages
-            else:
-                counts["left out"] += 1
+        # all of them if max_examples is 0
+        records = read_records(path, parse, list_name)
+        yield from itertools.islice(records, config.max_examples or None)
     except ValueError as error:
         if not config.skip_bad:
             raise ValueError(f"{error}\n--skip_bad=true goes on") from None
         print(error, file=sys.stderr)  # where the file is damaged
 
 
-def examples(config, path, counts):
+def examples(config, path):
     """Yield (split, messages)."""
-    limit = config.max_examples or None
-    val = itertools.islice(conversations(config, path, "validation", counts), limit)
-    train = itertools.islice(conversations(config, path, "train", counts), limit)
     # the validation list comes first, to know if there is one
     n_val = 0
-    for messages in val:
+    for messages in conversations(config, path, "validation"):
         n_val += 1
         yield "val", messages
+    train = conversations(config, path, "train")
     if n_val:  # the published split
         for messages in train:
             yield "train", messages
@@ -83,10 +79,8 @@ def examples(config, path, counts):
 
 def main(config):
     at_least(0, config, "max_examples")
-    path = find_file(config.source, REPO, "formatted_data.json")
-    counts = {"left out": 0}  # records
-    prepare(config, "columned_chat", examples(config, path, counts))
-    print(f"{counts['left out']:,} records left out")
+    path = find_file(config.source, REPO, "formatted_data.json")  # 2.66 GB
+    prepare(config, "columned_chat", examples(config, path))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Config(CorpusConfig):
 
 
 def as_messages(question):
-    """Return (id, a question and its best answer as messages, None if no answer is left).
+    """Return (id, a question and its best answer as messages), None if no answer is left.
 
     Deleted answers are left out, and those with a link, which the corpus replaces by URL_0.
     """
@@ -50,31 +50,23 @@ def as_messages(question):
         if answer not in ("", "[deleted]", "[removed]") and not re.search(r"\bURL_\d", answer):
             user = {"role": "user", "content": text}
             return question["q_id"], [user, {"role": "assistant", "content": answer}]
-    return question["q_id"], None
+    return None
 
 
 def as_text(question):
     """Return (id, all answers as one text), as Hugging Face's language modeling tutorial does."""
-    return question["q_id"], " ".join(question["answers"]["text"])
+    text = " ".join(question["answers"]["text"])
+    return (question["q_id"], text) if text else None
 
 
-def read(path, counts, parse):
-    """Yield (id, messages or text) of a file's questions; count in `counts` those without."""
-    for key, example in read_records(path, parse):
-        if example:
-            yield key, example
-        else:
-            counts["left out"] += 1
-
-
-def questions(config, counts, parse):
+def questions(config, parse):
     """Yield (split, messages or text): as published, or the first max_examples, divided 4 to 1."""
     if not config.max_examples:
-        yield from published(config.source, REPO, FILES, lambda path: read(path, counts, parse))
+        yield from published(config.source, REPO, FILES, lambda path: read_records(path, parse))
         return
     # a fifth is held out; a fixed seed keeps the split
     path = find_file(config.source, REPO, *FILES["train"])
-    examples = list(itertools.islice(read(path, counts, parse), config.max_examples))
+    examples = list(itertools.islice(read_records(path, parse), config.max_examples))
     n = len(examples)
     held_out = set(random.Random(42).sample(range(n), n // 5))  # indices
     for i, (_, example) in enumerate(examples):
@@ -83,15 +75,13 @@ def questions(config, counts, parse):
 
 def main(config):
     at_least(0, config, "max_examples")
-    counts = {"left out": 0}  # questions
     # "reply" trains on chats, "all" on plain text
     if config.mask == "reply":
-        prepare(config, "eli5", questions(config, counts, as_messages))
+        prepare(config, "eli5", questions(config, as_messages))
     elif config.mask == "all":
-        prepare_text(config, "eli5", questions(config, counts, as_text))
+        prepare_text(config, "eli5", questions(config, as_text))
     else:
         raise ValueError(f"mask={config.mask} is not one of reply, all")
-    print(f"{counts['left out']:,} questions left out: they have no answer, or none without a link")
 
 
 if __name__ == "__main__":

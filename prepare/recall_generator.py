@@ -59,16 +59,17 @@ class Speaker:
             self.values[kind] = self.items(values, " ")
             self.listed.update(values.lower().split())
 
-        # a section is one kind of fact, or one for each "thing=kind of value" in `each`
+        # a section has a kind of fact for each "thing=kind of value"
         self.kinds = []  # {"values": kind of value, "tell": [sentence], "ask": ...}
         for name in text.sections():
             if name.startswith("fact"):
                 section = dict(text[name])
-                values = section.pop("values", "")
-                for pair in section.pop("each", f"={values}").split():
-                    thing, _, values = pair.partition("=")
-                    kind = {key: self.items(s.replace("{it}", thing)) for key, s in section.items()}
-                    self.kinds.append(kind | {"values": values})
+                for pair in section.pop("each").split():
+                    thing, values = pair.split("=")
+                    kind = {"values": values}
+                    for purpose, sentences in section.items():
+                        kind[purpose] = self.items(sentences.replace("{it}", thing))
+                    self.kinds.append(kind)
 
         # other words
         self.swaps = dict(pair.split("=") for pair in text["words"]["swap"].split())
@@ -129,10 +130,9 @@ class Speaker:
         choice = self.random.choice
         if kind == "number":
             return self.invent(lambda: str(self.random.randrange(100, 1000)))
-        if kind == "title":
-            return f"The {self.value('adjective').title()} {self.value('noun').title()}"
-        if kind == "thing":
-            return f"{self.value('adjective')} {self.value('noun')}"
+        if kind in ("thing", "title"):
+            value = f"{self.value('adjective')} {self.value('noun')}"
+            return value if kind == "thing" else f"The {value.title()}"
         # any word, so that the model cannot guess by what fits; a quarter do not exist, since
         # some tokens only occur inside of words
         if self.split == "train" and self.random.random() < 0.4:

@@ -44,9 +44,11 @@ def read_records(path, parse, list_name=""):
     """Yield parse(record) for each record of a file, also gzipped: a .csv with column names, a JSON
     list, or one JSON object per line. list_name: read this list of a JSON object instead.
 
-    Raises ValueError that names the first record that is damaged or that `parse` cannot use.
+    Records for which `parse` returns None are left out and counted. Raises ValueError that
+    names the first record that is damaged or that `parse` cannot use.
     """
     number = 1  # of the current record
+    n_left_out = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             # choose the reader
@@ -63,8 +65,14 @@ def read_records(path, parse, list_name=""):
             for record in records:
                 if not isinstance(record, dict):
                     raise ValueError(f"it is not an object: {record!r:.40}")
-                yield parse(record)
+                example = parse(record)
+                if example is None:
+                    n_left_out += 1
+                else:
+                    yield example
                 number += 1
+            if n_left_out:
+                print(f"{path}: {n_left_out:,} of {number - 1:,} records left out")
     except (*DAMAGE, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         reason = reason.partition("\n")[0]  # ijson draws a picture below it

@@ -137,11 +137,9 @@ def from_file(path):
         if "messages" in record:
             labelled = [example for example in labelled if hash(str(example)) not in seen]
             seen.update(hash(str(example)) for example in labelled)
-        return key, labelled
+        return (key, labelled) if labelled else None
 
-    for key, labelled in read_records(path, new_examples):
-        if labelled:
-            yield key, labelled
+    return read_records(path, new_examples)
 
 
 def from_chitchat():
