@@ -1,8 +1,8 @@
 """
 Conversations in which the human tells facts and asks for them later; recall.txt has the sentences.
 
-A Speaker draws sentences and values for one split; train and val share none. `conversation` is what
-prepare/recall.py trains on, `probe` is what evaluate.py asks.
+A Speaker has the sentences and values of one split; train and val share none. `conversation` is
+what prepare/recall.py trains on, `probe` is what evaluate.py asks.
 """
 
 import configparser
@@ -33,7 +33,10 @@ def held_out(word):
 
 
 class Speaker:
-    """Draws sentences and values for one split."""
+    """Speaks for both sides, in the sentences and values of one split.
+
+    `begin` begins a conversation, the methods after it add exchanges to `messages`.
+    """
 
     def __init__(self, split, seed):
         self.split = split
@@ -157,27 +160,18 @@ class Speaker:
             if len(value) > 2 and in_split and word not in self.listed:
                 return value
 
+    # ---- a conversation
 
-class Conversation:
-    """A conversation that grows by one exchange at a time, in `messages`."""
-
-    def __init__(self, speaker, n_persona=0):
-        """n_persona: number of facts in the bot's persona (0 = it has none)."""
-        self.speaker = speaker
-        self.say = speaker.say
-        self.random = speaker.random
-        self.sentences = speaker.sentences  # purpose -> [sentence]
-        self.kinds = speaker.kinds  # of facts
+    def begin(self, n_persona=0):
+        """Begin a conversation. n_persona: number of facts in the bot's persona (0 = none)."""
         self.lower = self.random.random() < 0.5  # write in lower case, as people do who chat
-        self.facts = {}  # ("human" or "bot", number of the kind) -> slots of its sentences
+        self.facts = []  # {"owner": "human" or "bot", "kind", "x": value, "ax": with its article}
         self.topic = None  # the last one
         self.messages = []  # as Tokenizer.render takes them
-
-        # the persona
         persona = ""
         for _ in range(n_persona):
-            kind, slots = self.new_fact("bot")
-            persona += f"{self.say(kind['tell'], slots)}. "
+            fact = self.new_fact("bot")
+            persona += f"{self.say(fact['kind']['tell'], fact)}. "
         if persona:
             self.messages.append({"role": "system", "content": self.written(persona.strip())})
 
@@ -194,58 +188,59 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": self.written(bot)})
 
     def new_fact(self, owner):
-        """Return (kind, slots) of a fact, of a new kind and with a value of new words."""
-        # words of the values so far: asking for one fact must not bring up another
+        """Return a fact of a new kind and with a value of new words; add it to `facts`."""
+        used_kinds = [fact["kind"] for fact in self.facts if fact["owner"] == owner]
+        # asking for one fact must not bring up another
         used_words = set()
-        for slots in self.facts.values():
-            used_words.update(slots["x"].lower().split())
+        for fact in self.facts:
+            used_words.update(fact["x"].lower().split())
+
         # the bot has no code word, which is the last kind
-        n_kinds = len(self.kinds) - (owner == "bot")
+        kinds = self.kinds[:-1] if owner == "bot" else self.kinds
         while True:
-            number = self.random.randrange(n_kinds)
-            kind = self.kinds[number]
-            value = self.speaker.value(kind["values"])
+            kind = self.random.choice(kinds)
+            value = self.value(kind["values"])
             words = value.lower().removeprefix("the ").split()
-            # no kind twice, and no value with a word of another value
-            if (owner, number) not in self.facts and used_words.isdisjoint(words):
+            if kind not in used_kinds and used_words.isdisjoint(words):
                 break
-        article = "an" if value[0] in "aeiou" else "a"  # of "ax", the value with its article
-        self.facts[owner, number] = {"x": value, "ax": f"{article} {value}"}
-        return kind, self.facts[owner, number]
+        article = "an" if value[0] in "aeiou" else "a"
+        fact = {"owner": owner, "kind": kind, "x": value, "ax": f"{article} {value}"}
+        self.facts.append(fact)
+        return fact
 
     def tell(self, echo=True):
-        """The human tells a fact, the bot comments. Return the fact's key in `facts`.
+        """The human tells a fact, the bot comments. Return the fact.
 
         echo: the comment may name the value.
         """
-        kind, slots = self.new_fact("human")  # a fact that has not come up yet
+        fact = self.new_fact("human")
+        kind = fact["kind"]
         comment = None
-        while comment is None or (not echo and slots["x"] in comment):
-            comment = self.say(self.sentences["comment"], {"c": self.say(kind["comment"], slots)})
-        statement = self.say(kind["tell"], slots, slips=True)
-        slots = {"t": statement, "s": self.speaker.remark()}
+        while comment is None or (not echo and fact["x"] in comment):
+            comment = self.say(self.sentences["comment"], {"c": self.say(kind["comment"], fact)})
+        statement = self.say(kind["tell"], fact, slips=True)
+        slots = {"t": statement, "s": self.remark()}
         self.add(self.say(self.sentences["tell"], slots, slips=True), comment)
-        self.topic = self.speaker.swap(self.say(kind["noun"]))
-        return next(reversed(self.facts))
+        self.topic = self.swap(self.say(kind["noun"]))
+        return fact
 
     def ask(self, fact):
-        """The human asks for a fact, a key of `facts`."""
-        owner, number = fact
-        kind = self.kinds[number]
-        # sentences are about the human's facts
-        turned = self.speaker.swap if owner == "bot" else str
+        """The human asks for a fact, the bot answers with its value."""
+        kind = fact["kind"]
+        # the sentences are about the human's facts; swap them for the bot's
+        is_bot = fact["owner"] == "bot"
+        turned = self.swap if is_bot else str
         noun = self.say(kind["noun"])  # what the fact is about, such as "my name"
         question = turned(self.say(kind["ask"], slips=True))
-        slots = {"q": question, "n": turned(noun), "s": self.speaker.remark()}
-        # the bot answers with the value that it was told
-        statement = self.say(turned(self.say(kind["answer"])), self.facts[fact])
+        slots = {"q": question, "n": turned(noun), "s": self.remark()}
+        statement = self.say(turned(self.say(kind["answer"])), fact)
         reply = self.say(self.sentences["answer"], {"a": statement})
-        asked = self.sentences["ask the bot" if owner == "bot" else "ask"]
+        asked = self.sentences["ask the bot" if is_bot else "ask"]
         self.add(self.say(asked, slots, slips=True), reply)
-        self.topic = noun if owner == "bot" else self.speaker.swap(noun)  # as the bot says it
+        self.topic = noun if is_bot else self.swap(noun)  # as the bot says it
 
     def small_talk(self):
-        topic, human, bot = self.random.choice(self.speaker.exchanges)
+        topic, human, bot = self.random.choice(self.exchanges)
         lead = self.say(self.sentences["lead"])  # an interjection, often empty
         self.add(f"{lead} {self.say(human)}".strip(), self.say(bot))
         self.topic = topic  # ask_topic refers to it
@@ -258,7 +253,7 @@ class Conversation:
     def repeat(self):
         """The human has the bot repeat one to three words."""
         kinds = ["name", "place", "noun", "number"]
-        words = [self.speaker.value(self.random.choice(kinds)) for _ in range(3)]
+        words = [self.value(self.random.choice(kinds)) for _ in range(3)]
         words = " ".join(words[: self.random.randrange(1, 4)])  # keep one to three
         self.add(self.say(self.sentences["repeat"], {"x": words}), f"{words}.")
         self.topic = None
@@ -268,28 +263,28 @@ def conversation(speaker):
     """Return the messages of a conversation in which facts are told and asked for."""
     random = speaker.random
     # two conversations in five have no persona
-    talk = Conversation(speaker, n_persona=random.choice((0, 0, 1, 2, 3)))
+    speaker.begin(n_persona=random.choice((0, 0, 1, 2, 3)))
     for _ in range(random.randrange(2, 12)):
         # draw the next exchange
         chance = random.random()
-        if chance < 0.3 and len(talk.facts) < 7:
-            talk.tell()  # 30%, up to seven facts
-        elif chance < 0.75 and talk.facts:
-            facts = list(talk.facts)
-            n = len(facts)
-            talk.ask(facts[min(random.randrange(n), random.randrange(n))])  # rather an old one
-        elif chance < 0.82 and talk.topic:
-            talk.ask_topic()
+        if chance < 0.3 and len(speaker.facts) < 7:
+            speaker.tell()  # 30%, up to seven facts
+        elif chance < 0.75 and speaker.facts:
+            n = len(speaker.facts)
+            index = min(random.randrange(n), random.randrange(n))  # rather an old one
+            speaker.ask(speaker.facts[index])
+        elif chance < 0.82 and speaker.topic:
+            speaker.ask_topic()
         elif chance < 0.87:
-            talk.repeat()  # copying practice
+            speaker.repeat()  # copying practice
         else:
-            talk.small_talk()
+            speaker.small_talk()
 
     # a fact is asked for in the end
-    if not talk.facts:
-        talk.tell()
-    talk.ask(random.choice(list(talk.facts)))
-    return talk.messages
+    if not speaker.facts:
+        speaker.tell()
+    speaker.ask(random.choice(speaker.facts))
+    return speaker.messages
 
 
 def probe(speaker, k):
@@ -297,14 +292,14 @@ def probe(speaker, k):
 
     k = 0: the bot's persona has the value. In between, other facts and small talk take turns.
     """
-    talk = Conversation(speaker, n_persona=0 if k else 3)
+    speaker.begin(n_persona=0 if k else 3)
     # the value may occur only once, in the statement
-    fact = talk.tell(echo=False) if k else next(iter(talk.facts))
+    fact = speaker.tell(echo=False) if k else speaker.facts[0]
     for number in range(1, k):
         if number % 2:  # small talk and other facts in turn
-            talk.small_talk()
+            speaker.small_talk()
         else:
-            talk.tell()
-    talk.ask(fact)
-    talk.messages.pop()  # the answer
-    return talk.messages, talk.written(talk.facts[fact]["x"])
+            speaker.tell()
+    speaker.ask(fact)
+    speaker.messages.pop()  # the answer
+    return speaker.messages, speaker.written(fact["x"])

@@ -8,7 +8,7 @@ import pytest
 from evaluation.metrics import remembers
 from nanochatgpt.shards import open_shard
 from nanochatgpt.tokenizer import Tokenizer
-from prepare.recall_generator import Conversation, Speaker, conversation, probe
+from prepare.recall_generator import Speaker, conversation, probe
 
 SPEAKERS = {split: Speaker(split, 0) for split in ("train", "val")}
 swap = SPEAKERS["train"].swap
@@ -109,15 +109,15 @@ def test_slips_keep_the_slots_and_what_matters():
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_every_question_is_answered_from_what_was_said_before(split):
     """The bot's answers name the value that the conversation has, for both speakers' facts."""
-    speaker = Speaker(split, 3)
+    talk = Speaker(split, 3)
     for _ in range(300):
-        talk = Conversation(speaker, n_persona=2)
+        talk.begin(n_persona=2)
         told = [talk.tell() for _ in range(2)]
-        for fact in (*told, *talk.facts):
+        for fact in told + talk.facts:
             talk.ask(fact)
             *before, answer = [message["content"] for message in talk.messages]
-            assert remembers(answer, talk.facts[fact]["x"])
-            assert remembers(" ".join(before), talk.facts[fact]["x"])
+            assert remembers(answer, fact["x"])
+            assert remembers(" ".join(before), fact["x"])
         roles = [message["role"] for message in talk.messages]
         assert roles == ["system"] + ["user", "assistant"] * (len(roles) // 2)
 
@@ -132,7 +132,8 @@ def test_sentences_are_complete(split):
 
 
 def test_the_topic_is_the_last_one():
-    talk = Conversation(Speaker("train", 5))
+    talk = Speaker("train", 5)
+    talk.begin()
     talk.small_talk()
     topic = talk.topic
     talk.ask_topic()
@@ -143,11 +144,12 @@ def test_the_topic_is_the_last_one():
     ("owner", "words"), [("human", "you your are yours"), ("bot", "i my am me mine")]
 )
 def test_the_bot_says_my_of_its_persona_and_your_of_the_humans_facts(owner, words):
-    talk = Conversation(Speaker("train", 8), n_persona=3)
+    talk = Speaker("train", 8)
+    talk.begin(n_persona=3)
     talk.tell()
-    for fact in [fact for fact in talk.facts if fact[0] == owner] * 20:
+    for fact in [fact for fact in talk.facts if fact["owner"] == owner] * 20:
         talk.ask(fact)
-        pronouns = {word for word in talk.topic.split() if word in talk.speaker.swaps}
+        pronouns = {word for word in talk.topic.split() if word in talk.swaps}
         assert pronouns <= set(words.split()), talk.topic
 
 
