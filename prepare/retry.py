@@ -63,19 +63,19 @@ def pair(record):
     context = record["prompt"]
     if isinstance(context, str):
         context = [{"role": "user", "content": context}]
-    labelled = []
-    for name, label in (("chosen", 1), ("rejected", 0)):
-        labelled.append(([*context, reply(record[name])], label))
-    return beginning(context), labelled
+    chosen = [*context, reply(record["chosen"])]
+    rejected = [*context, reply(record["rejected"])]
+    return beginning(context), [(chosen, 1), (rejected, 0)]
 
 
 def dailydialog(record):
     """Good and adversarial replies in turn, so that two are a pair."""
     utterances = [(i % 2, text) for i, text in enumerate(record["context"])]
     context = merge_turns(utterances, bot=len(utterances) % 2)  # the bot speaks next
+    positive = record["positive_responses"]
+    negative = record["adversarial_negative_responses"]
     labelled = []
-    replies = (record["positive_responses"], record["adversarial_negative_responses"])
-    for good, bad in zip(*replies, strict=False):
+    for good, bad in zip(positive, negative, strict=False):
         labelled.append(([*context, reply(good)], 1))
         labelled.append(([*context, reply(bad)], 0))
     return beginning(context), labelled
@@ -104,8 +104,7 @@ def saved_chat(messages, retried):
 
     # a retried reply is rejected
     for attempt in retried:
-        before = turns[: attempt["before"]]
-        rejected = [*persona, *before, reply(attempt["content"])]
+        rejected = [*persona, *turns[: attempt["before"]], reply(attempt["content"])]
         if (rejected, 1) not in labelled:  # the same reply may have come again and been kept
             labelled.append((rejected, 0))
     return str(messages[: ends[0]]), labelled
@@ -122,10 +121,12 @@ def beginning(messages):
 
 
 def as_label(value):
-    label = str(value).strip().lower()  # numbers, booleans and texts are all in use
-    if label not in ("0", "0.0", "false", "1", "1.0", "true"):
-        raise ValueError(f"label {value!r:.40} is not 0 or 1")
-    return int(label in ("1", "1.0", "true"))
+    label = str(value).lower()  # numbers, booleans and texts are all in use
+    if label in ("1", "1.0", "true"):
+        return 1
+    if label in ("0", "0.0", "false"):
+        return 0
+    raise ValueError(f"label {value!r:.40} is not 0 or 1")
 
 
 def from_file(path):
