@@ -41,6 +41,8 @@ class Speaker:
     def __init__(self, split, seed):
         self.split = split
         self.random = random.Random(f"{split} {seed}")  # each split has its own sequence
+        self.choice = self.random.choice
+        self.chance = self.random.random  # from 0 to 1
         # ":" is the only delimiter, since values contain "="
         text = configparser.ConfigParser(delimiters=":", interpolation=None)
         text.read(Path(__file__).with_name("recall.txt"), encoding="utf-8")
@@ -96,12 +98,11 @@ class Speaker:
 
         slips: in training, write every second one in haste.
         """
-        choice = self.random.choice
         # choose alternatives, [a|b], and verbs, before the slots are filled
-        sentence = sentences if isinstance(sentences, str) else choice(sentences)
-        sentence = re.sub(r"\[(.*?)\]", lambda match: choice(match[1].split("|")), sentence)
-        words = re.sub("{verb}", lambda _: choice(self.verbs), sentence).split()
-        if slips and self.split == "train" and self.random.random() < 0.5:
+        sentence = sentences if isinstance(sentences, str) else self.choice(sentences)
+        sentence = re.sub(r"\[(.*?)\]", lambda match: self.choice(match[1].split("|")), sentence)
+        words = re.sub("{verb}", lambda _: self.choice(self.verbs), sentence).split()
+        if slips and self.split == "train" and self.chance() < 0.5:
             words = self.slip(words)
         sentence = " ".join(words)  # slots such as {x} are still open
         return " ".join(sentence.format(**slots).split()) if slots else sentence
@@ -114,23 +115,21 @@ class Speaker:
     def slip(self, words):
         """Return words with some of the little ones missing and some odd ones added, but not next
         to a slot. It makes the model look for what sentences have in common."""
-        chance = self.random.random
-        kept = [word for word in words if word not in self.little_words or chance() < 0.85]
+        kept = [word for word in words if word not in self.little_words or self.chance() < 0.85]
         written = []
         for i, word in enumerate(kept):
             near_slot = "{" in word or (i > 0 and "{" in kept[i - 1])
-            if not near_slot and chance() < 0.08:
-                written.append(self.random.choice(self.words))
+            if not near_slot and self.chance() < 0.08:
+                written.append(self.choice(self.words))
             written.append(word)
         return written
 
     def remark(self):
         """Return something that the human says in small talk."""
-        return self.say(self.random.choice(self.exchanges)[1])
+        return self.say(self.choice(self.exchanges)[1])
 
     def value(self, kind):
         """Return a value of a kind, one that the other split never has."""
-        choice = self.random.choice
         if kind == "number":
             return self.invent(lambda: str(self.random.randrange(100, 1000)))
         if kind in ("thing", "title"):
@@ -138,18 +137,18 @@ class Speaker:
             return value if kind == "thing" else f"The {value.title()}"
         # any word, so that the model cannot guess by what fits; a quarter do not exist, since
         # some tokens only occur inside of words
-        if self.split == "train" and self.random.random() < 0.4:
-            if self.random.random() < 0.75:
-                return choice(self.words)
-            return self.invent(lambda: choice(self.words) + choice(self.endings))
-        if kind in NAME_ENDINGS and self.random.random() < 0.7:
+        if self.split == "train" and self.chance() < 0.4:
+            if self.chance() < 0.75:
+                return self.choice(self.words)
+            return self.invent(lambda: self.choice(self.words) + self.choice(self.endings))
+        if kind in NAME_ENDINGS and self.chance() < 0.7:
             return self.invent(lambda: self.made_up_name(NAME_ENDINGS[kind]))
-        return choice(self.values[kind])
+        return self.choice(self.values[kind])
 
     def made_up_name(self, endings):
-        n_syllables = self.random.choice((1, 2, 2, 3))
-        syllables = [self.random.choice(self.syllables) for _ in range(n_syllables)]
-        return "".join(syllables).title() + self.random.choice(endings)
+        n_syllables = self.choice((1, 2, 2, 3))
+        syllables = [self.choice(self.syllables) for _ in range(n_syllables)]
+        return "".join(syllables).title() + self.choice(endings)
 
     def invent(self, draw):
         """Return the first draw() that begins with a word of this split alone, in no list."""
@@ -164,7 +163,7 @@ class Speaker:
 
     def begin(self, n_persona=0):
         """Begin a conversation. n_persona: number of facts in the bot's persona (0 = none)."""
-        self.lower = self.random.random() < 0.5  # write in lower case, as people do who chat
+        self.lower = self.chance() < 0.5  # write in lower case, as people do who chat
         self.facts = []  # {"owner": "human" or "bot", "kind", "x": value, "ax": with its article}
         self.topic = None  # the last one
         self.messages = []  # as Tokenizer.render takes them
@@ -198,7 +197,7 @@ class Speaker:
         # the bot has no code word, which is the last kind
         kinds = self.kinds[:-1] if owner == "bot" else self.kinds
         while True:
-            kind = self.random.choice(kinds)
+            kind = self.choice(kinds)
             value = self.value(kind["values"])
             words = value.lower().removeprefix("the ").split()
             if kind not in used_kinds and used_words.isdisjoint(words):
@@ -240,7 +239,7 @@ class Speaker:
         self.topic = noun if is_bot else self.swap(noun)  # as the bot says it
 
     def small_talk(self):
-        topic, human, bot = self.random.choice(self.exchanges)
+        topic, human, bot = self.choice(self.exchanges)
         lead = self.say(self.sentences["lead"])  # an interjection, often empty
         self.add(f"{lead} {self.say(human)}".strip(), self.say(bot))
         self.topic = topic  # ask_topic refers to it
@@ -253,7 +252,7 @@ class Speaker:
     def repeat(self):
         """The human has the bot repeat one to three words."""
         kinds = ["name", "place", "noun", "number"]
-        words = [self.value(self.random.choice(kinds)) for _ in range(3)]
+        words = [self.value(self.choice(kinds)) for _ in range(3)]
         words = " ".join(words[: self.random.randrange(1, 4)])  # keep one to three
         self.add(self.say(self.sentences["repeat"], {"x": words}), f"{words}.")
         self.topic = None
@@ -261,17 +260,17 @@ class Speaker:
 
 def conversation(speaker):
     """Return the messages of a conversation in which facts are told and asked for."""
-    random = speaker.random
+    randrange = speaker.random.randrange
     # two conversations in five have no persona
-    speaker.begin(n_persona=random.choice((0, 0, 1, 2, 3)))
-    for _ in range(random.randrange(2, 12)):
+    speaker.begin(n_persona=speaker.choice((0, 0, 1, 2, 3)))
+    for _ in range(randrange(2, 12)):
         # draw the next exchange
-        chance = random.random()
+        chance = speaker.chance()
         if chance < 0.3 and len(speaker.facts) < 7:
             speaker.tell()  # 30%, up to seven facts
         elif chance < 0.75 and speaker.facts:
             n = len(speaker.facts)
-            index = min(random.randrange(n), random.randrange(n))  # rather an old one
+            index = min(randrange(n), randrange(n))  # rather an old one
             speaker.ask(speaker.facts[index])
         elif chance < 0.82 and speaker.topic:
             speaker.ask_topic()
@@ -283,7 +282,7 @@ def conversation(speaker):
     # a fact is asked for in the end
     if not speaker.facts:
         speaker.tell()
-    speaker.ask(random.choice(speaker.facts))
+    speaker.ask(speaker.choice(speaker.facts))
     return speaker.messages
 
 

@@ -27,10 +27,7 @@ from prepare.records import check_messages, conversation, merge_turns, read_reco
 
 
 def examples(record):
-    """Return (key, [(text or messages, label)]) of a record; equal keys share a split.
-
-    Raises ValueError, KeyError or TypeError if the record has none of the forms above.
-    """
+    """Return (key, [(text or messages, label)]) of a record; equal keys share a split."""
     if "chosen" in record:
         key, labelled = pair(record)
     elif "positive_responses" in record:
