@@ -193,14 +193,14 @@ class Speaker:
         used_words = set()
         for fact in self.facts:
             used_words.update(fact["x"].lower().split())
+        used_words.discard("the")
 
         # the bot has no code word, which is the last kind
         kinds = self.kinds[:-1] if owner == "bot" else self.kinds
         while True:
             kind = self.choice(kinds)
             value = self.value(kind["values"])
-            words = value.lower().removeprefix("the ").split()
-            if kind not in used_kinds and used_words.isdisjoint(words):
+            if kind not in used_kinds and used_words.isdisjoint(value.lower().split()):
                 break
         article = "an" if value[0] in "aeiou" else "a"
         fact = {"owner": owner, "kind": kind, "x": value, "ax": f"{article} {value}"}

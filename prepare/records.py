@@ -54,7 +54,7 @@ def read_records(path, parse, list_name=""):
             # choose the reader
             if path.name.removesuffix(".gz").endswith(".csv"):
                 text = io.TextIOWrapper(file, "utf-8", "replace", newline="")
-                records = csv.DictReader(text)
+                records = csv.DictReader(text, restval="")  # of a short row
             elif list_name:
                 records = ijson.items(file, f"{list_name}.item", use_float=True)
             elif file.peek(1).lstrip()[:1] == b"[":

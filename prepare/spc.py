@@ -8,6 +8,7 @@ once with each speaker as the bot; half of them keep the bot's persona.
 import random
 import re
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,18 +22,13 @@ FILES = {  # split -> file
     "train": ["data/Synthetic-Persona-Chat_train.csv"],
     "val": ["data/Synthetic-Persona-Chat_valid.csv"],
 }
-
-
-def parse(row):
-    """Return (personas of the two users, conversation as text) of a row of the table."""
-    personas = (row["user 1 personas"] or "", row["user 2 personas"] or "")  # a short row has None
-    return personas, row["Best Generated Conversation"] or ""
+COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
 
 
 def read(path):
     """Yield (conversation as text, messages). Raises ValueError for a damaged or other file."""
     coin = random.Random(1337)  # the same personas each time
-    for personas, text in read_records(path, parse):
+    for *personas, text in read_records(path, itemgetter(*COLUMNS)):
         # "User 1: ..." on each line
         utterances = re.findall(r"^User ([12]): *(.*\S)", text, re.MULTILINE)
 
