@@ -25,7 +25,9 @@ class Config:
 
 def measure(config):
     """Tokenize conversations into a shard, then encode at most 64 MB of their text by tiktoken."""
-    conversations = list(chitchat.read(chitchat.packaged()))  # [(id, messages)]
+    conversations = []  # (id, messages)
+    for key, messages, _ in chitchat.read(chitchat.packaged()):
+        conversations.append((key, messages))
     texts = []
     for _, messages in conversations:
         texts.append("\n".join(message["content"] for message in messages))

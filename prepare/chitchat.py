@@ -5,19 +5,25 @@ speaker as the bot, in the same split.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root
 
 from nanochatgpt.configurator import run
 from prepare.chitchat_package import packaged, read
-from prepare.corpus import Config, divide, existing, prepare
+from prepare.corpus import divide, prepare
+
+
+@dataclass
+class Config:
+    out_dir: str = ""  # where train.bin and val.bin go; by default data/chitchat
+    template: str = "human_bot"  # how conversations are written: one of TEMPLATES in tokenizer.py
 
 
 def main(config):
-    source = existing(config.source) if config.source else packaged()  # dataset.json
     # the id of a conversation decides its split
-    prepare(config, "chitchat", divide(read(source)))
+    prepare(config, "chitchat", divide((key, talk) for key, talk, _ in read(packaged())))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ gpt2-conversational-or-qa. --source is its formatted_data.json or the folder wit
 validation list, the other one is divided 95 to 5.
 """
 
-import re
+import functools
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,142 +15,72 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanochatgpt.configurator import at_least, run
-from nanochatgpt.hub import hub_file
 from prepare.corpus import Config as CorpusConfig
-from prepare.corpus import divide, existing, prepare
-from prepare.json_stream import JsonStream
+from prepare.corpus import divide, prepare
+from prepare.records import find_file, read_records
 
-FILE = "formatted_data.json"  # 2.66 GB
-SPLITS = {"train": "train", "validation": "val"}  # list -> split
+REPO = "Locutusque/ColumnedChatCombined"  # on the Hugging Face hub
 
 
 @dataclass
 class Config(CorpusConfig):
     template: str = "user_assistant"
     max_examples: int = 0  # examples per split, the first ones (0 = all); the model saw 245,000
-    english: bool = False  # leave out other languages, as told by py3langid
-    skip_bad: bool = False  # skip what cannot be read
+    skip_bad: bool = False  # skip bad records; use a damaged file up to the damage
 
 
-def records(path, skip_bad):
-    """Yield (list's name, number, record) of a file, in pieces. A record that cannot be read is an
-    Exception; without skip_bad nothing follows it."""
-    list_name = "the file"  # train or validation, once it has begun
-    number = 0  # of the record in its list
-    with open(path, encoding="utf-8", errors="replace") as file:
-        stream = JsonStream(file)
-        try:
-            # the file is an object with one or two lists
-            stream.expect("{")
-            while True:
-                list_name = stream.value()
-                number = 0
-                stream.expect(":")  # {"train": [...], ...
-                if list_name not in list(SPLITS):
-                    raise ValueError("it is neither train nor validation")
-                for record in stream.items(skip_bad, SPLITS):  # one record in memory at a time
-                    number += 1
-                    yield list_name, number, record
-                if stream.expect(",", "}") == "}":  # the end of the file's object
-                    return
-        except (ValueError, RecursionError) as error:
-            yield str(list_name)[:40], number + 1, error  # the damage itself, as the last record
-
-
-def conversation(record):
-    """Return a record's messages, [] if the question or the answer is blank."""
-    if isinstance(record, Exception):
-        raise record  # the caller reports it with its number
-    if not isinstance(record, dict):
-        raise ValueError(f"is not an object: {record!r:.40}")
+def conversation(record, skip_bad):
+    """Return a record's messages, None to leave it out: if the question or the answer is blank, or,
+    with skip_bad, not a text."""
     messages = []
-    # the columns are called like the roles; there may be no system message
+    # the columns are called like the roles
     for column in ("System", "User", "Assistant"):
         text = record.get(column)
-        if column == "System" and text is None:
+        if text is None and column == "System":  # there may be none
             continue
         if not isinstance(text, str):
+            if skip_bad:
+                return None
             raise ValueError(f"{column} is not a text: {text!r:.40}")
         if text.strip():
             messages.append({"role": column.lower(), "content": text.strip()})
         elif column != "System":
-            return []  # nothing to learn without a question or an answer
+            return None  # nothing to learn without a question or an answer
     return messages
 
 
-def conversations(config, path, counts):
-    """Yield (list's name, messages). Count in `counts` what is left out, by reason."""
-    # examples taken from each list
-    n_examples = dict.fromkeys(SPLITS, 0)
-    for list_name, number, record in records(path, config.skip_bad):
-        # stop when both lists are full; an error counts even if its list is
-        full = n_examples.get(list_name) == config.max_examples > 0
-        if full and not isinstance(record, Exception):
-            if min(n_examples.values()) == config.max_examples:
-                return
-            continue
-
-        try:
-            messages = conversation(record)
-        except (ValueError, RecursionError) as error:
-            problem = f"{path}, record {number:,} of {list_name}: {error}"
-            if not config.skip_bad:
-                raise ValueError(f"{problem}\n--skip_bad=true skips it") from None
-            counts["bad"] += 1
-            if counts["bad"] <= 5:  # the first ones show what is wrong
-                print(problem, file=sys.stderr)
-            continue
-
-        # count it, or take it
-        if not messages:
-            counts["blank"] += 1
-        elif config.english and not is_english(messages):
-            counts["not English"] += 1
-        else:
-            n_examples[list_name] += 1
-            yield list_name, messages
-
-
-def is_english(messages):
-    """Return whether messages are in English. Raises ValueError without py3langid."""
+def conversations(config, path, list_name):
+    """Yield the messages of a list's records, the first max_examples."""
+    parse = functools.partial(conversation, skip_bad=config.skip_bad)
     try:
-        from py3langid import classify
-    except ModuleNotFoundError:
-        raise ValueError("english=true needs another package: pip install py3langid") from None
-    # 500 characters of each message tell the language, and keep it fast
-    text = " ".join(message["content"][:500] for message in messages)
-    return classify(text)[0] == "en"
+        # all of them if max_examples is 0
+        records = read_records(path, parse, list_name)
+        yield from itertools.islice(records, config.max_examples or None)
+    except ValueError as error:
+        if not config.skip_bad:
+            raise ValueError(f"{error}\n--skip_bad=true goes on") from None
+        print(error, file=sys.stderr)  # where the file is damaged
 
 
-def has_validation(path):
-    """Return whether a file has a list named validation. Quotes in a text would be escaped."""
-    with open(path, "rb") as file:
-        tail = b""  # of the chunk before: the name may be cut
-        while chunk := file.read(1 << 24):  # 16 MiB
-            if re.search(rb'"validation"\s*:', tail + chunk):
-                return True
-            tail = chunk[-64:]
-    return False
+def examples(config, path):
+    """Yield (split, messages)."""
+    # the validation list comes first, to know if there is one
+    n_val = 0
+    for messages in conversations(config, path, "validation"):
+        n_val += 1
+        yield "val", messages
+    train = conversations(config, path, "train")
+    if n_val:  # the published split
+        for messages in train:
+            yield "train", messages
+    else:
+        yield from divide((str(messages), messages) for messages in train)
 
 
 def main(config):
     at_least(0, config, "max_examples")
-    # find the file, or download it
-    if config.source:
-        path = existing(config.source)
-        path = existing(path / FILE) if path.is_dir() else path
-    else:
-        path = hub_file("Locutusque/ColumnedChatCombined", FILE, kind="datasets")
-    # what is left out, by reason
-    counts = {"bad": 0, "blank": 0, "not English": 0}
-    examples = conversations(config, path, counts)  # (list's name, messages)
-    # keep the published split; without one, divide by a hash of the conversation
-    if has_validation(path):
-        examples = ((SPLITS[list_name], messages) for list_name, messages in examples)
-    else:
-        examples = divide((str(messages), messages) for _, messages in examples)
-    prepare(config, "columned_chat", examples)
-    print("left out: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()))
+    path = find_file(config.source, REPO, "formatted_data.json")  # 2.66 GB
+    prepare(config, "columned_chat", examples(config, path))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanochatgpt.configurator import run
-from prepare.corpus import Config as CorpusConfig
 from prepare.corpus import prepare
 from prepare.recall_generator import Speaker, conversation
 
 
 @dataclass
-class Config(CorpusConfig):
+class Config:
+    out_dir: str = ""  # where train.bin and val.bin go; by default data/recall
+    template: str = "human_bot"  # how conversations are written: one of TEMPLATES in tokenizer.py
     conversations: int = 60_000  # number of conversations, a twentieth of them for val
     seed: int = 1337  # the same seed makes the same conversations
 
@@ -33,9 +34,6 @@ def conversations(config):
 
 
 def main(config):
-    if config.source:
-        # Config inherits the option
-        raise ValueError(f"source={config.source}: these conversations are made up, leave it out")
     prepare(config, "recall", conversations(config))
 
 

@@ -5,76 +5,46 @@ folder with these two, or one file, which is then divided 95 to 5. Each conversa
 once with each speaker as the bot; half of them keep the bot's persona.
 """
 
-import csv
 import random
 import re
 import sys
-from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanochatgpt.configurator import run
-from nanochatgpt.hub import hub_file
-from prepare.corpus import Config, divide, existing, prepare
+from prepare.corpus import Config, prepare
+from prepare.records import merge_turns, published, read_records
 
 REPO = "google/Synthetic-Persona-Chat"  # on the Hugging Face hub
-FILES = {"train": "Synthetic-Persona-Chat_train.csv", "val": "Synthetic-Persona-Chat_valid.csv"}
-# both personas and the conversation, "User 1: ..." on each line
+FILES = {  # split -> file
+    "train": ["data/Synthetic-Persona-Chat_train.csv"],
+    "val": ["data/Synthetic-Persona-Chat_valid.csv"],
+}
 COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
 
 
 def read(path):
     """Yield (conversation as text, messages). Raises ValueError for a damaged or other file."""
     coin = random.Random(1337)  # the same personas each time
-    try:
-        with open(path, encoding="utf-8", errors="replace", newline="") as file:
-            table = csv.DictReader(line.replace("\0", "") for line in file)  # drop NUL bytes
-            for column in COLUMNS:
-                if column not in (table.fieldnames or ()):
-                    corpus = "Synthetic-Persona-Chat"
-                    raise ValueError(f"{path} has no column '{column}': it is not {corpus}")
-            for row in table:
-                *personas, text = (row[column] or "" for column in COLUMNS)  # a short row has None
+    for *personas, text in read_records(path, itemgetter(*COLUMNS)):
+        # "User 1: ..." on each line
+        utterances = re.findall(r"^User ([12]): *(.*\S)", text, re.MULTILINE)
 
-                # messages in a row from one user are one turn
-                lines = re.findall(r"^User ([12]): *(.*\S)", text, re.MULTILINE)
-                turns = []  # (user, text)
-                for user, group in groupby(lines, key=lambda line: line[0]):
-                    turns.append((user, " ".join(line for _, line in group)))
-
-                # with each user as the bot
-                for bot, persona in zip("12", personas, strict=True):
-                    messages = []
-                    if coin.random() < 0.5 and persona.strip():  # keep the persona in half of them
-                        messages.append({"role": "system", "content": persona.replace("\n", " ")})
-                    for user, content in turns:
-                        role = "assistant" if user == bot else "user"
-                        messages.append({"role": role, "content": content})
-                    # without a reply there is nothing to learn
-                    if any(message["role"] == "assistant" for message in messages):
-                        yield text, messages
-    except csv.Error as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def conversations(source):
-    """Yield (split, messages) of the published files, of a folder with them, or of one file."""
-    if source and source.is_file():  # one file
-        yield from divide(read(source))  # both sides of a conversation have its text as key
-        return
-    # the published split
-    for split, name in FILES.items():
-        if source:
-            path = existing(source / name)
-        else:
-            path = hub_file(REPO, f"data/{name}", kind="datasets")
-        for _, messages in read(path):
-            yield split, messages
+        # with each user as the bot
+        for bot, persona in zip("12", personas, strict=True):
+            messages = merge_turns(utterances, bot)
+            if coin.random() < 0.5 and persona.strip():  # keep the persona in half of them
+                messages.insert(0, {"role": "system", "content": persona.replace("\n", " ")})
+            # without a reply there is nothing to learn
+            if any(user == bot for user, _ in utterances):
+                yield text, messages
 
 
 def main(config):
-    prepare(config, "spc", conversations(config.source and existing(config.source)))
+    # both sides of a conversation have its text as key
+    prepare(config, "spc", published(config.source, REPO, FILES, read))
 
 
 if __name__ == "__main__":

@@ -365,9 +365,8 @@ def trained(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("trained")
     path = metadata.distribution("chitchat-dataset").locate_file("chitchat_dataset/dataset.json")
-    rendered = list(
-        render_batch(Tokenizer(), [messages for _, messages in islice(chitchat.read(path), 600)])
-    )
+    conversations = [messages for _, messages, _ in islice(chitchat.read(path), 600)]
+    rendered = render_batch(Tokenizer(), conversations)
     common = Counter(token for ids, _ in rendered for token in ids.tolist()).most_common(1500)
     rank = {token: i for i, (token, _) in enumerate(common)}
     (folder / "talk").mkdir()

@@ -21,7 +21,8 @@ for folder in (".", "prepare", "evaluation", "benchmarks"):
     for path in sorted((ROOT / folder).glob("*.py")):
         if path.read_text(encoding="utf-8").endswith(", Config)\n"):
             SCRIPTS.append(str(path.relative_to(ROOT)))
-CORPORA = [name for name in SCRIPTS if name.startswith("prepare/") and "recall" not in name]
+GENERATED = ("prepare/chitchat.py", "prepare/recall.py")  # they need no source
+CORPORA = [name for name in SCRIPTS if name.startswith("prepare/") and name not in GENERATED]
 
 TRAIN = ["--dataset=talk", "--block_size=64", "--batch_size=2", "--device=cpu", "--max_iters=1"]
 PPO = ["--dataset=talk", "--rollouts=2", "--batch_size=2", "--device=cpu", "--max_iters=1"]

@@ -23,9 +23,18 @@ from conftest import assert_refused, largest_file, small_talk, write_jsonl
 from nanochatgpt.configurator import run
 from nanochatgpt.shards import open_shard
 from nanochatgpt.tokenizer import Tokenizer, gpt2_encoding
-from prepare import chitchat, columned_chat, corpus, eli5, jsonl, personachat, spc
+from prepare import (
+    chitchat,
+    chitchat_package,
+    columned_chat,
+    corpus,
+    eli5,
+    jsonl,
+    personachat,
+    spc,
+)
 from prepare import text as plain_text
-from prepare.json_stream import JsonStream
+from prepare.records import read_records
 
 
 @pytest.fixture
@@ -232,7 +241,7 @@ def test_an_error_overwrites_the_progress(prepare, broken, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress, error = prepare(jsonl, source=broken).stderr.split("\r")
     assert "M tokens, " in progress
-    assert "line 1501" in error and len(error) > len(progress)
+    assert "record 1,501" in error and len(error) > len(progress)
 
 
 @pytest.mark.parametrize("room", [2_000, 20_000, -10])
@@ -300,12 +309,13 @@ def test_both_users_are_the_bot_once_with_their_persona(tmp_path):
 
 
 def test_the_published_files_are_split_as_published_and_one_alone_is_divided(prepared, tmp_path):
-    for split, name in spc.FILES.items():
-        spc_file(tmp_path / "published" / name, spc_talks(30 if split == "train" else 4, split))
+    for split, (name,) in spc.FILES.items():
+        n = 30 if split == "train" else 4
+        spc_file(tmp_path / "published" / Path(name).name, spc_talks(n, split))
     splits = prepared(spc, source="published")
     assert (len(splits["train"]), len(splits["val"])) == (60, 8)
     assert all("val" in str(messages) for messages in splits["val"])
-    splits = prepared(spc, source=f"published/{spc.FILES['train']}")
+    splits = prepared(spc, source="published/Synthetic-Persona-Chat_train.csv")
     assert len(splits["train"]) + len(splits["val"]) == 60
     numbers = {}
     for split, conversations in splits.items():
@@ -319,19 +329,18 @@ def test_the_published_files_are_split_as_published_and_one_alone_is_divided(pre
 def test_what_is_not_synthetic_persona_chat_is_refused(refused, tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     refused(spc, "other.csv", "user 1 personas", source="other.csv")
-    (tmp_path / "empty.csv").write_bytes(b"\0\xff")
-    refused(spc, "empty.csv", source="empty.csv")
     header = spc_file(tmp_path / "quote.csv", []).read_text()
     (tmp_path / "quote.csv").write_text(header + '"a\n' + "x" * 200_000)
     refused(spc, "quote.csv", source="quote.csv")
-    spc_file(tmp_path / "half" / spc.FILES["train"], spc_talks(3, "train"))
-    refused(spc, spc.FILES["val"], source="half")
+    name = "Synthetic-Persona-Chat_{}.csv"
+    spc_file(tmp_path / "half" / name.format("train"), spc_talks(3, "train"))
+    refused(spc, name.format("valid"), source="half")
 
 
 # ---- any corpus
 
 
-@pytest.mark.parametrize("module", [chitchat, columned_chat, personachat, eli5, jsonl, spc])
+@pytest.mark.parametrize("module", [columned_chat, personachat, eli5, jsonl, spc])
 def test_a_missing_source_is_named(refused, module):
     refused(module, "nowhere/file", source="nowhere/file")
 
@@ -375,8 +384,8 @@ def size_and_hash(path):
 
 def test_synthetic_persona_chat_is_downloaded_from_the_hub_or_a_mirror(prepared, web):
     folder = hub_folder(web, spc.REPO)
-    for split, name in spc.FILES.items():
-        spc_file(folder / "data" / name, spc_talks(5, split))
+    for split, (name,) in spc.FILES.items():
+        spc_file(folder / name, spc_talks(5, split))
     assert len(prepared(spc)["val"]) == 10
 
 
@@ -495,7 +504,7 @@ BAD_LINES = {
 def test_a_bad_line_is_named(refused, tmp_path, line):
     path = tmp_path / "mine.jsonl"
     path.write_text(f"{GOOD}\n\n{GOOD}\n{line}\n{GOOD}\n", "utf-8", errors="surrogateescape")
-    refused(jsonl, path, "line 4", source=path)
+    refused(jsonl, path, "record 3", source=path)
 
 
 def test_a_damaged_gz_is_named(refused, tmp_path):
@@ -527,7 +536,7 @@ def test_a_conversation_is_in_one_split_however_its_lines_are_written(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(lines))
     splits = {}
-    for split, messages in corpus.divide(jsonl.read(path)):
+    for split, messages in corpus.divide(read_records(path, jsonl.parse)):
         splits.setdefault(messages[0]["content"], set()).add(split)
     assert len(splits) == 301
     assert [question for question, names in splits.items() if len(names) > 1] == []
@@ -543,7 +552,7 @@ def chat_of(*groups):
     for group in groups:
         fields = [{"text": text, "timestamp": date, "sender": sender} for sender, text in group]
         messages.append(fields)
-    return {"messages": messages, "ratings": {"witty": "3"}}
+    return {"messages": messages, "ratings": {"witty": 3, "int": 6}}
 
 
 def dataset(path, conversations):
@@ -572,19 +581,22 @@ B = ("b", "yo")
 def test_messages_in_a_row_are_one_turn_and_both_speakers_are_the_bot(
     tmp_path, conversation, turns
 ):
-    pairs = list(chitchat.read(dataset(tmp_path / "dataset.json", {"id": conversation})))
+    pairs = list(chitchat_package.read(dataset(tmp_path / "dataset.json", {"id": conversation})))
     expected = []
     for roles in (("user", "assistant"), ("assistant", "user")) if turns else ():
         messages = zip(itertools.cycle(roles), turns, strict=False)
-        expected.append(("id", [{"role": role, "content": text} for role, text in messages]))
+        messages = [{"role": role, "content": text} for role, text in messages]
+        expected.append(("id", messages, 4.5))  # the mean rating
     assert pairs == expected
 
 
-def test_both_copies_of_a_chitchat_conversation_share_a_split(prepared, tmp_path):
+def test_both_copies_of_a_chitchat_conversation_share_a_split(prepared, tmp_path, monkeypatch):
     chats = {}
     for i in range(100):
         chats[f"id{i}"] = chat_of([("a", f"hi {i}")], [("b", f"yo {i}")], [("a", "bye")])
-    splits = prepared(chitchat, source=dataset(tmp_path / "dataset.json", chats))
+    path = dataset(tmp_path / "dataset.json", chats)
+    monkeypatch.setattr(chitchat, "packaged", lambda: path)
+    splits = prepared(chitchat)
     assert len(splits["train"]) + len(splits["val"]) == 200
     for conversations in splits.values():
         assert texts(conversations[::2]) == texts(conversations[1::2])
@@ -632,32 +644,6 @@ def test_the_whole_package_comes_back_from_the_shards(script, tmp_path):
     assert done.returncode == 0, done.stderr
     splits = read_back(tmp_path / "data" / "chitchat")
     assert sorted(texts(splits["train"] + splits["val"])) == sorted(real_chats() * 2)
-
-
-BAD_DATASETS = {
-    "cut": b'{"id": {"messages": [[{"text": "hi", "sen',
-    "list": b"[]",
-    "empty": b"",
-    "packed": gzip.compress(b"{}"),
-    "endless nesting": b"[" * 100_000,
-    "no messages": b'{"id": {}}',
-    "no sender": b'{"id": {"messages": [[{"text": "hi"}]]}}',
-    "text null": b'{"id": {"messages": [[{"text": null, "sender": "a"}]]}}',
-    "conversation null": b'{"id": null}',
-    "groups null": b'{"id": {"messages": null}}',
-}
-
-
-@pytest.mark.parametrize("body", BAD_DATASETS.values(), ids=BAD_DATASETS)
-def test_what_is_not_chitchats_dataset_is_refused(refused, tmp_path, body):
-    path = tmp_path / "dataset.json"
-    path.write_bytes(body)
-    refused(chitchat, path, source=path)
-
-
-def test_without_the_package_the_command_that_installs_it_is_named(refused, monkeypatch):
-    monkeypatch.setattr(sys, "path", [])
-    refused(chitchat, "pip install chitchat-dataset")
 
 
 # ---- PersonaChat
@@ -927,8 +913,7 @@ def json_gz(path, value):
 
 
 def read_eli5(path):
-    counts = {"questions": 0, "unanswered": 0}
-    return (messages for _, messages in eli5.read(path, counts, eli5.as_messages))
+    return (messages for _, messages in read_records(path, eli5.as_messages))
 
 
 @pytest.mark.parametrize(
@@ -972,7 +957,10 @@ def test_a_folder_with_the_published_files_is_split_as_published_and_counted(pre
     json_gz(folder / "eli5-category-validation-1.json.gz", [unanswered, *questions(10, "val")])
     json_gz(folder / "eli5-category-validation-2.json.gz", "this file must not be read")
     done = prepare(eli5, source=folder)
-    assert done.stdout.splitlines()[-1].startswith("52 questions, 2 of them left out")
+    assert [line for line in done.stdout.splitlines() if line.endswith("left out")] == [
+        f"{folder}/eli5-category-train.json.gz: 1 of 41 records left out",
+        f"{folder}/eli5-category-validation-1.json.gz: 1 of 11 records left out",
+    ]
     splits = read_back("data/eli5")
     for split, n in (("train", 40), ("val", 10)):
         assert splits[split] == [exchange(f"why {split} {i} ?", f"so {i} .") for i in range(n)]
@@ -986,41 +974,25 @@ def test_a_folder_without_one_of_the_published_files_is_refused(refused, tmp_pat
     refused(eli5, folder / f"eli5-category-{missing}.json.gz", source=folder)
 
 
-def test_one_file_is_divided_packed_or_not_alone_or_in_a_folder(prepared, tmp_path):
+def test_one_file_is_divided_packed_or_not(prepared, tmp_path):
     path = json_gz(tmp_path / "eli5" / "eli5-category-test.json.gz", questions(300))
     splits = prepared(eli5, source=path)
     assert 4 < len(splits["val"]) < 30
     expected = [exchange(f"why  {i} ?", f"so {i} .") for i in range(300)]
     assert everything(splits) == sorted(expected, key=str)
-    assert prepared(eli5, source=path.parent) == splits
     unpacked_path = tmp_path / "eli5-category-test.json"
     unpacked_path.write_text(json.dumps(questions(300)))
     assert prepared(eli5, source=unpacked_path) == splits
 
 
-class Trickle(io.StringIO):
-    """A file that gives at most `most` characters at a time."""
-
-    def __init__(self, text, most):
-        super().__init__(text)
-        self.most = most
-
-    def read(self, n):
-        return super().read(min(n, self.most))
-
-
-@pytest.mark.parametrize("most", [1, 2, 3, 7, 50, 1 << 20])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_list_is_read_object_by_object_wherever_the_reads_cut_it(most, indent):
+@pytest.mark.parametrize("list_name", ["", "val"])
+def test_a_list_is_read_object_by_object_however_it_is_written(tmp_path, indent, list_name):
     values = [{"a": ']}[{", "\\', "é": ["\u2028", {}]}, {}, {"n": [1, -2.5e3, None, True]}]
-    text = json.dumps(values, indent=indent)
-    assert list(JsonStream(Trickle(text, most)).items()) == values
-
-
-def test_objects_larger_than_a_read_are_whole():
-    sizes = (3 << 20, 1, (1 << 20) - 7, 5)
-    values = [{"text": "x" * size} for size in sizes]
-    assert list(JsonStream(io.StringIO(json.dumps(values))).items()) == values
+    values += [{"text": "x" * size} for size in (3 << 20, 1, (1 << 20) - 7)]
+    content = {"train": values[:1], "val": values} if list_name else values
+    (tmp_path / "f.json").write_text(json.dumps(content, indent=indent))
+    assert list(read_records(tmp_path / "f.json", dict, list_name)) == values
 
 
 def peak_memory(iterator):
@@ -1038,9 +1010,8 @@ def test_files_larger_than_memory_can_be_read(tmp_path):
     assert n == 40 and peak < 10e6
     train = [columned(1) | {"Assistant": "x" * 500_000}] * 40
     path = columned_file(tmp_path / "f.json", train, [columned(2)])
-    n, peak = peak_memory(columned_chat.records(path, False))
+    n, peak = peak_memory(columned_chat.examples(columned_chat.Config(), path))
     assert n == 41 and peak < 10e6
-    assert columned_chat.has_validation(path)
 
 
 PACKED = gzip.compress(json.dumps(questions(500)).encode())
@@ -1050,12 +1021,10 @@ BAD_FILES = {
     "damaged.json.gz": PACKED[:500] + bytes(200) + PACKED[700:],
     "html.json.gz": b"<!DOCTYPE html><html></html>",
     "html.json": b"<!DOCTYPE html><html></html>",
-    "empty.json": b"",
     "packed.json": PACKED,
     "cut.json": json.dumps(questions(5)).encode()[:-40],
     "not_utf8.json": b'[{"q_id": "\xff"}]',
     "object.json": json.dumps({"train": questions(5)}).encode(),
-    "nested.json": b"[" * 100_000,
     "texts.json": b'["why ?", "so"]',
     "columns.json": b'[{"prompt": "why ?", "reply": "so"}]',
 }
@@ -1073,7 +1042,6 @@ def test_a_damaged_or_other_file_is_refused(refused, tmp_path, name):
     [
         {"title": None},
         {"selftext": ["why ?"]},
-        {"q_id": 5},
         {"answers": None},
         {"answers": {"text": ["so"]}},
         {"answers": {"text": [None], "score": [1]}},
@@ -1091,8 +1059,7 @@ def test_a_question_with_values_of_another_type_is_refused(refused, tmp_path, fi
 
 def test_all_answers_become_plain_text_end_to_end(prepare, tmp_path):
     path = json_gz(tmp_path / "eli5" / "eli5-category-train.json.gz", questions(60))
-    done = prepare(eli5, source=path.parent, mask="all", max_examples=50)
-    assert done.stdout.splitlines()[-1].startswith("50 questions, 0 of them left out")
+    assert prepare(eli5, source=path.parent, mask="all", max_examples=50).returncode == 0
     train, val = text_shards("data/eli5")
     assert val.count("no idea") == 10
     numbers = re.findall(r"so (\d+) \.", train)
@@ -1149,7 +1116,7 @@ def test_three_columns_become_turns_of_locutusques_template(prepare, tmp_path, i
     train = [columned(0, "be kind"), *map(columned, range(1, 30)), columned(30) | {"System": None}]
     path = columned_file(tmp_path / "formatted_data.json", train, [columned(99)], indent)
     done = prepare(columned_chat, source=path if indent else tmp_path)  # the file or the folder
-    assert done.stdout.splitlines()[-1] == "left out: 0 bad, 0 blank, 0 not English"
+    assert done.returncode == 0 and "left out" not in done.stdout
     splits = read_back("data/columned_chat")
     expected = [exchange(f"question {i} ?", f"answer {i} .") for i in range(31)]
     expected[0].insert(0, {"role": "system", "content": "be kind"})
@@ -1171,21 +1138,7 @@ def test_max_examples_are_the_first_ones_of_each_list(prepared, tmp_path):
 def test_blank_turns_are_left_out_and_counted(prepare, tmp_path):
     train = [columned(0), columned(1) | {"User": " "}, columned(2) | {"Assistant": ""}]
     path = columned_file(tmp_path / "f.json", train, [columned(9)])
-    report = prepare(columned_chat, source=path).stdout.splitlines()[-1]
-    assert report == "left out: 0 bad, 2 blank, 0 not English"
-
-
-def test_other_languages_can_be_left_out(prepare, tmp_path):
-    pytest.importorskip("py3langid")
-    answer = "Das ist eine alte Eiche, glaube ich."
-    german = {"User": "Was ist das für ein schöner Baum?", "Assistant": answer}
-    answer = "I think that it is an old oak tree."
-    english = {"User": "What kind of tree is that?", "Assistant": answer}
-    path = columned_file(tmp_path / "f.json", [german, english], [english])
-    done = prepare(columned_chat, source=path, english="true")
-    assert done.stdout.splitlines()[-1] == "left out: 0 bad, 0 blank, 1 not English"
-    splits = read_back("data/columned_chat")
-    assert splits["train"] == [exchange(english["User"], english["Assistant"])]
+    assert "2 of 3 records left out" in prepare(columned_chat, source=path).stdout
 
 
 @pytest.mark.parametrize(
@@ -1194,7 +1147,6 @@ def test_other_languages_can_be_left_out(prepare, tmp_path):
         ({"System": "", "Assistant": "a"}, "User"),
         (columned(1) | {"User": 5}, "User"),
         (columned(1) | {"Assistant": ["a"]}, "Assistant"),
-        ("text", "'text'"),
     ],
 )
 def test_a_bad_record_is_named_by_its_number_and_can_be_skipped(prepare, tmp_path, bad, word):
@@ -1202,48 +1154,17 @@ def test_a_bad_record_is_named_by_its_number_and_can_be_skipped(prepare, tmp_pat
     words = (path, "record 2 of train", word, "--skip_bad=true")
     assert_refused(prepare(columned_chat, source=path), *words)
     done = prepare(columned_chat, source=path, skip_bad="true")
-    assert done.returncode == 0 and "record 2 of train" in done.stderr
-    assert done.stdout.splitlines()[-1].startswith("left out: 1 bad")
+    assert done.returncode == 0 and "1 of 3 records left out" in done.stdout
     assert numbers_of(read_back("data/columned_chat"))["train"] == [0, 2]
-
-
-def test_damage_within_the_file_is_placed_and_can_be_skipped(prepare, tmp_path):
-    code = ': [{}, "a"], {"b": [{}]}, ]}'
-    train = [columned(i) | {"Assistant": f"so {i}{code}"} for i in range(40)]
-    del train[9]["User"]
-    path = columned_file(tmp_path / "f.json", train, [columned(99)])
-    text = path.read_text()
-    path.write_text(text.replace('"question 3 ?"', "question 3 ?"))
-    position = text.index('"question 3 ?"')
-    place = f"at character {position:,}"
-    assert_refused(prepare(columned_chat, source=path), "record 4 of train", place)
-    done = prepare(columned_chat, source=path, skip_bad="true")
-    expected = [i for i in range(40) if i not in (3, 9)]
-    assert numbers_of(read_back("data/columned_chat"))["train"] == expected
-    assert "2 bad" in done.stdout
-    assert "record 4 of train" in done.stderr and "record 10 of train" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("broken", "n_train"), [('"},], "validation"', 4), ('"], "validation"', 3)]
-)
-def test_damage_at_the_end_of_a_list_costs_nothing_of_the_next(prepare, tmp_path, broken, n_train):
-    train = [columned(i) for i in range(4)]
-    path = columned_file(tmp_path / "f.json", train, [columned(i) for i in range(50, 53)])
-    path.write_text(path.read_text().replace('"}], "validation"', broken))
-    assert_refused(prepare(columned_chat, source=path), "of train")
-    assert prepare(columned_chat, source=path, skip_bad="true").returncode == 0
-    expected = {"train": list(range(n_train)), "val": [50, 51, 52]}
-    assert numbers_of(read_back("data/columned_chat")) == expected
 
 
 def test_a_cut_file_is_refused_or_used_as_far_as_it_goes(prepare, tmp_path):
     path = columned_file(tmp_path / "f.json", [columned(i) for i in range(100)], [columned(999)])
     path.write_text(path.read_text()[: path.read_text().index("question 60 ?")])
     for knobs in ({}, {"max_examples": 5}):
-        assert_refused(prepare(columned_chat, source=path, **knobs), path, "record 61 of train")
+        assert_refused(prepare(columned_chat, source=path, **knobs), path, "--skip_bad=true")
     done = prepare(columned_chat, source=path, skip_bad="true")
-    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    assert done.returncode == 0 and "record 61 of train" in done.stderr
     numbers = numbers_of(read_back("data/columned_chat"))
     assert sorted(numbers["train"] + numbers["val"]) == list(range(60))
 
@@ -1251,14 +1172,11 @@ def test_a_cut_file_is_refused_or_used_as_far_as_it_goes(prepare, tmp_path):
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        ("", "{"),
-        ("[]", "'[' instead of {"),
-        ("{}", "record 1 of the file"),
-        ('{"test": []}', "neither train nor validation"),
-        ('{["a"]: []}', "neither train nor validation"),
-        ('{"train": {}}', "'{' instead of ["),
-        ('{"train": [{"a": x}]}', "character 17"),
-        ("<html>", "'<' instead of {"),
+        ("", "f.json"),
+        ("<html>", "f.json"),
+        ('{"train": [{"a": x}]}', "f.json"),
+        ("[]", "at least two"),
+        ('{"test": []}', "at least two"),
         ('{"train": [], "validation": []}', "at least two"),
     ],
 )
@@ -1266,15 +1184,6 @@ def test_another_file_is_refused(refused, tmp_path, content, word):
     path = tmp_path / "f.json"
     path.write_text(content)
     refused(columned_chat, word, source=path)
-
-
-@pytest.mark.parametrize("size", [10, (1 << 24) - 5, (1 << 24) + 3])
-def test_a_validation_list_is_found_anywhere_but_not_in_a_text(tmp_path, size):
-    record = columned(1) | {"Assistant": 'a "validation": [] b' + "x" * size}
-    path = columned_file(tmp_path / "f.json", [record], [columned(2)])
-    assert columned_chat.has_validation(path)
-    path = columned_file(tmp_path / "f.json", [record | {"System": "validation"}])
-    assert not columned_chat.has_validation(path)
 
 
 # ---- plain text

@@ -8,22 +8,23 @@ import pytest
 from evaluation.metrics import remembers
 from nanochatgpt.shards import open_shard
 from nanochatgpt.tokenizer import Tokenizer
-from prepare.recall_generator import Conversation, Speaker, conversation, probe, swap, tables
+from prepare.recall_generator import Speaker, conversation, probe
 
-TABLES = tables()
-KINDS_OF_VALUES = sorted({kind["values"] for kind in TABLES.kinds})
+SPEAKERS = {split: Speaker(split, 0) for split in ("train", "val")}
+swap = SPEAKERS["train"].swap
+KINDS_OF_VALUES = sorted({kind["values"] for kind in SPEAKERS["train"].kinds})
 
 
 def sentences_of(split):
     """Return the sentences of a split, but for small talk."""
-    lists = [*TABLES.sentences.values()]
-    for kind in TABLES.kinds:
+    lists = [*SPEAKERS[split].sentences.values()]
+    for kind in SPEAKERS[split].kinds:
         lists += [sentences for name, sentences in kind.items() if name != "values"]
-    return [sentence for sentences in lists for sentence in sentences[split]]
+    return [sentence for sentences in lists for sentence in sentences]
 
 
 def held_out_words():
-    return {word.lower() for words in TABLES.values.values() for word in words["val"]}
+    return {word.lower() for words in SPEAKERS["val"].values.values() for word in words}
 
 
 def test_the_same_seed_makes_the_same_conversations_and_another_seed_others():
@@ -46,7 +47,7 @@ def test_no_sentence_is_in_both_splits():
     variants = {}
     for split in ("train", "val"):
         sentences = sentences_of(split)
-        for _, human, bot in TABLES.small_talk[split]:
+        for _, human, bot in SPEAKERS[split].exchanges:
             sentences += [human, bot]
         variants[split] = set().union(*map(alternatives, sentences)) - frames
     assert len(variants["val"]) > 100
@@ -94,7 +95,9 @@ def test_slips_keep_the_slots_and_what_matters():
     slipped = [speaker.slip(sentence) for _ in range(500)]
     for words in slipped:
         rest = iter(words)
-        assert all(word in rest for word in sentence if word not in TABLES.little_words)  # in order
+        assert all(
+            word in rest for word in sentence if word not in speaker.little_words
+        )  # in order
         # what stands next to the slot is from the sentence
         slot = words.index("{x}")
         assert words[slot - 1] in sentence and words[slot + 1] in sentence
@@ -106,15 +109,15 @@ def test_slips_keep_the_slots_and_what_matters():
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_every_question_is_answered_from_what_was_said_before(split):
     """The bot's answers name the value that the conversation has, for both speakers' facts."""
-    speaker = Speaker(split, 3)
+    talk = Speaker(split, 3)
     for _ in range(300):
-        talk = Conversation(speaker, n_persona=2)
+        talk.begin(n_persona=2)
         told = [talk.tell() for _ in range(2)]
-        for fact in (*told, *talk.facts):
+        for fact in told + talk.facts:
             talk.ask(fact)
             *before, answer = [message["content"] for message in talk.messages]
-            assert remembers(answer, talk.facts[fact]["x"])
-            assert remembers(" ".join(before), talk.facts[fact]["x"])
+            assert remembers(answer, fact["x"])
+            assert remembers(" ".join(before), fact["x"])
         roles = [message["role"] for message in talk.messages]
         assert roles == ["system"] + ["user", "assistant"] * (len(roles) // 2)
 
@@ -129,7 +132,8 @@ def test_sentences_are_complete(split):
 
 
 def test_the_topic_is_the_last_one():
-    talk = Conversation(Speaker("train", 5))
+    talk = Speaker("train", 5)
+    talk.begin()
     talk.small_talk()
     topic = talk.topic
     talk.ask_topic()
@@ -140,11 +144,12 @@ def test_the_topic_is_the_last_one():
     ("owner", "words"), [("human", "you your are yours"), ("bot", "i my am me mine")]
 )
 def test_the_bot_says_my_of_its_persona_and_your_of_the_humans_facts(owner, words):
-    talk = Conversation(Speaker("train", 8), n_persona=3)
+    talk = Speaker("train", 8)
+    talk.begin(n_persona=3)
     talk.tell()
-    for fact in [fact for fact in talk.facts if fact[0] == owner] * 20:
+    for fact in [fact for fact in talk.facts if fact["owner"] == owner] * 20:
         talk.ask(fact)
-        pronouns = {word for word in talk.topic.split() if word in TABLES.swap}
+        pronouns = {word for word in talk.topic.split() if word in talk.swaps}
         assert pronouns <= set(words.split()), talk.topic
 
 
