@@ -15,25 +15,12 @@ from torch.nn.utils import clip_grad_norm_
 from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.configurator import at_least, run
-from nanochatgpt.device import move, peak_flops
-from nanochatgpt.distributed import (
-    distribute,
-    gathered,
-    init_distributed,
-    precision,
-    seed_for,
-    synced_last,
-)
+from nanochatgpt.device import move, peak_flops, precision
+from nanochatgpt.distributed import distribute, gathered, init_distributed, seed_for, synced_last
 from nanochatgpt.generate import generate
 from nanochatgpt.loader import Loader, read_ahead
 from nanochatgpt.monitor import DivergenceCheck, Log, StopSignal, Timer, time_left
-from nanochatgpt.optimizer import (
-    TrainConfig,
-    check_schedule,
-    check_train_config,
-    learning_rate,
-    make_adamw,
-)
+from nanochatgpt.optimizer import TrainConfig, check_schedule, learning_rate, make_adamw
 from nanochatgpt.resume import Run
 from nanochatgpt.sampling import Sampling
 from nanochatgpt.shards import find_shards
@@ -69,18 +56,17 @@ class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scri
     gradient_checkpointing: bool = False  # a third more work, far less memory for activations
     deterministic: bool = False  # bitwise reproducible on a GPU, slower (a CPU always is)
 
-
-def check(config):
-    """Raise ValueError for a knob that is out of range."""
-    check_train_config(config)
-    check_schedule(config)
-    at_least(1, config, "n_layer", "n_head", "n_embd", "block_size")
-    at_least(1, config, "gradient_accumulation_steps", "eval_iters", "log_interval")
-    at_least(0, config, "max_epochs")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout={config.dropout} must be in [0, 1)")
-    if config.strategy not in ("ddp", "fsdp"):
-        raise ValueError(f"strategy={config.strategy} is not one of ddp, fsdp")
+    def __post_init__(self):
+        """Raises ValueError for a value out of range."""
+        super().__post_init__()
+        check_schedule(self)
+        at_least(1, self, "n_layer", "n_head", "n_embd", "block_size")
+        at_least(1, self, "gradient_accumulation_steps", "eval_iters", "log_interval")
+        at_least(0, self, "max_epochs")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        if self.strategy not in ("ddp", "fsdp"):
+            raise ValueError(f"strategy={self.strategy} is not one of ddp, fsdp")
 
 
 def make_model(config, state, distributed):
@@ -131,8 +117,6 @@ def evaluate(model, loader, config, distributed, autocast):
 
 
 def main(config):
-    check(config)
-
     # 1. the processes, the precision
     distributed = init_distributed(config, "gradient_accumulation_steps")
     rank = distributed.rank

@@ -1,5 +1,5 @@
 """
-The processes that train together (one alone, or as many as torchrun starts) and their precision.
+The processes that train together: one alone, or as many as torchrun starts.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT
-from nanochatgpt.device import keep_freed_memory, pick_device, pick_dtype
+from nanochatgpt.device import keep_freed_memory, pick_device
 
 FULL_STATE_DICT = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on the CPU
 
@@ -96,24 +96,6 @@ def init_distributed(config, *divisible):
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # for float32 products on a GPU
     torch.manual_seed(config.seed)  # every process initialises the same weights
     return Distributed(rank, world_size, device, store)
-
-
-def precision(name, device):
-    """Return (dtype, autocast, scaler) for a `dtype` knob: weights stay float32, autocast computes
-    in lower precision, float16 needs scaled gradients. Raises ValueError for float16 off CUDA."""
-    device_type = torch.device(device).type
-    dtype = pick_dtype(name, device)
-    if name == "auto" and device_type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        dtype = torch.bfloat16  # 1.7 times the tokens/s of float32 on such a CPU
-    if dtype == torch.float16 and device_type != "cuda":
-        raise ValueError(
-            f"dtype=float16 trains on CUDA only; on {device_type} use bfloat16 or float32"
-        )
-    # float32 needs no autocast
-    autocast = contextlib.nullcontext()
-    if dtype != torch.float32:
-        autocast = torch.autocast(device_type, dtype)
-    return dtype, autocast, torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
 
 
 def seed_for(*numbers):

@@ -21,11 +21,10 @@ PREFILL_TOKENS = 4096  # prompt tokens computed together, padding included
 
 class KVCache:
     """Keys and values of earlier tokens, as an `attend` for GPT.hidden: it stores the new ones and
-    attends to all of them. Each row has its own position.
+    attends to all of them.
 
     kv: (n_layer, 2, B, nh, size, hs); what lies beyond a row's position is stale and masked.
-    positions: (B, T), where the new tokens stand. newest: there is one row with one new token; it
-    may see the whole cache, so no mask is needed.
+    positions: (B, T), those of the new tokens. newest: one token, which sees the whole cache.
     """
 
     def __init__(self, kv, positions, newest=False):
@@ -101,14 +100,10 @@ class Engine:
     def __init__(
         self, model, rows=1, size=None, n_vocab=None, record=True, compile=False, prefill_tokens=0
     ):
-        """Put the model into evaluation mode and reserve the cache.
-
-        rows: how many can run at once. size: tokens per row, prompt included (None: the context).
-        n_vocab: ids from here on are never drawn; a model may have more than its tokenizer.
-        record: replay steps without Python. compile: fuse kernels by torch.compile, which takes a
-        minute per shape. prefill_tokens: prompt tokens to compute per step (0: all), so that a long
-        prompt does not hold up other rows.
-        """
+        """rows: how many run at once. size: tokens per row, prompt included (None: the context).
+        n_vocab: ids from here on are never drawn. record: replay steps without Python. compile:
+        fuse kernels by torch.compile, a minute per shape. prefill_tokens: prompt tokens to compute
+        per step (0: all), so that a long prompt does not hold up other rows."""
         config = model.config
         wpe = model.transformer.wpe.weight
         self.model = model.eval()
@@ -141,12 +136,12 @@ class Engine:
         return [row.index for row in self.rows if row.running]
 
     def add(self, prompt, options, *, seed=None, stop_ids=(), logit_bias=None, logprobs=None):
-        """Start a row with a prompt, a list of ids; return its index. One row must be free.
+        """Start a row with a prompt, a list of ids; return its index.
 
         options: a Sampling. seed: of the row's own random stream (None: a fresh one). stop_ids end
         the row and are not returned. logit_bias: {id: number added to its logit}. logprobs: return
         the log-probability of each token, and of this many most likely ones. Raises ValueError for
-        an empty prompt, one that leaves no room, or an unknown id.
+        a prompt that is empty or leaves no room, an unknown id, or if no row is free.
         """
         logit_bias = logit_bias or {}
         if not 0 < len(prompt) < self.size:
@@ -157,8 +152,7 @@ class Engine:
         if not free:
             raise ValueError(f"all {len(self.rows)} rows are running")
 
-        # evict the free row with the fewest cached tokens that don't match this prompt; ties go to
-        # the longest match
+        # evict the free row that loses the fewest cached tokens; ties go to the longest match
         shared = [row.n_shared(prompt) for row in self.rows]
         old = min(free, key=lambda row: (row.n_cached - shared[row.index], -shared[row.index]))
         row = Row(old.index, list(prompt), options, logit_bias, logprobs, stop_ids)
@@ -178,11 +172,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self):
-        """Advance every running row by one token; return the Tokens, [] when no row runs.
-
-        Rows that draw a stop id give none, nor do those whose prompt takes more steps to compute
-        (see prefill_tokens).
-        """
+        """Advance every running row by one token; return the Tokens, [] when no row runs. Rows that
+        draw a stop id give none, nor do those whose prompt takes more steps (prefill_tokens)."""
         logits = self._prefill() | self._decode()  # {row: (V,)}
 
         # draw for all rows with the same options at once
@@ -232,22 +223,22 @@ class Engine:
         rows = [row for row in self.rows if row.running and row.n_missing == 1]
         if not rows:
             return {}
+        # idle rows among them ride along; they write past their cached tokens, which is never read
         n = rows[-1].index + 1
-
-        # idle rows below n ride along in the batch; they write past their cached tokens, which is
-        # never read
         inputs = [(0, row.n_cached) for row in self.rows[:n]]
         for row in rows:
             inputs[row.index] = (row.ids[-1], row.n_cached)
             row.n_cached += 1
         self.inputs[:, :n] = torch.tensor(inputs).T
-        length = self._round_up(max(position for _, position in inputs) + 1)
-        logits = self.run_step(self.inputs[:, :n], self.kv[:, :, :n, :, :length])  # (n, V)
+        length = max(position for _, position in inputs) + 1
+        logits = self.run_step(self.inputs[:, :n], self._cache(slice(n), length))  # (n, V)
         return {row: logits[row.index] for row in rows}
 
-    def _round_up(self, length):
-        """Round a length of the cache up to whole chunks."""
-        return min(math.ceil(length / self.chunk) * self.chunk, self.size)
+    def _cache(self, rows, length):
+        """Return a slice of rows of the cache, up to a length rounded up to whole chunks. It is a
+        view, so the rest of the cache is never read."""
+        length = math.ceil(length / self.chunk) * self.chunk
+        return self.kv[:, :, rows, :, : min(length, self.size)]
 
     # --- prompts: reuse what is in the cache, compute the rest ------------------------------------
 
@@ -316,13 +307,11 @@ class Engine:
             starts[i] = row.n_cached
             row.n_cached += n
         positions = (starts + torch.arange(T)).clamp(max=self.size - 1)  # (B, T)
-        # a view, so the rest of the cache is never read
         first = batch[0][0].index
-        length = self._round_up(positions.max().item() + 1)
-        kv = self.kv[:, :, first : first + B, :, :length]
+        kv = self._cache(slice(first, first + B), positions.max().item() + 1)
         positions = positions.to(self.device)
-        cache = KVCache(kv, positions)
-        return self.model.hidden(idx.to(self.device), positions=positions, attend=cache)
+        idx = idx.to(self.device)
+        return self.model.hidden(idx, positions=positions, attend=KVCache(kv, positions))
 
 
 class Step(torch.nn.Module):

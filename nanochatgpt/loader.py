@@ -18,18 +18,13 @@ from nanochatgpt.shards import Shard, check_template, check_vocabulary, open_sha
 
 @dataclass
 class PackedShard:
-    """A shard and the rows that its conversations are packed into.
-
-    pieces: (n, 4) int64, the tokens [a, b) and [c, d) of each piece: its persona and the rest.
-    rows: for each row, the indices of its pieces. rows_per_epoch: len(rows) * share. n_lost: tokens
-    in no piece, the ends of exchanges longer than a row.
-    """
+    """A shard and the rows that its conversations are packed into."""
 
     shard: Shard
-    pieces: np.ndarray  # (n, 4) int64
+    pieces: np.ndarray  # (n, 4) int64: of each the tokens [a, b), its persona, and [c, d), the rest
     rows: list  # [[index of a piece]]
-    rows_per_epoch: int
-    n_lost: int
+    rows_per_epoch: int  # len(rows) * share
+    n_lost: int  # tokens in no piece, the ends of exchanges longer than a row
 
 
 class Loader:

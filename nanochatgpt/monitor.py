@@ -89,10 +89,10 @@ class DivergenceCheck:
         # `not <` also catches NaN
         if not value < factor * usual + offset:
             before = f", {usual:.4g} before" if usual < math.inf else ""
-            raise ValueError(
-                f"the {name} is {value:.4g} at iter {it}{before}: training diverges. Lower "
-                "learning_rate, or raise warmup_iters; the saved checkpoints predate this"
+            remedy = (
+                "lower learning_rate, or raise warmup_iters; the saved checkpoints predate this"
             )
+            raise ValueError(f"the {name} is {value:.4g} at iter {it}{before}: {remedy}")
         history.append(value)  # only values that passed the check
 
 

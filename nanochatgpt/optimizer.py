@@ -27,11 +27,10 @@ class TrainConfig:
     dtype: str = "auto"  # autocast to float32, bfloat16 or float16 (CUDA only); auto = the fastest
     seed: int = 1337  # for initialisation, data order, dropout and sampling
 
-
-def check_train_config(config):
-    """Raise ValueError if one of the knobs that training scripts share is out of range."""
-    at_least(1, config, "batch_size", "eval_interval")
-    at_least(0, config, "max_iters", "learning_rate", "grad_clip", "seed")
+    def __post_init__(self):
+        """Raises ValueError for a value out of range."""
+        at_least(1, self, "batch_size", "eval_interval")
+        at_least(0, self, "max_iters", "learning_rate", "grad_clip", "seed")
 
 
 SCHEDULES = {  # fraction of the training done -> fraction of the learning rate left

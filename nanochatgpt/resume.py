@@ -20,16 +20,12 @@ from nanochatgpt.tokenizer import Tokenizer
 
 @dataclass
 class Run:
-    """The parts of a training run; `restore` fills in the last four.
+    """The parts of a training run; `restore` fills in the last four."""
 
-    script: the name of the script; only that script can resume the run. must_match: knobs that a
-    resumed run must share with the original.
-    """
-
-    script: str  # "train", "train_ppo" or "train_reward"
+    script: str  # "train", "train_ppo" or "train_reward": only this script can resume the run
     config: object  # the knobs of this call
     distributed: Distributed
-    must_match: tuple = ()  # names of knobs
+    must_match: tuple = ()  # names of knobs that a resumed run must share with the original
     tokenizer: Tokenizer = None
     model: torch.nn.Module = None  # the module that the optimizer updates, maybe sharded
     optimizer: torch.optim.Optimizer = None
@@ -55,10 +51,8 @@ class Run:
         if distributed.world_size > 1 and distributed.store.check(["begun"]):
             resume = path.exists()
         if not resume and path.exists():
-            raise ValueError(
-                f"{self.last} holds a run: continue it with --init_from=resume, or start a new one "
-                "in another --out_dir"
-            )
+            remedy = "continue it with --init_from=resume, or set another --out_dir"
+            raise ValueError(f"{self.last} holds a run: {remedy}")
         if distributed.world_size > 1:
             dist.barrier()  # every process has looked
             distributed.store.set("begun", "1")  # survives a restart of the processes
@@ -73,35 +67,27 @@ class Run:
         if not isinstance(state, dict) or not needed <= state.keys():
             raise ValueError(f"{path} is not the state of a run; start one in another --out_dir")
         if state["script"] != self.script:
-            raise ValueError(
-                f"{self.last} is a run of {state['script']}.py: resume it with that, or set "
-                "another --out_dir"
-            )
+            remedy = "resume it with that, or set another --out_dir"
+            raise ValueError(f"{self.last} is a run of {state['script']}.py: {remedy}")
         # knobs that may not change within a run
         for name in self.must_match:
             value = getattr(config, name)
             if value != state["knobs"][name]:
-                raise ValueError(
-                    f"{name}={value}, but the run in {config.out_dir} has {state['knobs'][name]}"
-                )
+                was = f"the run in {config.out_dir} has {state['knobs'][name]}"
+                raise ValueError(f"{name}={value}, but {was}")
         return state
 
     def restore(self, state, tokenizer, model, optimizer, scaler):
         """Fill in the parts of the run; load the optimizer's moments and the gradient scaler from
-        `state`, if they are there. The knobs stay those of this call.
-
-        Raises ValueError for a state beyond max_iters.
-        """
+        `state`, if they are there. Raises ValueError for a state beyond max_iters."""
         self.tokenizer = tokenizer
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
         # a finished run may be resumed; it just ends
         if state["iter"] > self.config.max_iters:
-            raise ValueError(
-                f"{self.last} is at iter {state['iter']}, beyond "
-                f"max_iters={self.config.max_iters}: raise max_iters"
-            )
+            beyond = f"beyond max_iters={self.config.max_iters}: raise max_iters"
+            raise ValueError(f"{self.last} is at iter {state['iter']}, {beyond}")
         # pop: free the moments once the optimizer has its copy
         if moments := state.pop("optimizer", None):
             # only the moments are restored: learning rate and weight decay come from the knobs
@@ -116,9 +102,8 @@ class Run:
     def save(self, exported, module, **progress):
         """Write last/: a checkpoint for others, and state.pt with everything a resumed run needs.
 
-        exported: the GPT or RewardModel to save as a checkpoint; module: the one whose state dict
-        a resumed run loads. progress: `iter` and further tensors or plain values. All
-        processes must call this; rank 0 writes.
+        exported: the GPT or RewardModel to save as a checkpoint; module: the one whose state dict a
+        resumed run loads. progress: `iter` and more tensors or plain values. All processes call it.
         """
         # gather the moments of all processes on rank 0
         moments = {}
@@ -144,7 +129,5 @@ class Run:
 
     def print_stopped(self, it):
         if self.distributed.master:
-            print(
-                f"stopped at iter {it}, saved to {self.last}; continue with the same command and "
-                "--init_from=resume"
-            )
+            remedy = "continue with the same command and --init_from=resume"
+            print(f"stopped at iter {it}, saved to {self.last}; {remedy}")
