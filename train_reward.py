@@ -29,8 +29,7 @@ from nanochatgpt.resume import Run
 from nanochatgpt.shards import find_shards
 from nanochatgpt.tokenizer import Tokenizer
 from rlhf.dataset import ReplyDataset
-from rlhf.metrics import reward_losses, reward_metrics
-from rlhf.reward_model import RewardModel
+from rlhf.reward_model import RewardModel, reward_losses, reward_metrics
 
 MUST_MATCH = ("loss", "dataset", "template", "block_size")  # in a resumed run
 
@@ -79,39 +78,39 @@ def make_model(config, state, distributed):
         model.load_state_dict(state.pop("model"))
         return model, Tokenizer(state["template"])
 
-    source = config.init_from
+    options = {"init_from": config.init_from, "dropout": config.dropout}
     with distributed.rank_zero_first():
         try:
-            model, tokenizer = load_model(source, dropout=config.dropout, model_class=RewardModel)
-        except NoScore:
-            model, tokenizer = load_model(source, dropout=config.dropout)
+            model, tokenizer = load_model(**options, model_class=RewardModel)
+        except NoScore:  # a GPT gets a random score
+            gpt, tokenizer = load_model(**options)
+            model = RewardModel(gpt.config)
+            model.transformer = gpt.transformer
     if config.template:
         tokenizer = Tokenizer(config.template)
     model.grow_vocab(tokenizer.n_vocab)
 
-    # a GPT gets a random score; the context shrinks to what training uses
-    if not isinstance(model, RewardModel):
-        gpt = model
-        model = RewardModel(gpt.config)
-        model.transformer = gpt.transformer
-    if config.block_size > model.config.block_size:
-        context = f"the model's context, {model.config.block_size}"
-        raise ValueError(f"block_size={config.block_size} exceeds {context}: lower it")
+    # the context shrinks to what training uses
+    context = model.config.block_size
+    if config.block_size > context:
+        raise ValueError(
+            f"block_size={config.block_size} exceeds the context: lower it to {context}"
+        )
     model.shorten(config.block_size)
     return model, tokenizer
 
 
 @torch.no_grad()
 def evaluate(model, dataset, n_batches, distributed, autocast):
-    """Return the scores of the replies in the first n_batches, in the order of the dataset."""
+    """Return the scores (n,) of a dataset's replies: of those in the first n_batches, others 0."""
     model.eval()
-    scores = torch.zeros(len(dataset), dtype=torch.float64)
+    scores = torch.zeros(len(dataset.labels), device=distributed.device)
     for number in range(distributed.rank, n_batches, distributed.world_size):
         idx, lengths, _ = dataset.batch(number, distributed.device)
         with autocast:
-            scores[dataset.indices(number)] = model(idx, lengths).cpu().double()
+            scores[dataset.indices(number)] = model(idx, lengths)
     model.train()
-    return distributed.sum(scores).float()
+    return distributed.sum(scores).cpu()
 
 
 def main(config):
@@ -131,7 +130,6 @@ def main(config):
     state = training_run.load()
     raw_model, tokenizer = make_model(config, state, distributed)
     raw_model.to(device)
-    state = state or {"iter": 0, "best_val_loss": math.inf, "best_measure": 0.0}
 
     # 3. the data
     train = ReplyDataset(train_shards, tokenizer, config)
@@ -143,31 +141,21 @@ def main(config):
     # 4. the model on many devices, the optimizer
     model = distribute(raw_model, raw_model, distributed)
     optimizer = make_adamw(raw_model, config.learning_rate, config.weight_decay, config.beta2)
+    state = state or {"iter": 0, "best_val_loss": math.inf}
     training_run.restore(state, tokenizer, raw_model, optimizer, scaler)
-    run_state = {name: state[name] for name in ("best_val_loss", "best_measure")}
+    best_val_loss = state["best_val_loss"]
 
-    # 5. the replies of an evaluation, and baselines: knowing only how often replies are kept, and
-    # only how long they are
-    pairs = config.loss == "pairs"
+    # 5. the replies of an evaluation, and how well their length alone ranks them
     n_eval_batches = min(config.eval_iters, val.n_batches)
-    evaluated = [val.indices(n) for n in range(n_eval_batches)]
-    evaluated = np.sort(np.concatenate(evaluated))  # indices of the replies
+    evaluated = np.concatenate([val.indices(number) for number in range(n_eval_batches)])
     labels = torch.tensor(val.labels[evaluated], dtype=torch.float32)
-    share = train.labels.mean().item()
-    logit = 0.0 if pairs else math.log(share / (1 - share))
-    constant = torch.full_like(labels, logit)
     reply_lengths = []  # tokens
     for i in evaluated:
-        ids = val.ids(i).tolist()
+        ids = val.ids(i)
         reply_lengths.append(len(ids) - tokenizer.last_reply(ids))
-    metric_name = "accuracy" if pairs else "auc"  # scores are comparable only within a pair
-    by_length = reward_metrics(torch.tensor(reply_lengths).float(), labels, config.loss)[
-        metric_name
-    ]
-    baselines = {
-        "constant_loss": reward_losses(constant, labels, config.loss).mean().item(),
-        f"length_{metric_name}": max(by_length, 1 - by_length),  # longer or shorter is better
-    }
+    by_length = reward_metrics(torch.tensor(reply_lengths), labels, config.loss)
+    metric = "accuracy" if config.loss == "pairs" else "auc"
+    length_metric = max(by_length[metric], 1 - by_length[metric])  # longer or shorter is better
 
     # 6. the log
     stop = StopSignal()
@@ -177,9 +165,7 @@ def main(config):
         print(f"{raw_model.num_parameters():,} parameters on {device}, {dtype}")
         for split, dataset in (("train", train), ("val", val)):
             kept = f"{dataset.labels.mean():.1%} kept, {dataset.lengths.mean():.0f} tokens each"
-            print(f"{split}: {len(dataset):,} replies, {kept}")
-        if len(evaluated) < 100:
-            print(f"only {len(evaluated)} replies in an evaluation: its metrics are noisy")
+            print(f"{split}: {len(dataset.labels):,} replies, {kept}")
         print(f"{config.max_iters:,} steps are {config.max_iters / steps_per_epoch:,.3g} epochs")
 
     # 7. the loop
@@ -189,30 +175,29 @@ def main(config):
         if it % config.eval_interval == 0 or it == config.max_iters:
             scores = evaluate(raw_model, val, n_eval_batches, distributed, autocast)[evaluated]
             val_loss = reward_losses(scores, labels, config.loss).mean().item()
-            divergence.check("validation loss", val_loss, it, run_state["best_val_loss"])
+            divergence.check("validation loss", val_loss, it, best_val_loss)
             metrics = reward_metrics(scores, labels, config.loss)
             if distributed.master:
-                log(iter=it, val_loss=val_loss, **metrics, **baselines)
-                summary = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-                print(f"iter {it}: val loss {val_loss:.4f}, {summary}")
-            if val_loss < run_state["best_val_loss"]:
-                run_state = {"best_val_loss": val_loss, "best_measure": metrics[metric_name]}
-                if distributed.master:
+                log(iter=it, val_loss=val_loss, **metrics, **{f"length_{metric}": length_metric})
+                text = f"{metric} {metrics[metric]:.3f} (length alone: {length_metric:.3f})"
+                print(f"iter {it}: val loss {val_loss:.4f}, {text}")
+                if val_loss < best_val_loss:
                     save_model(raw_model, tokenizer, config.out_dir)
-            training_run.save(raw_model, raw_model, iter=it, **run_state)
+            best_val_loss = min(best_val_loss, val_loss)
+            training_run.save(raw_model, raw_model, iter=it, best_val_loss=best_val_loss)
             timer.restart(it)
         if it == config.max_iters:
             break
 
-        # read this step's micro-batches; sum the number of losses over the processes. The
-        # same message also tells every rank whether any rank got a stop signal
+        # read this step's micro-batches; sum the number of losses over all processes, and the stop
+        # flag rides along
         first = it * config.gradient_accumulation_steps
         steps = range(rank, config.gradient_accumulation_steps, world_size)
         batches = [train.batch(first + step, device) for step in steps]
         n = sum(len(y) // train.group_size for _, _, y in batches)
         total, stopping = distributed.sum(torch.tensor([n, int(stop.asked)])).tolist()
         if stopping:
-            training_run.save(raw_model, raw_model, iter=it, **run_state)
+            training_run.save(raw_model, raw_model, iter=it, best_val_loss=best_val_loss)
             training_run.print_stopped(it)
             break
 
@@ -255,20 +240,11 @@ def main(config):
             if not scaler.is_enabled():  # GradScaler already skips steps whose gradient overflows
                 divergence.check("gradient norm", norm.item(), it + 1)
 
-    # 8. the verdict: does the best model beat a constant and the length of a reply?
     if it == config.max_iters and distributed.master:
-        loss = run_state["best_val_loss"]
-        best = run_state["best_measure"]
-        constant = baselines["constant_loss"]
-        length = baselines[f"length_{metric_name}"]
-        text = f"best validation loss {loss:.4f} (constant: {constant:.4f}), "
-        text += f"{metric_name} {best:.3f} (length: {length:.3f})"
-        print(f"{text}; weights in {config.out_dir}")
-        if loss < constant and best > length:
-            print(f"to pick replies with it: python chat.py --best_of=8 --reward={config.out_dir}")
-        else:
-            baseline = "A CONSTANT" if loss >= constant else "LENGTH"
-            print(f"NO BETTER THAN {baseline}: try more data, more epochs or another learning rate")
+        print(
+            f"best validation loss {best_val_loss:.4f}, weights in {config.out_dir}; "
+            f"pick replies with them: python chat.py --best_of=8 --reward={config.out_dir}"
+        )
     distributed.leave()
 
 

@@ -1,4 +1,4 @@
-"""The reward model: GPT-2 with a score in place of the head."""
+"""The reward model: GPT-2 with a score in place of the head; its losses and metrics."""
 
 import torch
 import torch.nn as nn
@@ -61,16 +61,47 @@ def load_reward_model(name, tokenizer, device, dtype=torch.float32, inference=Fa
     # scoring reads many tokens at once: on a CPU with bfloat16, it takes 0.75 of float16's time
     if dtype == torch.float16 and device == "cpu" and torch.cpu._is_avx512_bf16_supported():
         dtype = torch.bfloat16
+    options = {"inference": inference, "model_class": RewardModel}
     try:
-        model, its_tokenizer = load_model(
-            name, device, dtype, inference=inference, model_class=RewardModel
-        )
+        model, trained_with = load_model(name, device, dtype, **options)
     except (FileNotFoundError, NoScore) as error:
-        problem = "is not a reward model" if isinstance(error, NoScore) else "does not exist"
-        raise ValueError(f"reward={name} {problem}; make one with train_reward.py") from error
+        raise ValueError(f"reward={name}: make a reward model with train_reward.py") from error
 
     # a model judges texts as it was trained to read them
-    if its_tokenizer.template != tokenizer.template:
-        templates = f"template {its_tokenizer.template}, the chat model in {tokenizer.template}"
+    if trained_with.template != tokenizer.template:
+        templates = f"template {trained_with.template}, the chat model in {tokenizer.template}"
         raise ValueError(f"reward={name} is in {templates}: train one in that template")
     return model.eval()
+
+
+def reward_losses(scores, labels, loss):
+    """Return the losses in nats of replies (B,) or pairs (B / 2,) from scores and labels (B,).
+
+    labels: binary cross-entropy. pairs: -log of the probability that the chosen reply is better,
+    sigmoid of the difference (Bradley and Terry 1952); the chosen reply of each pair comes first.
+    """
+    if loss == "pairs":
+        margin = scores[::2] - scores[1::2]  # (B / 2,)
+        return -F.logsigmoid(margin)
+    return F.binary_cross_entropy_with_logits(scores, labels, reduction="none")
+
+
+def reward_metrics(scores, labels, loss):
+    """Return {accuracy} of pairs, else {accuracy, auc}, of scores and labels, (n,) float32 each.
+
+    pairs: the share of pairs in order; a tie is half right. labels: the share of replies on the
+    right side of 0, and the area under the ROC curve; both labels must occur.
+    """
+    if loss == "pairs":
+        margin = scores[::2] - scores[1::2]  # (n / 2,)
+        in_order = (margin.sign() + 1) / 2  # 1, or 0.5 for a tie
+        return {"accuracy": in_order.mean().item()}
+    correct = (scores > 0) == labels.bool()  # (n,)
+
+    # the area is the probability that a kept reply has a higher score than another
+    kept = scores[labels == 1]
+    others = scores[labels == 0].sort().values
+    below = torch.searchsorted(others, kept)  # other replies with a lower score, for each kept one
+    up_to = torch.searchsorted(others, kept, right=True)  # or the same score: half of these count
+    auc = (below + up_to).double() / (2 * len(others))
+    return {"accuracy": correct.float().mean().item(), "auc": auc.mean().item()}

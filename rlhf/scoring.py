@@ -5,7 +5,8 @@ import torch
 from nanochatgpt.branches import hidden_of_branches
 from nanochatgpt.generate import generate
 
-BATCH_TOKENS = 4096  # tokens in a forward pass, padding included
+BATCH_SIZE = 32  # texts in a forward pass
+BATCH_TOKENS = 4096  # tokens of a prompt and its replies in a forward pass
 
 
 def scored_ids(ids, tokenizer, block_size):
@@ -22,27 +23,21 @@ def pad(rows, device="cpu"):
     lengths = torch.tensor([len(row) for row in rows])  # (B,)
     idx = torch.zeros(len(rows), max(lengths), dtype=torch.long)
     for b, row in enumerate(rows):
-        idx[b, : len(row)] = torch.as_tensor(row)
+        idx[b, : len(row)] = torch.tensor(row)
     return idx.to(device), lengths.to(device)
 
 
 @torch.no_grad()
-def score_texts(model, texts):
-    """Return the scores (n,) float32, on the CPU, of texts, each what scored_ids returns."""
-    device = model.transformer.wpe.weight.device
-    scores = torch.empty(len(texts))  # (n,)
-
-    # batch texts of similar length, the longest first
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    while order:
-        longest = len(texts[order[-1]])
-        size = max(1, BATCH_TOKENS // longest)
-        batch = order[-size:]
-        order = order[:-size]
-        rows = [texts[i] for i in batch]
-        idx, lengths = pad(rows, device)
-        scores[batch] = model(idx, lengths).cpu()
-    return scores
+def score_texts(model, tokenizer, texts):
+    """Return the scores (n,) float32, on the CPU, of texts, lists of ids."""
+    scores = []
+    for start in range(0, len(texts), BATCH_SIZE):
+        rows = []
+        for ids in texts[start : start + BATCH_SIZE]:
+            rows.append(scored_ids(ids, tokenizer, model.config.block_size))
+        idx, lengths = pad(rows, model.score.weight.device)
+        scores.append(model(idx, lengths).cpu())
+    return torch.cat(scores)
 
 
 @torch.no_grad()
@@ -60,22 +55,18 @@ def score_replies(model, tokenizer, prompt, replies):
         second = score_replies(model, tokenizer, prompt, replies[half:])
         return torch.cat([first, second])
 
-    # cut as scored_ids cuts whole texts
-    end = [] if tokenizer.eos_id == tokenizer.pad_id else [tokenizer.eos_id]
+    # the prompt's last token begins each branch, so an empty reply has a score too
     block_size = model.config.block_size
-    replies = [(ids + end)[1 - block_size :] for ids in replies]
-    longest = max(map(len, replies))
-    prompt = prompt[longest - block_size :]
-    hidden = hidden_of_branches(model, prompt, replies)  # (T, C)
+    end = [] if tokenizer.eos_id == tokenizer.pad_id else [tokenizer.eos_id]
+    branches = [(prompt[-1:] + ids + end)[1 - block_size :] for ids in replies]
+    longest = max(map(len, branches))
+    context = prompt[:-1][longest - block_size :]
+    hidden = hidden_of_branches(model, context, branches)  # (T, C)
 
-    # score the last token of each text; an empty reply has the prompt's
-    last = []  # (n,) positions in T
-    stop = len(prompt)
-    for ids in replies:
-        stop += len(ids)
-        last.append(stop - 1 if ids else len(prompt) - 1)
-    scores = model.score_of(hidden[last])
-    return scores.cpu()
+    # score the last token of each branch
+    lengths = torch.tensor([len(ids) for ids in branches])  # (n,)
+    last = len(context) + lengths.cumsum(0) - 1
+    return model.score_of(hidden[last]).cpu()
 
 
 def best_of(
