@@ -8,8 +8,8 @@ with torchrun, on many.
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from model import GPTConfig
@@ -29,9 +29,9 @@ from nanochatgpt.resume import Run
 from nanochatgpt.shards import find_shards
 from nanochatgpt.tokenizer import Tokenizer
 from rlhf.dataset import ReplyDataset
-from rlhf.reward_model import RewardModel, reward_losses, reward_metrics
+from rlhf.reward_model import RewardModel, roc_auc
 
-MUST_MATCH = ("loss", "dataset", "template", "block_size")  # in a resumed run
+MUST_MATCH = ("dataset", "template", "block_size")  # in a resumed run
 
 
 @dataclass
@@ -39,7 +39,6 @@ class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scri
     out_dir: str = "out/reward"
     dataset: str = "retry"
     template: str = ""  # how conversations are written; default: the model's own
-    loss: str = "labels"  # labels: cross-entropy; pairs: Bradley-Terry, chosen against rejected
     dropout: float = 0.1  # share of activations dropped in training
     # the batch
     batch_size: int = 16  # replies in a micro-batch, of similar length
@@ -64,10 +63,6 @@ def check(config):
     check_schedule(config)
     at_least(1, config, "block_size", "gradient_accumulation_steps", "eval_iters", "log_interval")
     at_least(0, config, "max_epochs")
-    if config.loss not in ("labels", "pairs"):
-        raise ValueError(f"loss={config.loss} is not one of labels, pairs")
-    if config.loss == "pairs" and config.batch_size % 2:
-        raise ValueError(f"batch_size={config.batch_size} splits a pair: make it even")
 
 
 def make_model(config, state, distributed):
@@ -101,16 +96,19 @@ def make_model(config, state, distributed):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, n_batches, distributed, autocast):
-    """Return the scores (n,) of a dataset's replies: of those in the first n_batches, others 0."""
+def evaluate(model, batches, autocast):
+    """Return {val_loss in nats, accuracy, auc} over all replies of the batches."""
     model.eval()
-    scores = torch.zeros(len(dataset.labels), device=distributed.device)
-    for number in range(distributed.rank, n_batches, distributed.world_size):
-        idx, lengths, _ = dataset.batch(number, distributed.device)
+    scores = []
+    for idx, lengths, _ in batches:
         with autocast:
-            scores[dataset.indices(number)] = model(idx, lengths)
+            scores.append(model(idx, lengths))
     model.train()
-    return distributed.sum(scores).cpu()
+    scores = torch.cat(scores)  # (n,)
+    labels = torch.cat([y for _, _, y in batches])
+    loss = F.binary_cross_entropy_with_logits(scores, labels)
+    accuracy = ((scores > 0) == labels.bool()).float().mean()
+    return {"val_loss": loss.item(), "accuracy": accuracy.item(), "auc": roc_auc(scores, labels)}
 
 
 def main(config):
@@ -147,15 +145,14 @@ def main(config):
 
     # 5. the replies of an evaluation, and how well their length alone ranks them
     n_eval_batches = min(config.eval_iters, val.n_batches)
-    evaluated = np.concatenate([val.indices(number) for number in range(n_eval_batches)])
-    labels = torch.tensor(val.labels[evaluated], dtype=torch.float32)
+    val_batches = [val.batch(number, device) for number in range(n_eval_batches)]
     reply_lengths = []  # tokens
-    for i in evaluated:
-        ids = val.ids(i)
-        reply_lengths.append(len(ids) - tokenizer.last_reply(ids))
-    by_length = reward_metrics(torch.tensor(reply_lengths), labels, config.loss)
-    metric = "accuracy" if config.loss == "pairs" else "auc"
-    length_metric = max(by_length[metric], 1 - by_length[metric])  # longer or shorter is better
+    for idx, lengths, _ in val_batches:
+        for ids, length in zip(idx.tolist(), lengths.tolist(), strict=True):
+            reply_lengths.append(length - tokenizer.last_reply(ids[:length]))
+    labels = torch.cat([y for _, _, y in val_batches]).cpu()
+    length_auc = roc_auc(torch.tensor(reply_lengths), labels)
+    length_auc = max(length_auc, 1 - length_auc)  # longer or shorter is better
 
     # 6. the log
     stop = StopSignal()
@@ -173,14 +170,13 @@ def main(config):
     for it in range(state["iter"], config.max_iters + 1):
         # evaluate; save the best weights in out_dir, the latest in out_dir/last
         if it % config.eval_interval == 0 or it == config.max_iters:
-            scores = evaluate(raw_model, val, n_eval_batches, distributed, autocast)[evaluated]
-            val_loss = reward_losses(scores, labels, config.loss).mean().item()
+            metrics = evaluate(raw_model, val_batches, autocast)
+            val_loss = metrics["val_loss"]
             divergence.check("validation loss", val_loss, it, best_val_loss)
-            metrics = reward_metrics(scores, labels, config.loss)
             if distributed.master:
-                log(iter=it, val_loss=val_loss, **metrics, **{f"length_{metric}": length_metric})
-                text = f"{metric} {metrics[metric]:.3f} (length alone: {length_metric:.3f})"
-                print(f"iter {it}: val loss {val_loss:.4f}, {text}")
+                log(iter=it, **metrics, length_auc=length_auc)
+                auc = f"auc {metrics['auc']:.3f} (of the length alone: {length_auc:.3f})"
+                print(f"iter {it}: val loss {val_loss:.4f}, {auc}")
                 if val_loss < best_val_loss:
                     save_model(raw_model, tokenizer, config.out_dir)
             best_val_loss = min(best_val_loss, val_loss)
@@ -189,12 +185,12 @@ def main(config):
         if it == config.max_iters:
             break
 
-        # read this step's micro-batches; sum the number of losses over all processes, and the stop
+        # read this step's micro-batches; sum the number of replies over all processes, and the stop
         # flag rides along
         first = it * config.gradient_accumulation_steps
         steps = range(rank, config.gradient_accumulation_steps, world_size)
         batches = [train.batch(first + step, device) for step in steps]
-        n = sum(len(y) // train.group_size for _, _, y in batches)
+        n = sum(len(y) for _, _, y in batches)
         total, stopping = distributed.sum(torch.tensor([n, int(stop.asked)])).tolist()
         if stopping:
             training_run.save(raw_model, raw_model, iter=it, best_val_loss=best_val_loss)
@@ -209,12 +205,12 @@ def main(config):
         # dropout is a function of (seed, step, rank), as the data is: there is no RNG state to save
         torch.manual_seed(seed_for(config.seed, it, rank))
 
-        # the loss: the sum over the replies or pairs of all micro-batches, divided by their number
+        # the loss: the sum over the replies of all micro-batches, divided by their number
         step_loss = torch.zeros((), device=device)
         for idx, lengths, y in synced_last(model, batches):
             with autocast:
                 scores = model(idx, lengths)
-            loss = reward_losses(scores, y, config.loss).sum() / total
+            loss = F.binary_cross_entropy_with_logits(scores, y, reduction="sum") / total
             scaler.scale(loss * world_size).backward()  # DDP averages gradients; we want their sum
             step_loss += loss.detach()
 
@@ -231,7 +227,7 @@ def main(config):
             loss = distributed.sum(step_loss).item()
             seconds = timer.seconds_per_step(it + 1)
             if distributed.master:
-                rate = total * train.group_size / seconds
+                rate = total / seconds
                 log(iter=it + 1, loss=loss, lr=lr, grad_norm=norm.item(), replies_per_s=rate)
                 left = time_left(seconds * (config.max_iters - it - 1))
                 text = f"iter {it + 1}/{config.max_iters}: loss {loss:.4f}, lr {lr:.2e}"

@@ -16,12 +16,10 @@ class ReplyDataset:
     """The replies of a split; a batch is a pure function of the seed and the batch's number."""
 
     def __init__(self, shards, tokenizer, config):
-        """shards: [(path, share)], as find_shards returns them. With config.loss=pairs, a chosen
-        reply and the rejected one after it stay together. Raises ValueError for shards in another
-        template or without such labels."""
+        """shards: [(path, share)], as find_shards returns them. Raises ValueError for shards in
+        another template or without such labels."""
         self.config = config
         self.tokenizer = tokenizer
-        self.group_size = 2 if config.loss == "pairs" else 1  # replies that stay together
         self.shards = []
         labels = []
         spans = []
@@ -30,17 +28,11 @@ class ReplyDataset:
             check_template(shard, tokenizer)
             starts = shard.offsets[:-1]
             stops = shard.offsets[1:]
-
-            # only kept replies are supervised, so the last token of a text has its label
-            kept = shard.mask(0, len(shard.tokens))[stops - 1]
-            alternating = np.arange(len(kept)) % 2 == 0
-            if config.loss == "pairs" and (len(kept) % 2 or (kept != alternating).any()):
-                raise ValueError(
-                    f"{path} does not alternate chosen and rejected replies: use loss=labels"
-                )
-            labels.append(kept)
-            number = np.full(len(kept), len(self.shards))
+            number = np.full(len(starts), len(self.shards))
             spans.append(np.stack([number, starts, stops], 1))
+            # only kept replies are supervised, so the last token of a text has its label
+            mask = shard.mask(0, len(shard.tokens))
+            labels.append(mask[stops - 1])
             self.shards.append(shard)
 
         self.labels = np.concatenate(labels)  # (n,) bool: was the reply kept?
@@ -62,32 +54,28 @@ class ReplyDataset:
         check_vocabulary(shard, max(ids), self.tokenizer)
         return scored_ids(ids, self.tokenizer, self.config.block_size)
 
-    def indices(self, number):
-        """Return the indices (b,) of the replies in batch `number` (0, 1, ...)."""
+    def batch(self, number, device):
+        """Return (idx (b, T) int64, lengths (b,) int64, labels (b,) float32) of batch `number` (0,
+        1, ...)."""
         # every epoch has its own order
         epoch, batch = divmod(number, self.n_batches)
-        first = self._batches(epoch)[batch] * self.group_size  # the first reply of each group
-        return (first[:, None] + np.arange(self.group_size)).flatten()
-
-    def batch(self, number, device):
-        """Return (idx (b, T) int64, lengths (b,) int64, labels (b,) float32) of batch `number`."""
-        indices = self.indices(number)
-        idx, lengths = pad([self.ids(i) for i in indices], device)
+        indices = self._batches(epoch)[batch]  # (b,)
+        rows = [self.ids(i) for i in indices]
+        idx, lengths = pad(rows, device)
         labels = torch.tensor(self.labels[indices], dtype=torch.float32, device=device)
         return idx, lengths, labels
 
     def _batches(self, epoch):
-        """Return the batches of an epoch, arrays of group numbers."""
+        """Return the batches of an epoch, arrays of indices."""
         rng = np.random.default_rng((self.config.seed, epoch))
-        size = self.config.batch_size // self.group_size  # groups per batch
-        longest = self.lengths.reshape(-1, self.group_size).max(1)  # tokens, of each group
-        order = rng.permutation(len(longest))
+        order = rng.permutation(len(self.labels))
+        size = self.config.batch_size
 
         # sort each pool by length and cut it into batches
         batches = []
         for start in range(0, len(order), POOL * size):
             pool = order[start : start + POOL * size]
-            pool = pool[np.argsort(longest[pool], kind="stable")]
+            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
             batches += np.split(pool, range(size, len(pool), size))
 
         # the batches of all pools in random order

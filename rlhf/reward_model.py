@@ -1,4 +1,4 @@
-"""The reward model: GPT-2 with a score in place of the head; its losses and metrics."""
+"""The reward model: GPT-2 with a score in place of the head; and how well scores rank."""
 
 import torch
 import torch.nn as nn
@@ -74,34 +74,12 @@ def load_reward_model(name, tokenizer, device, dtype=torch.float32, inference=Fa
     return model.eval()
 
 
-def reward_losses(scores, labels, loss):
-    """Return the losses in nats of replies (B,) or pairs (B / 2,) from scores and labels (B,).
-
-    labels: binary cross-entropy. pairs: -log of the probability that the chosen reply is better,
-    sigmoid of the difference (Bradley and Terry 1952); the chosen reply of each pair comes first.
-    """
-    if loss == "pairs":
-        margin = scores[::2] - scores[1::2]  # (B / 2,)
-        return -F.logsigmoid(margin)
-    return F.binary_cross_entropy_with_logits(scores, labels, reduction="none")
-
-
-def reward_metrics(scores, labels, loss):
-    """Return {accuracy} of pairs, else {accuracy, auc}, of scores and labels, (n,) float32 each.
-
-    pairs: the share of pairs in order; a tie is half right. labels: the share of replies on the
-    right side of 0, and the area under the ROC curve; both labels must occur.
-    """
-    if loss == "pairs":
-        margin = scores[::2] - scores[1::2]  # (n / 2,)
-        in_order = (margin.sign() + 1) / 2  # 1, or 0.5 for a tie
-        return {"accuracy": in_order.mean().item()}
-    correct = (scores > 0) == labels.bool()  # (n,)
-
-    # the area is the probability that a kept reply has a higher score than another
+def roc_auc(scores, labels):
+    """Return the area under the ROC curve of scores and 0/1 labels, (n,) each: the probability that
+    a kept reply has a higher score than another; ties count half."""
     kept = scores[labels == 1]
     others = scores[labels == 0].sort().values
     below = torch.searchsorted(others, kept)  # other replies with a lower score, for each kept one
     up_to = torch.searchsorted(others, kept, right=True)  # or the same score: half of these count
     auc = (below + up_to).double() / (2 * len(others))
-    return {"accuracy": correct.float().mean().item(), "auc": auc.mean().item()}
+    return auc.mean().item()
