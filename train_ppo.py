@@ -69,13 +69,6 @@ def check(config):
         raise ValueError(f"rollouts={config.rollouts} is not a multiple of {size}")
 
 
-def check_kl(kl, it, config):
-    """Raise ValueError if the KL is far beyond its target."""
-    if not kl < RUNAWAY * config.kl_target:  # also for NaN
-        text = f"the KL is {kl:.1f} nats at iter {it}, its target {config.kl_target}"
-        raise ValueError(f"{text}: training diverges. Lower learning_rate or raise kl_coef")
-
-
 def main(config):
     check(config)
 
@@ -122,24 +115,29 @@ def main(config):
     if state is None:
         prompts = draw_prompts("train", NORMALIZE_ON, 0)
         rewards = reward(ppo.roll_out(policy, tokenizer, prompts, config, config.seed))
-        # on another GPU a token may differ, so the processes take their mean
-        mean = distributed.sum(rewards.mean()) / world_size
-        std = distributed.sum(rewards.std()) / world_size
-        run_state |= {"mean": mean.item(), "std": max(std.item(), 1e-3)}
+        run_state |= {"mean": rewards.mean().item(), "std": max(rewards.std().item(), 1e-3)}
     else:
         run_state = {name: state[name] for name in ("best_score", "kl_coef", "mean", "std")}
         raw_model.load_state_dict(state.pop("model"))
 
     def play(prompts, seed):
-        """Return a complete Rollout of the policy."""
+        """Return a complete Rollout of the policy, and the means over all processes. Raises
+        ValueError if the KL is far beyond its target."""
         rollout = ppo.roll_out(policy, tokenizer, prompts, config, seed)
         rollout.rewards = reward(rollout)
         score = (rollout.rewards - run_state["mean"]) / run_state["std"]
         rollout.score = score.masked_fill(~rollout.ended, NO_END)
-        # what the update compares with: the policy before it, and the initial model
         rollout.logprobs, rollout.values = raw_model.evaluate(rollout, batch_size, autocast)
-        rollout.ref_logprobs, _ = reference.evaluate(rollout, batch_size, autocast)
-        return rollout
+        ref_logprobs, _ = reference.evaluate(rollout, batch_size, autocast)
+        rollout.kl = rollout.logprobs - ref_logprobs
+
+        metrics = ppo.reply_means(rollout, distributed)
+        if not metrics["kl"] < RUNAWAY * config.kl_target:  # also for NaN
+            raise ValueError(
+                f"the KL is {metrics['kl']:.1f} nats, its target {config.kl_target}: training "
+                "diverges. Lower learning_rate or raise kl_coef"
+            )
+        return rollout, metrics
 
     # 4. the model on many devices, the optimizer, the log
     model = distribute(raw_model, raw_model, distributed)
@@ -158,8 +156,7 @@ def main(config):
     for it in range(state["iter"], config.max_iters + 1):
         # evaluate; save the best policy in out_dir, the latest in out_dir/last
         if it % config.eval_interval == 0 or it == config.max_iters:
-            metrics = ppo.reply_means(play(val_prompts, config.seed), distributed)
-            check_kl(metrics["kl"], it, config)
+            _, metrics = play(val_prompts, config.seed)
             if distributed.master:
                 log(iter=it, **{f"val_{name}": mean for name, mean in metrics.items()})
                 print(f"iter {it}: held out: {summary(metrics)}")
@@ -180,11 +177,9 @@ def main(config):
         first = distributed.rank * share
         prompts = draw_prompts("train", config.rollouts, it, 3)[first : first + share]
         seed = seed_for(config.seed, it, 2) + first
-        rollout = play(prompts, seed)
+        rollout, metrics = play(prompts, seed)
         mask = rollout.mask  # (B, R)
-        metrics = ppo.reply_means(rollout, distributed)
         kl = metrics["kl"]
-        check_kl(kl, it, config)
 
         # 5.2 advantages, (B, R)
         kl_coef = run_state["kl_coef"]
@@ -201,8 +196,7 @@ def main(config):
             group["lr"] = lr
 
         # ==== 5.4 the update ======================================================================
-        sums = torch.zeros(3, dtype=torch.float64)
-        n_tokens = 0
+        losses = []  # of this process's share of each minibatch
         for epoch in range(config.epochs):
             order = torch.arange(share)
             if epoch:
@@ -222,6 +216,7 @@ def main(config):
                 value_loss = ppo.value_losses(values, old_values, mb_returns, VALUE_CLIP)
                 loss = (policy_loss + config.value_coef * value_loss).sum() / total
                 scaler.scale(loss * world_size).backward()  # DDP averages; we want the sum
+                losses.append(loss.detach())
 
                 # clip the gradient, update the weights
                 scaler.unscale_(optimizer)
@@ -229,25 +224,18 @@ def main(config):
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
-
-                # sums over tokens, for the log
-                clipped = (ratio - 1).abs() > config.clip
-                parts = torch.stack([policy_loss, value_loss, clipped])  # (3, N)
-                sums += parts.detach().sum(1).cpu()
-                n_tokens += total
         run_state["kl_coef"] = ppo.adapted_kl_coef(kl_coef, kl, config)
         # ==========================================================================================
 
         # 5.5 the log, and a reply to watch the policy learn
-        policy_loss, value_loss, clipped = (distributed.sum(sums) / n_tokens).tolist()
-        metrics |= {"kl_coef": kl_coef, "clip_fraction": clipped, "policy_loss": policy_loss}
-        metrics |= {"value_loss": value_loss, "lr": lr}
+        loss = distributed.sum(torch.stack(losses).mean()).item()
+        metrics |= {"loss": loss, "kl_coef": kl_coef, "lr": lr}
         if distributed.master:
             seconds = timer.seconds_per_step(it + 1)
             log(iter=it + 1, **metrics, seconds=seconds)
             left = time_left(seconds * (config.max_iters - it - 1))
             print(f"iter {it + 1}/{config.max_iters}: {summary(metrics)}; {left} left")
-            text = tokenizer.decode(rollout.prompts[0] + rollout.replies[0])
+            text = tokenizer.decode(rollout.texts[0])
             print(f"  {' '.join(text.split())[-200:]}")
 
     if it == config.max_iters and distributed.master:

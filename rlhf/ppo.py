@@ -31,25 +31,19 @@ class Rollout:
     score: torch.Tensor = None  # (B,) normalized rewards
     logprobs: torch.Tensor = None  # (B, R) of the policy, in nats
     values: torch.Tensor = None  # (B, R) of the value head
-    ref_logprobs: torch.Tensor = None  # (B, R) of the initial model
+    kl: torch.Tensor = None  # (B, R) from the initial model, an estimate in nats
 
-    @property
-    def mask(self):
+    def __post_init__(self):
+        pairs = zip(self.prompts, self.replies, strict=True)
+        self.texts = [prompt + reply for prompt, reply in pairs]
         lengths = torch.tensor([len(reply) for reply in self.replies])  # (B,)
-        return torch.arange(max(lengths)) < lengths[:, None]  # (B, R)
-
-    @property
-    def kl(self):
-        """An estimate of each token's KL divergence from the initial model (B, R), in nats."""
-        return self.logprobs - self.ref_logprobs
+        self.mask = torch.arange(max(lengths)) < lengths[:, None]  # (B, R)
 
     def minibatch(self, rows, device):
         """Return idx (b, T), prompts with replies, and the mask (b, T) of the positions that
         predict a reply token: from the end of the prompt to the token before the last."""
-        prompts = [self.prompts[b] for b in rows]
-        texts = [self.prompts[b] + self.replies[b] for b in rows]
-        idx, stops = pad(texts)
-        starts = torch.tensor([len(prompt) for prompt in prompts])  # (b,)
+        idx, stops = pad([self.texts[b] for b in rows])
+        starts = stops - self.mask[rows].sum(1)  # (b,) where the replies begin
         following = torch.arange(1, idx.size(1) + 1)  # (T,) the position after each
         predicts = (following >= starts[:, None]) & (following < stops[:, None])
         return idx.to(device), predicts.to(device)
@@ -92,10 +86,8 @@ def make_reward(name, tokenizer, device, autocast):
         return 1 - (lengths / int(toy[1]) - 1).abs()
 
     def learned_reward(rollout):
-        pairs = zip(rollout.prompts, rollout.replies, strict=True)
-        texts = [prompt + reply for prompt, reply in pairs]
         with autocast:
-            return score_texts(model, tokenizer, texts)  # float32
+            return score_texts(model, tokenizer, rollout.texts)  # float32
 
     return length_reward if toy else learned_reward
 

@@ -1,12 +1,12 @@
 """Scores of a reward model: of texts, of replies to one prompt; and the best of N replies."""
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from nanochatgpt.branches import hidden_of_branches
 from nanochatgpt.generate import generate
 
 BATCH_SIZE = 32  # texts in a forward pass
-BATCH_TOKENS = 4096  # tokens of a prompt and its replies in a forward pass
 
 
 def scored_ids(ids, tokenizer, block_size):
@@ -21,9 +21,7 @@ def scored_ids(ids, tokenizer, block_size):
 def pad(rows, device="cpu"):
     """Return (idx (B, T) int64, padded on the right; lengths (B,) int64) of rows of ids."""
     lengths = torch.tensor([len(row) for row in rows])  # (B,)
-    idx = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-    for b, row in enumerate(rows):
-        idx[b, : len(row)] = torch.tensor(row)
+    idx = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     return idx.to(device), lengths.to(device)
 
 
@@ -47,14 +45,6 @@ def score_replies(model, tokenizer, prompt, replies):
     replies: ids without the end token. If a text is too long, the beginning of the prompt is left
     out, then the beginning of the reply.
     """
-    # the attention mask is quadratic in the tokens of a pass: split what is too long
-    n_tokens = len(prompt) + sum(map(len, replies))
-    if n_tokens > BATCH_TOKENS and len(replies) > 1:
-        half = len(replies) // 2
-        first = score_replies(model, tokenizer, prompt, replies[:half])
-        second = score_replies(model, tokenizer, prompt, replies[half:])
-        return torch.cat([first, second])
-
     # the prompt's last token begins each branch, so an empty reply has a score too
     block_size = model.config.block_size
     end = [] if tokenizer.eos_id == tokenizer.pad_id else [tokenizer.eos_id]
