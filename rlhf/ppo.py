@@ -80,10 +80,11 @@ def make_reward(name, tokenizer, device, autocast):
     model = None if toy else load_reward_model(name, tokenizer, device)
 
     def length_reward(rollout):
-        lengths = rollout.mask.sum(1)  # (B,)
-        for b, reply in enumerate(rollout.replies):
-            lengths[b] -= reply[-1] == tokenizer.eos_id
-        return 1 - (lengths / int(toy[1]) - 1).abs()
+        rewards = []
+        for reply in rollout.replies:
+            n = len(reply) - (reply[-1] == tokenizer.eos_id)
+            rewards.append(1 - abs(n / int(toy[1]) - 1))
+        return torch.tensor(rewards)
 
     def learned_reward(rollout):
         with autocast:
