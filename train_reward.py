@@ -77,15 +77,17 @@ def make_model(config, state, distributed):
     with distributed.rank_zero_first():
         try:
             model, tokenizer = load_model(**options, model_class=RewardModel)
-        except NoScore:  # a GPT gets a random score
-            gpt, tokenizer = load_model(**options)
-            model = RewardModel(gpt.config)
-            model.transformer = gpt.transformer
+        except NoScore:
+            model, tokenizer = load_model(**options)
     if config.template:
         tokenizer = Tokenizer(config.template)
     model.grow_vocab(tokenizer.n_vocab)
 
-    # the context shrinks to what training uses
+    # a GPT gets a random score; the context shrinks to what training uses
+    if not isinstance(model, RewardModel):
+        gpt = model
+        model = RewardModel(gpt.config)
+        model.transformer = gpt.transformer
     context = model.config.block_size
     if config.block_size > context:
         raise ValueError(
