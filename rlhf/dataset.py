@@ -2,6 +2,7 @@
 
 import functools
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,42 +18,29 @@ class ReplyDataset:
 
     def __init__(self, shards, tokenizer, config):
         """shards: [(path, share)], as find_shards returns them. Raises ValueError for shards in
-        another template or without such labels."""
+        another template, with unknown tokens, or without labels."""
         self.config = config
         self.tokenizer = tokenizer
-        self.shards = []
+        self.texts = []  # ids of each, uint16 on the disk
         labels = []
-        spans = []
         for path, _ in shards:
             shard = open_shard(path)
             check_template(shard, tokenizer)
-            starts = shard.offsets[:-1]
-            stops = shard.offsets[1:]
-            number = np.full(len(starts), len(self.shards))
-            spans.append(np.stack([number, starts, stops], 1))
-            # only kept replies are supervised, so the last token of a text has its label
-            mask = shard.mask(0, len(shard.tokens))
-            labels.append(mask[stops - 1])
-            self.shards.append(shard)
+            check_vocabulary(shard, shard.tokens.max(), tokenizer)
+            tokens = np.asarray(shard.tokens)
+            mask = shard.mask(0, len(tokens))
+            for start, stop in pairwise(shard.offsets.tolist()):
+                if start < stop:
+                    self.texts.append(tokens[start:stop])
+                    labels.append(mask[stop - 1])  # only kept replies are supervised
 
-        self.labels = np.concatenate(labels)  # (n,) bool: was the reply kept?
-        self.spans = np.concatenate(spans)  # (n, 3): shard, first token, last token + 1
+        self.labels = np.array(labels)  # (n,) bool: was the reply kept?
         if self.labels.all() or not self.labels.any():
             raise ValueError(f"{path} lacks kept or other replies: make it with prepare/retry.py")
-        lengths = self.spans[:, 2] - self.spans[:, 1]
-        self.lengths = np.minimum(lengths, config.block_size)  # (n,) tokens of each text
+        lengths = [len(text) for text in self.texts]
+        self.lengths = np.minimum(lengths, config.block_size)  # (n,) tokens that are scored
         self.n_batches = math.ceil(len(lengths) / config.batch_size)  # per epoch
         self._batches = functools.lru_cache(2)(self._batches)
-
-    def ids(self, i):
-        """Return the ids of text i that are scored. Raises ValueError for an unknown token."""
-        number, start, stop = self.spans[i]
-        shard = self.shards[number]
-        # one token more than is scored: the last one may be the end
-        start = max(start, stop - self.config.block_size - 1)
-        ids = shard.tokens[start:stop].tolist()
-        check_vocabulary(shard, max(ids), self.tokenizer)
-        return scored_ids(ids, self.tokenizer, self.config.block_size)
 
     def batch(self, number, device):
         """Return (idx (b, T) int64, lengths (b,) int64, labels (b,) float32) of batch `number` (0,
@@ -60,7 +48,10 @@ class ReplyDataset:
         # every epoch has its own order
         epoch, batch = divmod(number, self.n_batches)
         indices = self._batches(epoch)[batch]  # (b,)
-        rows = [self.ids(i) for i in indices]
+        rows = []
+        for i in indices:
+            ids = self.texts[i].tolist()
+            rows.append(scored_ids(ids, self.tokenizer, self.config.block_size))
         idx, lengths = pad(rows, device)
         labels = torch.tensor(self.labels[indices], dtype=torch.float32, device=device)
         return idx, lengths, labels

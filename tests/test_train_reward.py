@@ -151,15 +151,17 @@ def test_an_epoch_has_each_reply_once_in_batches_of_similar_length():
                 rows.append(text)
         assert data.lengths.sum() / padded > 0.9
         epochs.append(rows)
-    texts = [TOKENIZER.decode(data.ids(i)) for i in range(400)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(texts)
+    texts = [TOKENIZER.decode(ids[:-1].tolist()) for ids in data.texts]  # without the end
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(texts) and len(texts) == 400
     assert epochs[0] != epochs[1]
 
 
 def test_the_end_of_a_long_text_is_what_is_scored():
     data = dataset(block_size=5)
-    _, _, stop = data.spans[7]
-    assert data.ids(7) == data.shards[0].tokens[stop - 6 : stop - 1].tolist()
+    idx, lengths, _ = data.batch(0, "cpu")
+    assert (lengths == 5).all()
+    ends = [text[-6:-1].tolist() for text in data.texts]
+    assert all(ids in ends for ids in idx.tolist())
 
 
 # ---- runs
