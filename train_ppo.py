@@ -114,8 +114,10 @@ def main(config):
     run_state = {"best_score": -math.inf, "kl_coef": config.kl_coef}
     if state is None:
         prompts = draw_prompts("train", NORMALIZE_ON, 0)
-        rewards = reward(ppo.roll_out(policy, tokenizer, prompts, config, config.seed))
-        run_state |= {"mean": rewards.mean().item(), "std": max(rewards.std().item(), 1e-3)}
+        rollout = ppo.roll_out(policy, tokenizer, prompts, config, config.seed)
+        rewards = reward(rollout)  # (NORMALIZE_ON,)
+        run_state["mean"] = rewards.mean().item()
+        run_state["std"] = max(rewards.std().item(), 1e-3)
     else:
         run_state = {name: state[name] for name in ("best_score", "kl_coef", "mean", "std")}
         raw_model.load_state_dict(state.pop("model"))
@@ -148,8 +150,6 @@ def main(config):
     if distributed.master:
         log = Log(config, state["iter"])
         print(f"{policy.num_parameters():,} parameters on {device}, {dtype}")
-        std = f"standard deviation {run_state['std']:.4f}"
-        print(f"the initial model's mean reward is {run_state['mean']:.4f}, {std}")
 
     # 5. the loop
     val_prompts = draw_prompts("val", config.eval_replies, 1)

@@ -71,7 +71,7 @@ def measure(config):
         t0 = time.perf_counter()
         reply(one, prompt, seed)
         t1 = time.perf_counter()
-        best = best_of(few, reward_model, tokenizer, prompt, config.n, sampling, seed=seed, **stops)
+        best = best_of(few, reward_model, tokenizer, prompt, config.n, sampling, seed)
         t2 = time.perf_counter()
         if number > 0:
             seconds_of_one += t1 - t0

@@ -16,10 +16,8 @@ def continuation(tokenizer, text):
 @torch.no_grad()
 def loglikelihoods(model, context, continuations):
     """Return [log-likelihood in nats] of continuations (a list of lists of ids) of the ids in
-    `context`, from one forward pass.
-
-    Raises ValueError if the context and a continuation exceed the model's context.
-    """
+    `context`, from one forward pass. The context and the longest of them must fit the model's
+    context."""
     # the last token of each is only a target
     inputs = [ids[:-1] for ids in continuations]
     hidden = hidden_of_branches(model, context, inputs)  # (T, C)

@@ -61,9 +61,8 @@ def roll_out(policy, tokenizer, prompts, config, seed):
     for ids in replies:
         # a reply with a turn marker speaks for the human
         text = tokenizer.decode(ids)
-        speaks_for_human = not set(tokenizer.stop_ids).isdisjoint(ids)
-        for marker in tokenizer.stop_strings:
-            speaks_for_human |= marker in text
+        speaks_for_human = any(marker in text for marker in tokenizer.stop_strings)
+        speaks_for_human |= any(stop in ids for stop in tokenizer.stop_ids)
 
         # the policy chose the end token, which generate leaves out
         complete = len(ids) < config.max_new_tokens

@@ -58,9 +58,6 @@ def load_reward_model(name, tokenizer, device, dtype=torch.float32, inference=Fa
 
     Raises ValueError if it is not a reward model or has another template.
     """
-    # scoring reads many tokens at once: on a CPU with bfloat16, it takes 0.75 of float16's time
-    if dtype == torch.float16 and device == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        dtype = torch.bfloat16
     options = {"inference": inference, "model_class": RewardModel}
     try:
         model, trained_with = load_model(name, device, dtype, **options)

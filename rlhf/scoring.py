@@ -59,15 +59,15 @@ def score_replies(model, tokenizer, prompt, replies):
     return model.score_of(hidden[last]).cpu()
 
 
-def best_of(
-    engine, reward_model, tokenizer, prompt, n, sampling, *, seed=None, stop_ids=(), stop_strings=()
-):
+def best_of(engine, reward_model, tokenizer, prompt, n, sampling, seed=None):
     """Return [(score, ids)] of n replies to a prompt, the best first. The engine must be idle."""
     # the prompt is read once; the replies are decoded together and scored together
-    options = {"seed": seed, "stop_ids": stop_ids, "stop_strings": stop_strings}
-    options |= {"tokenizer": tokenizer, "engine": engine}
-    replies = generate(engine.model, [prompt] * n, sampling, **options)
+    stops = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
+    replies = generate(
+        engine.model, [prompt] * n, sampling, seed=seed, tokenizer=tokenizer, engine=engine, **stops
+    )
     scores = score_replies(reward_model, tokenizer, prompt, replies).tolist()
 
     # highest score first; ties keep the order of their seeds
-    return sorted(zip(scores, replies, strict=True), key=lambda pair: -pair[0])
+    scored = zip(scores, replies, strict=True)
+    return sorted(scored, key=lambda pair: -pair[0])

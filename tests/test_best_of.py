@@ -66,8 +66,8 @@ def knobs(**given):
 def test_candidates_are_drawn_as_one_by_one_and_have_the_scores_of_whole_texts(template):
     policy, reward_model, tokenizer = loaded(template)
     prompt, _ = tokenizer.render(HI, add_generation_prompt=True)
-    options = {"stop_ids": tokenizer.stop_ids, "seed": 5}
-    best = best_of(Engine(policy, 4), reward_model, tokenizer, prompt, 4, Sampling(12), **options)
+    best = best_of(Engine(policy, 4), reward_model, tokenizer, prompt, 4, Sampling(12), seed=5)
+    options = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
     alone = []
     for i in range(4):
         options["seed"] = 5 + i
