@@ -187,7 +187,6 @@ def main(config):
         lam = config.lam
         advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, mask, lam)
         advantages = ppo.whiten(advantages, mask, distributed)
-        targets = torch.stack([rollout.logprobs, advantages, rollout.values, returns])
 
         # 5.3 the learning rate decays linearly; it is lower if the KL is beyond twice its target
         lr = config.learning_rate * (1 - it / config.max_iters)
@@ -204,11 +203,14 @@ def main(config):
                 order = torch.randperm(share, generator=generator)
             for rows in order.split(batch_size):
                 # the N reply tokens of this minibatch, (N,) each
-                tokens = targets[:, rows][:, mask[rows]].to(device)  # (4, N)
-                old_logprobs, mb_advantages, old_values, mb_returns = tokens
+                tokens = mask[rows]  # (b, R)
+                old_logprobs = rollout.logprobs[rows][tokens].to(device)
+                old_values = rollout.values[rows][tokens].to(device)
+                mb_advantages = advantages[rows][tokens].to(device)
+                mb_returns = returns[rows][tokens].to(device)
 
                 # the loss: the mean over the tokens of all processes
-                total = distributed.sum(mask[rows].sum()).item()
+                total = distributed.sum(tokens.sum()).item()
                 with autocast:
                     logprobs, values = model(*rollout.minibatch(rows, device))
                 ratio = (logprobs - old_logprobs).exp()

@@ -91,7 +91,7 @@ def make_model(config, state, distributed):
     context = model.config.block_size
     if config.block_size > context:
         raise ValueError(
-            f"block_size={config.block_size} exceeds the context: lower it to {context}"
+            f"block_size={config.block_size} exceeds the context of {context}: lower it"
         )
     model.shorten(config.block_size)
     return model, tokenizer

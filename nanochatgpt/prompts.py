@@ -3,6 +3,7 @@ Prompts from real conversations: what people said, up to a reply.
 """
 
 import random
+from itertools import pairwise
 
 import numpy as np
 
@@ -20,7 +21,8 @@ def sample_prompts(shards, tokenizer, n, room, seed):
     for shard in shards:
         check_template(shard, tokenizer)
         if shard.template:  # plain text has no replies
-            conversations += [(shard, i) for i in range(len(shard.offsets) - 1)]
+            for start, stop in pairwise(shard.offsets.tolist()):
+                conversations.append((shard, start, stop))
 
     # visit the conversations of all shards in random order
     prompts = []
@@ -28,8 +30,7 @@ def sample_prompts(shards, tokenizer, n, room, seed):
     for index in np.random.default_rng(seed).permutation(len(conversations)):
         if len(prompts) == n:
             break
-        shard, i = conversations[index]
-        start, stop = shard.offsets[i : i + 2].tolist()
+        shard, start, stop = conversations[index]
         ids = shard.tokens[start:stop].tolist()
         mask = shard.mask(start, stop)
 

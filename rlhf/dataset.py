@@ -43,8 +43,7 @@ class ReplyDataset:
         self._batches = functools.lru_cache(2)(self._batches)
 
     def batch(self, number, device):
-        """Return (idx (b, T) int64, lengths (b,) int64, labels (b,) float32) of batch `number` (0,
-        1, ...)."""
+        """Return (idx (b, T) int64, lengths (b,) int64, labels (b,) float32) of batch `number`."""
         # every epoch has its own order
         epoch, batch = divmod(number, self.n_batches)
         indices = self._batches(epoch)[batch]  # (b,)

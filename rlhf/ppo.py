@@ -22,7 +22,7 @@ from rlhf.scoring import pad, score_texts
 
 @dataclass
 class Rollout:
-    """Replies of a policy. train_ppo.py fills in the rest."""
+    """Replies of a policy; train_ppo.py fills in what is None."""
 
     prompts: list  # ids of each
     replies: list  # ids of each, with the end token if the policy chose it
@@ -105,10 +105,8 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value.bias)
 
     def forward(self, idx, predicts):
-        """Return (logprobs, values), (N,) float32 each, of the N reply tokens of a minibatch.
-
-        logprobs are in nats, of the distribution that roll_out draws from.
-        """
+        """Return (logprobs, values), (N,) float32 each, of the N reply tokens of a minibatch; in
+        nats, of the distribution that roll_out draws from."""
         hidden = self.policy.hidden(idx)  # (b, T, C)
         hidden = hidden[predicts].float()  # (N, C)
         tokens = idx.roll(-1, 1)[predicts]  # (N,) the token after each position
@@ -148,9 +146,11 @@ def reply_means(rollout, distributed):
         "length": rollout.mask.sum(1),
         "ended": rollout.ended,
     }
-    means = torch.stack([column.double().mean() for column in columns.values()])
-    means = distributed.sum(means) / distributed.world_size
-    return dict(zip(columns, means.tolist(), strict=True))
+    means = {}
+    for name, column in columns.items():
+        mean = distributed.sum(column.double().mean())
+        means[name] = mean.item() / distributed.world_size
+    return means
 
 
 def token_rewards(rollout, kl_coef):

@@ -54,10 +54,8 @@ class RewardModel(GPT):
 
 
 def load_reward_model(name, tokenizer, device, dtype=torch.float32, inference=False):
-    """Return the RewardModel of that name, ready to score texts of this tokenizer.
-
-    Raises ValueError if it is not a reward model or has another template.
-    """
+    """Return the RewardModel of that name, ready to score texts of this tokenizer. Raises ValueError
+    if it is not a reward model or has another template."""
     options = {"inference": inference, "model_class": RewardModel}
     try:
         model, trained_with = load_model(name, device, dtype, **options)

@@ -48,7 +48,10 @@ def score_replies(model, tokenizer, prompt, replies):
     # the prompt's last token begins each branch, so an empty reply has a score too
     block_size = model.config.block_size
     end = [] if tokenizer.eos_id == tokenizer.pad_id else [tokenizer.eos_id]
-    branches = [(prompt[-1:] + ids + end)[1 - block_size :] for ids in replies]
+    branches = []
+    for ids in replies:
+        branch = prompt[-1:] + ids + end
+        branches.append(branch[1 - block_size :])
     longest = max(map(len, branches))
     context = prompt[:-1][longest - block_size :]
     hidden = hidden_of_branches(model, context, branches)  # (T, C)
