@@ -73,12 +73,12 @@ def make_model(config, state, distributed):
         model.load_state_dict(state.pop("model"))
         return model, Tokenizer(state["template"])
 
-    options = {"init_from": config.init_from, "dropout": config.dropout}
+    source = config.init_from
     with distributed.rank_zero_first():
         try:
-            model, tokenizer = load_model(**options, model_class=RewardModel)
+            model, tokenizer = load_model(source, dropout=config.dropout, model_class=RewardModel)
         except NoScore:
-            model, tokenizer = load_model(**options)
+            model, tokenizer = load_model(source, dropout=config.dropout)
     if config.template:
         tokenizer = Tokenizer(config.template)
     model.grow_vocab(tokenizer.n_vocab)
@@ -90,9 +90,7 @@ def make_model(config, state, distributed):
         model.transformer = gpt.transformer
     context = model.config.block_size
     if config.block_size > context:
-        raise ValueError(
-            f"block_size={config.block_size} exceeds the context of {context}: lower it"
-        )
+        raise ValueError(f"block_size={config.block_size} exceeds the model's {context}: lower it")
     model.shorten(config.block_size)
     return model, tokenizer
 

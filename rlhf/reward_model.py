@@ -54,11 +54,14 @@ class RewardModel(GPT):
 
 
 def load_reward_model(name, tokenizer, device, dtype=torch.float32, inference=False):
-    """Return the RewardModel of that name, ready to score texts of this tokenizer. Raises ValueError
-    if it is not a reward model or has another template."""
-    options = {"inference": inference, "model_class": RewardModel}
+    """Return the RewardModel of that name, ready to score texts of this tokenizer.
+
+    Raises ValueError if it is not a reward model or has another template.
+    """
     try:
-        model, trained_with = load_model(name, device, dtype, **options)
+        model, trained_with = load_model(
+            name, device, dtype, inference=inference, model_class=RewardModel
+        )
     except (FileNotFoundError, NoScore) as error:
         raise ValueError(f"reward={name}: make a reward model with train_reward.py") from error
 
