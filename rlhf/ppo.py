@@ -105,8 +105,8 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value.bias)
 
     def forward(self, idx, predicts):
-        """Return (logprobs, values), (N,) float32 each, of the N reply tokens of a minibatch; in
-        nats, of the distribution that roll_out draws from."""
+        """Return (logprobs, values), (N,) float32 each, of the N reply tokens of a minibatch.
+        logprobs: in nats, of the distribution that roll_out draws from."""
         hidden = self.policy.hidden(idx)  # (b, T, C)
         hidden = hidden[predicts].float()  # (N, C)
         tokens = idx.roll(-1, 1)[predicts]  # (N,) the token after each position
@@ -181,12 +181,9 @@ def advantages_and_returns(rewards, values, mask, lam):
 def whiten(x, mask, distributed):
     """Return x with mean 0 and variance 1 over the reply tokens of all processes; 0 elsewhere."""
     x = x.double() * mask
-
-    # the mean and the variance from sums, so that every process has its part
-    sums = torch.stack([x.sum(), x.square().sum(), mask.sum()])
-    total, squares, n = distributed.sum(sums)
-    mean = total / n
-    variance = squares / n - mean.square()
+    n = distributed.sum(mask.sum())
+    mean = distributed.sum(x.sum()) / n
+    variance = distributed.sum(x.square().sum()) / n - mean.square()
     white = (x - mean) * (variance + 1e-8).rsqrt()
     return (white * mask).float()
 
