@@ -63,7 +63,8 @@ def load_reward_model(name, tokenizer, device, dtype=torch.float32, inference=Fa
             name, device, dtype, inference=inference, model_class=RewardModel
         )
     except (FileNotFoundError, NoScore) as error:
-        raise ValueError(f"reward={name}: make a reward model with train_reward.py") from error
+        text = f"reward={name} is no reward model"
+        raise ValueError(f"{text}: make one with train_reward.py") from error
 
     # a model judges texts as it was trained to read them
     if trained_with.template != tokenizer.template:
