@@ -125,7 +125,7 @@ class Chat:
 
         models = (self.engine, self.reward_model, tokenizer)
         seed = config.seed + self.n_replies * config.best_of  # candidate i draws with seed + i
-        scored = best_of(*models, prompt, config.best_of, config, seed=seed, **stops)
+        scored = best_of(*models, prompt, config.best_of, config, seed)
         self.choice = [(score, tokenizer.decode(ids)) for score, ids in scored]
         # replies that were taken back in this place come last
         rejected = [r["content"] for r in self.retried if r["before"] == len(self.turns)]

@@ -8,8 +8,8 @@ with torchrun, on many.
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from model import GPTConfig
@@ -29,10 +29,9 @@ from nanochatgpt.resume import Run
 from nanochatgpt.shards import find_shards
 from nanochatgpt.tokenizer import Tokenizer
 from rlhf.dataset import ReplyDataset
-from rlhf.metrics import reward_losses, reward_metrics
-from rlhf.reward_model import RewardModel
+from rlhf.reward_model import RewardModel, roc_auc
 
-MUST_MATCH = ("loss", "dataset", "template", "block_size")  # in a resumed run
+MUST_MATCH = ("dataset", "template", "block_size")  # in a resumed run
 
 
 @dataclass
@@ -40,7 +39,6 @@ class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scri
     out_dir: str = "out/reward"
     dataset: str = "retry"
     template: str = ""  # how conversations are written; default: the model's own
-    loss: str = "labels"  # labels: cross-entropy; pairs: Bradley-Terry, chosen against rejected
     dropout: float = 0.1  # share of activations dropped in training
     # the batch
     batch_size: int = 16  # replies in a micro-batch, of similar length
@@ -65,10 +63,6 @@ def check(config):
     check_schedule(config)
     at_least(1, config, "block_size", "gradient_accumulation_steps", "eval_iters", "log_interval")
     at_least(0, config, "max_epochs")
-    if config.loss not in ("labels", "pairs"):
-        raise ValueError(f"loss={config.loss} is not one of labels, pairs")
-    if config.loss == "pairs" and config.batch_size % 2:
-        raise ValueError(f"batch_size={config.batch_size} splits a pair: make it even")
 
 
 def make_model(config, state, distributed):
@@ -94,24 +88,27 @@ def make_model(config, state, distributed):
         gpt = model
         model = RewardModel(gpt.config)
         model.transformer = gpt.transformer
-    if config.block_size > model.config.block_size:
-        context = f"the model's context, {model.config.block_size}"
-        raise ValueError(f"block_size={config.block_size} exceeds {context}: lower it")
+    context = model.config.block_size
+    if config.block_size > context:
+        raise ValueError(f"block_size={config.block_size} exceeds the model's {context}: lower it")
     model.shorten(config.block_size)
     return model, tokenizer
 
 
 @torch.no_grad()
-def evaluate(model, dataset, n_batches, distributed, autocast):
-    """Return the scores of the replies in the first n_batches, in the order of the dataset."""
+def evaluate(model, batches, autocast):
+    """Return {val_loss in nats, accuracy, auc} over all replies of the batches."""
     model.eval()
-    scores = torch.zeros(len(dataset), dtype=torch.float64)
-    for number in range(distributed.rank, n_batches, distributed.world_size):
-        idx, lengths, _ = dataset.batch(number, distributed.device)
+    scores = []
+    for idx, lengths, _ in batches:
         with autocast:
-            scores[dataset.indices(number)] = model(idx, lengths).cpu().double()
+            scores.append(model(idx, lengths))
     model.train()
-    return distributed.sum(scores).float()
+    scores = torch.cat(scores)  # (n,)
+    labels = torch.cat([y for _, _, y in batches])
+    loss = F.binary_cross_entropy_with_logits(scores, labels)
+    accuracy = ((scores > 0) == labels.bool()).float().mean()
+    return {"val_loss": loss.item(), "accuracy": accuracy.item(), "auc": roc_auc(scores, labels)}
 
 
 def main(config):
@@ -131,7 +128,6 @@ def main(config):
     state = training_run.load()
     raw_model, tokenizer = make_model(config, state, distributed)
     raw_model.to(device)
-    state = state or {"iter": 0, "best_val_loss": math.inf, "best_measure": 0.0}
 
     # 3. the data
     train = ReplyDataset(train_shards, tokenizer, config)
@@ -143,31 +139,20 @@ def main(config):
     # 4. the model on many devices, the optimizer
     model = distribute(raw_model, raw_model, distributed)
     optimizer = make_adamw(raw_model, config.learning_rate, config.weight_decay, config.beta2)
+    state = state or {"iter": 0, "best_val_loss": math.inf}
     training_run.restore(state, tokenizer, raw_model, optimizer, scaler)
-    run_state = {name: state[name] for name in ("best_val_loss", "best_measure")}
+    best_val_loss = state["best_val_loss"]
 
-    # 5. the replies of an evaluation, and baselines: knowing only how often replies are kept, and
-    # only how long they are
-    pairs = config.loss == "pairs"
+    # 5. the replies of an evaluation, and how well their length alone ranks them
     n_eval_batches = min(config.eval_iters, val.n_batches)
-    evaluated = [val.indices(n) for n in range(n_eval_batches)]
-    evaluated = np.sort(np.concatenate(evaluated))  # indices of the replies
-    labels = torch.tensor(val.labels[evaluated], dtype=torch.float32)
-    share = train.labels.mean().item()
-    logit = 0.0 if pairs else math.log(share / (1 - share))
-    constant = torch.full_like(labels, logit)
+    val_batches = [val.batch(number, device) for number in range(n_eval_batches)]
     reply_lengths = []  # tokens
-    for i in evaluated:
-        ids = val.ids(i).tolist()
-        reply_lengths.append(len(ids) - tokenizer.last_reply(ids))
-    metric_name = "accuracy" if pairs else "auc"  # scores are comparable only within a pair
-    by_length = reward_metrics(torch.tensor(reply_lengths).float(), labels, config.loss)[
-        metric_name
-    ]
-    baselines = {
-        "constant_loss": reward_losses(constant, labels, config.loss).mean().item(),
-        f"length_{metric_name}": max(by_length, 1 - by_length),  # longer or shorter is better
-    }
+    for idx, lengths, _ in val_batches:
+        for ids, length in zip(idx.tolist(), lengths.tolist(), strict=True):
+            reply_lengths.append(length - tokenizer.last_reply(ids[:length]))
+    labels = torch.cat([y for _, _, y in val_batches]).cpu()
+    length_auc = roc_auc(torch.tensor(reply_lengths), labels)
+    length_auc = max(length_auc, 1 - length_auc)  # longer or shorter is better
 
     # 6. the log
     stop = StopSignal()
@@ -177,9 +162,7 @@ def main(config):
         print(f"{raw_model.num_parameters():,} parameters on {device}, {dtype}")
         for split, dataset in (("train", train), ("val", val)):
             kept = f"{dataset.labels.mean():.1%} kept, {dataset.lengths.mean():.0f} tokens each"
-            print(f"{split}: {len(dataset):,} replies, {kept}")
-        if len(evaluated) < 100:
-            print(f"only {len(evaluated)} replies in an evaluation: its metrics are noisy")
+            print(f"{split}: {len(dataset.labels):,} replies, {kept}")
         print(f"{config.max_iters:,} steps are {config.max_iters / steps_per_epoch:,.3g} epochs")
 
     # 7. the loop
@@ -187,32 +170,30 @@ def main(config):
     for it in range(state["iter"], config.max_iters + 1):
         # evaluate; save the best weights in out_dir, the latest in out_dir/last
         if it % config.eval_interval == 0 or it == config.max_iters:
-            scores = evaluate(raw_model, val, n_eval_batches, distributed, autocast)[evaluated]
-            val_loss = reward_losses(scores, labels, config.loss).mean().item()
-            divergence.check("validation loss", val_loss, it, run_state["best_val_loss"])
-            metrics = reward_metrics(scores, labels, config.loss)
+            metrics = evaluate(raw_model, val_batches, autocast)
+            val_loss = metrics["val_loss"]
+            divergence.check("validation loss", val_loss, it, best_val_loss)
             if distributed.master:
-                log(iter=it, val_loss=val_loss, **metrics, **baselines)
-                summary = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-                print(f"iter {it}: val loss {val_loss:.4f}, {summary}")
-            if val_loss < run_state["best_val_loss"]:
-                run_state = {"best_val_loss": val_loss, "best_measure": metrics[metric_name]}
-                if distributed.master:
+                log(iter=it, **metrics, length_auc=length_auc)
+                auc = f"auc {metrics['auc']:.3f} (of the length alone: {length_auc:.3f})"
+                print(f"iter {it}: val loss {val_loss:.4f}, {auc}")
+                if val_loss < best_val_loss:
                     save_model(raw_model, tokenizer, config.out_dir)
-            training_run.save(raw_model, raw_model, iter=it, **run_state)
+            best_val_loss = min(best_val_loss, val_loss)
+            training_run.save(raw_model, raw_model, iter=it, best_val_loss=best_val_loss)
             timer.restart(it)
         if it == config.max_iters:
             break
 
-        # read this step's micro-batches; sum the number of losses over the processes. The
-        # same message also tells every rank whether any rank got a stop signal
+        # read this step's micro-batches; sum the number of replies over all processes, and the stop
+        # flag rides along
         first = it * config.gradient_accumulation_steps
         steps = range(rank, config.gradient_accumulation_steps, world_size)
         batches = [train.batch(first + step, device) for step in steps]
-        n = sum(len(y) // train.group_size for _, _, y in batches)
+        n = sum(len(y) for _, _, y in batches)
         total, stopping = distributed.sum(torch.tensor([n, int(stop.asked)])).tolist()
         if stopping:
-            training_run.save(raw_model, raw_model, iter=it, **run_state)
+            training_run.save(raw_model, raw_model, iter=it, best_val_loss=best_val_loss)
             training_run.print_stopped(it)
             break
 
@@ -224,12 +205,12 @@ def main(config):
         # dropout is a function of (seed, step, rank), as the data is: there is no RNG state to save
         torch.manual_seed(seed_for(config.seed, it, rank))
 
-        # the loss: the sum over the replies or pairs of all micro-batches, divided by their number
+        # the loss: the sum over the replies of all micro-batches, divided by their number
         step_loss = torch.zeros((), device=device)
         for idx, lengths, y in synced_last(model, batches):
             with autocast:
                 scores = model(idx, lengths)
-            loss = reward_losses(scores, y, config.loss).sum() / total
+            loss = F.binary_cross_entropy_with_logits(scores, y, reduction="sum") / total
             scaler.scale(loss * world_size).backward()  # DDP averages gradients; we want their sum
             step_loss += loss.detach()
 
@@ -246,7 +227,7 @@ def main(config):
             loss = distributed.sum(step_loss).item()
             seconds = timer.seconds_per_step(it + 1)
             if distributed.master:
-                rate = total * train.group_size / seconds
+                rate = total / seconds
                 log(iter=it + 1, loss=loss, lr=lr, grad_norm=norm.item(), replies_per_s=rate)
                 left = time_left(seconds * (config.max_iters - it - 1))
                 text = f"iter {it + 1}/{config.max_iters}: loss {loss:.4f}, lr {lr:.2e}"
@@ -255,20 +236,11 @@ def main(config):
             if not scaler.is_enabled():  # GradScaler already skips steps whose gradient overflows
                 divergence.check("gradient norm", norm.item(), it + 1)
 
-    # 8. the verdict: does the best model beat a constant and the length of a reply?
     if it == config.max_iters and distributed.master:
-        loss = run_state["best_val_loss"]
-        best = run_state["best_measure"]
-        constant = baselines["constant_loss"]
-        length = baselines[f"length_{metric_name}"]
-        text = f"best validation loss {loss:.4f} (constant: {constant:.4f}), "
-        text += f"{metric_name} {best:.3f} (length: {length:.3f})"
-        print(f"{text}; weights in {config.out_dir}")
-        if loss < constant and best > length:
-            print(f"to pick replies with it: python chat.py --best_of=8 --reward={config.out_dir}")
-        else:
-            baseline = "A CONSTANT" if loss >= constant else "LENGTH"
-            print(f"NO BETTER THAN {baseline}: try more data, more epochs or another learning rate")
+        print(
+            f"best validation loss {best_val_loss:.4f}, weights in {config.out_dir}; "
+            f"pick replies with them: python chat.py --best_of=8 --reward={config.out_dir}"
+        )
     distributed.leave()
 
 

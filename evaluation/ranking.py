@@ -15,7 +15,7 @@ def continuation(tokenizer, text):
 @torch.no_grad()
 def loglikelihoods(model, context, continuations):
     """Return [log-likelihood in nats] of continuations ([ids]) of the ids in `context`, from one
-    forward pass. Raises ValueError if the context and a continuation exceed the model's context."""
+    forward pass. The context and the longest of them must fit the model's context."""
     inputs = [ids[:-1] for ids in continuations]  # the last token of each is only a target
     hidden = hidden_of_branches(model, context, inputs)  # (T, C)
 

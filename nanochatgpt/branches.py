@@ -12,14 +12,9 @@ import torch.nn.functional as F
 def hidden_of_branches(model, context, continuations):
     """Return the final hidden states (T, C) of the context and, after it, of each continuation.
 
-    context: a list of at least one id; continuations: a list of lists of ids. T is the number of
-    ids altogether. Raises ValueError if the context and a continuation exceed the model's context.
+    context: a list of ids; continuations: a list of lists of ids. The context and the longest of
+    them must fit the model's context. T is the number of ids altogether.
     """
-    longest = len(context) + max(map(len, continuations), default=0)
-    block_size = model.config.block_size
-    if longest > block_size:
-        raise ValueError(f"a row of {longest} tokens exceeds the context of {block_size}")
-
     # branch 0 is the context; positions go on from its end in each continuation
     n = len(context)
     ids = list(context)

@@ -3,6 +3,7 @@ Prompts from real conversations: what people said, up to a reply.
 """
 
 import random
+from itertools import pairwise
 
 import numpy as np
 
@@ -16,26 +17,24 @@ def sample_prompts(shards, tokenizer, n, room, seed):
     Raises ValueError for a shard in another template or with tokens beyond the vocabulary.
     """
     draw = random.Random(seed)
-    shards = [shard for shard in shards if shard.template]  # plain text has no replies
+    conversations = []
     for shard in shards:
         check_template(shard, tokenizer)
-    first = np.cumsum([0, *(len(shard.offsets) - 1 for shard in shards)])  # of each shard
+        if shard.template:  # plain text has no replies
+            for start, stop in pairwise(shard.offsets.tolist()):
+                conversations.append((shard, start, stop))
+
+    # visit the conversations of all shards in random order
     prompts = []
     replies = []
-    # visit the conversations of all shards in random order
-    for conversation in np.random.default_rng(seed).permutation(first[-1]):
+    for index in np.random.default_rng(seed).permutation(len(conversations)):
         if len(prompts) == n:
             break
-        # find its shard and its place there
-        shard_index = np.searchsorted(first, conversation, side="right") - 1
-        shard = shards[shard_index]
-        i = conversation - first[shard_index]
-        start, stop = shard.offsets[i : i + 2].tolist()
-        stop = min(stop, start + 4 * room)  # a conversation may be a book
+        shard, start, stop = conversations[index]
         ids = shard.tokens[start:stop].tolist()
         mask = shard.mask(start, stop)
 
-        # the replies that begin within the room and end within the part that was read
+        # the replies that begin within the room
         spans = []
         for pos in range(1, min(len(ids), room + 1)):
             if mask[pos] and not mask[pos - 1] and tokenizer.eos_id in ids[pos:]:

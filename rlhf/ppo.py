@@ -8,6 +8,7 @@ over reply tokens only.
 Shapes: B replies, R tokens in the longest, N tokens in all replies; mask (B, R) is true for these.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -16,48 +17,36 @@ import torch.nn as nn
 from nanochatgpt.generate import generate
 from nanochatgpt.sampling import Sampling
 from rlhf.reward_model import load_reward_model
-from rlhf.scoring import pad, score_texts, scored_ids
-
-MEANS = ("reward", "score", "kl", "length", "ended")  # what Rollout.means returns, per reply
+from rlhf.scoring import pad, score_texts
 
 
 @dataclass
 class Rollout:
-    """Replies of a policy, and their rewards."""
+    """Replies of a policy; train_ppo.py fills in what is None."""
 
     prompts: list  # ids of each
     replies: list  # ids of each, with the end token if the policy chose it
     ended: torch.Tensor  # (B,) bool; false also for a reply that goes on with another turn
     rewards: torch.Tensor = None  # (B,)
     score: torch.Tensor = None  # (B,) normalized rewards
+    logprobs: torch.Tensor = None  # (B, R) of the policy, in nats
+    values: torch.Tensor = None  # (B, R) of the value head
+    kl: torch.Tensor = None  # (B, R) from the initial model, an estimate in nats
 
-    @property
-    def mask(self):
+    def __post_init__(self):
+        pairs = zip(self.prompts, self.replies, strict=True)
+        self.texts = [prompt + reply for prompt, reply in pairs]
         lengths = torch.tensor([len(reply) for reply in self.replies])  # (B,)
-        return torch.arange(max(lengths)) < lengths[:, None]  # (B, R)
-
-    def means(self, kl):
-        """Return the means over the replies, (5,) float64, that MEANS names. kl: (B, R) nats."""
-        per_reply = kl.sum(1)  # (B,)
-        lengths = self.mask.sum(1)
-        columns = (self.rewards, self.score, per_reply, lengths, self.ended)
-        return torch.stack([column.double().mean() for column in columns])
+        self.mask = torch.arange(max(lengths)) < lengths[:, None]  # (B, R)
 
     def minibatch(self, rows, device):
-        """Return what ActorCritic takes: idx (b, T), prompts with replies, and for each of the N
-        reply tokens its row in idx, the position before it, and the token, (N,) each."""
-        texts = []
-        tokens = []
-        for row, b in enumerate(rows.tolist()):
-            prompt = self.prompts[b]
-            reply = self.replies[b]
-            texts.append(prompt + reply)
-            # a token is predicted one position earlier, the first one at the prompt's end
-            for position, token in enumerate(reply, len(prompt) - 1):
-                tokens.append((row, position, token))
-        idx, _ = pad(texts, device)
-        rows, positions, tokens = torch.tensor(tokens, device=device).T
-        return idx, rows, positions, tokens
+        """Return idx (b, T), prompts with replies, and the mask (b, T) of the positions that
+        predict a reply token: from the end of the prompt to the token before the last."""
+        idx, stops = pad([self.texts[b] for b in rows])
+        starts = stops - self.mask[rows].sum(1)  # (b,) where the replies begin
+        following = torch.arange(1, idx.size(1) + 1)  # (T,) the position after each
+        predicts = (following >= starts[:, None]) & (following < stops[:, None])
+        return idx.to(device), predicts.to(device)
 
 
 def roll_out(policy, tokenizer, prompts, config, seed):
@@ -72,9 +61,8 @@ def roll_out(policy, tokenizer, prompts, config, seed):
     for ids in replies:
         # a reply with a turn marker speaks for the human
         text = tokenizer.decode(ids)
-        speaks_for_human = not set(tokenizer.stop_ids).isdisjoint(ids)
-        for marker in tokenizer.stop_strings:
-            speaks_for_human |= marker in text
+        speaks_for_human = any(marker in text for marker in tokenizer.stop_strings)
+        speaks_for_human |= any(stop in ids for stop in tokenizer.stop_ids)
 
         # the policy chose the end token, which generate leaves out
         complete = len(ids) < config.max_new_tokens
@@ -85,45 +73,23 @@ def roll_out(policy, tokenizer, prompts, config, seed):
 
 
 def make_reward(name, tokenizer, device, autocast):
-    """Return the function from a Rollout to its rewards (B,): a reward model's scores, or a toy."""
-    if ":" in name:
-        return toy_reward(name, tokenizer)
-    model = load_reward_model(name, tokenizer, device)
+    """Return the function from a Rollout to its rewards (B,): the scores of a reward model, or with
+    length:N a toy, which is 1 for N tokens and 1/N less for each token more or fewer."""
+    toy = re.fullmatch(r"length:([1-9]\d*)", name)
+    model = None if toy else load_reward_model(name, tokenizer, device)
 
-    def reward(rollout):
-        texts = []
-        for prompt, reply in zip(rollout.prompts, rollout.replies, strict=True):
-            text = scored_ids(prompt + reply, tokenizer, model.config.block_size)
-            texts.append(text)
-        with autocast:
-            return score_texts(model, texts)  # float32
-
-    return reward
-
-
-def toy_reward(name, tokenizer):
-    """Return a toy reward whose maximum is 1. share:WORD is the share of a reply's tokens that are
-    this word; length:N is 1 for N tokens and 1/N less for each token more or fewer."""
-    kind, _, value = name.partition(":")
-    share = kind == "share" and value != ""
-    length = kind == "length" and value.isdecimal() and int(value) > 0
-    if not (share or length):
-        raise ValueError(f"reward={name} is neither a reward model nor share:WORD or length:N")
-    word = tokenizer.encode(value) + tokenizer.encode(f" {value}")  # also after a space
-
-    def reward(rollout):
+    def length_reward(rollout):
         rewards = []
         for reply in rollout.replies:
-            ids = [token for token in reply if token != tokenizer.eos_id]
-            if share:
-                n = sum(token in word for token in ids)
-                rewards.append(n / max(1, len(ids)))
-            else:
-                error = len(ids) / int(value) - 1
-                rewards.append(1 - abs(error))
+            n = len(reply) - (reply[-1] == tokenizer.eos_id)
+            rewards.append(1 - abs(n / int(toy[1]) - 1))
         return torch.tensor(rewards)
 
-    return reward
+    def learned_reward(rollout):
+        with autocast:
+            return score_texts(model, tokenizer, rollout.texts)  # float32
+
+    return length_reward if toy else learned_reward
 
 
 class ActorCritic(nn.Module):
@@ -138,25 +104,19 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
 
-    def forward(self, idx, rows, positions, tokens):
-        """Return (logprobs, entropy, values), (N,) float32 each, of the N tokens of a minibatch.
-
-        logprobs and entropy are in nats, of the distribution that roll_out draws from.
-        """
+    def forward(self, idx, predicts):
+        """Return (logprobs, values), (N,) float32 each, of the N reply tokens of a minibatch.
+        logprobs: in nats, of the distribution that roll_out draws from."""
         hidden = self.policy.hidden(idx)  # (b, T, C)
-        hidden = hidden[rows, positions].float()  # (N, C)
+        hidden = hidden[predicts].float()  # (N, C)
+        tokens = idx.roll(-1, 1)[predicts]  # (N,) the token after each position
 
         # in float32: GPT-2's logits are around -100, where 16 bits have steps of a half
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self.policy.lm_head(hidden)[:, : self.n_vocab]  # (N, n_vocab)
             values = self.value(hidden)[:, 0]
         logprobs = (logits / self.temperature).log_softmax(-1)
-        with torch.no_grad():  # only logged
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
-
-        # the log-probability of the token that follows each position
-        logprobs = logprobs.gather(1, tokens[:, None])[:, 0]
-        return logprobs, entropy, values
+        return logprobs.gather(1, tokens[:, None])[:, 0], values
 
     @torch.no_grad()
     def evaluate(self, rollout, batch_size, autocast):
@@ -165,11 +125,9 @@ class ActorCritic(nn.Module):
         parts = []
         # the minibatches of the update's first epoch, so that its first ratios are exactly 1
         for rows in torch.arange(len(rollout.replies)).split(batch_size):
-            minibatch = rollout.minibatch(rows, device)
             with autocast:
-                logprobs, _, values = self(*minibatch)
-            part = torch.stack([logprobs, values])  # (2, N)
-            parts.append(part.cpu())
+                part = self(*rollout.minibatch(rows, device))
+            parts.append(torch.stack(part).cpu())  # (2, N)
 
         # from a list of tokens to a row for each reply
         mask = rollout.mask
@@ -178,27 +136,42 @@ class ActorCritic(nn.Module):
         return padded
 
 
-def token_rewards(score, logprobs, ref_logprobs, mask, kl_coef):
-    """Return the reward of each token (B, R): minus its share of the KL from the reference, plus
-    the score (B,) at the last token."""
-    kl = (logprobs - ref_logprobs) * mask  # (B, R) an estimate, in nats
-    rewards = -kl_coef * kl
-    rows = torch.arange(len(mask))
-    last = mask.sum(1) - 1  # (B,)
-    rewards[rows, last] += score
+def reply_means(rollout, distributed):
+    """Return {reward, score, kl in nats, length in tokens, ended}: the means over the replies of
+    all processes."""
+    columns = {
+        "reward": rollout.rewards,
+        "score": rollout.score,
+        "kl": rollout.kl.sum(1),
+        "length": rollout.mask.sum(1),
+        "ended": rollout.ended,
+    }
+    means = {}
+    for name, column in columns.items():
+        mean = distributed.sum(column.double().mean())
+        means[name] = mean.item() / distributed.world_size
+    return means
+
+
+def token_rewards(rollout, kl_coef):
+    """Return the reward of each token (B, R): minus its share of the KL, plus the score at the last
+    token."""
+    rewards = -kl_coef * rollout.kl
+    last = rollout.mask.sum(1) - 1  # (B,)
+    rewards[torch.arange(len(last)), last] += rollout.score
     return rewards
 
 
-def advantages_and_returns(rewards, values, mask, gamma, lam):
+def advantages_and_returns(rewards, values, mask, lam):
     """Return generalized advantage estimates (Schulman et al. 2016, arXiv 1506.02438) and the
-    targets of the values, (B, R) each. The value after a reply's last token is 0."""
+    targets of the values, (B, R) each; the discount is 1, the value after the last token 0."""
     advantages = torch.zeros_like(values)
     advantage = torch.zeros(len(values))  # (B,) of token t + 1
     next_value = torch.zeros(len(values))  # (B,)
     for t in reversed(range(values.size(1))):
         value = values[:, t]
-        delta = rewards[:, t] + gamma * next_value - value
-        advantage = (delta + gamma * lam * advantage) * mask[:, t]
+        delta = rewards[:, t] + next_value - value
+        advantage = (delta + lam * advantage) * mask[:, t]
         next_value = value * mask[:, t]
         advantages[:, t] = advantage
     returns = (advantages + values) * mask
@@ -208,12 +181,9 @@ def advantages_and_returns(rewards, values, mask, gamma, lam):
 def whiten(x, mask, distributed):
     """Return x with mean 0 and variance 1 over the reply tokens of all processes; 0 elsewhere."""
     x = x.double() * mask
-
-    # the mean and the variance from sums, so that every process has its part
-    sums = torch.stack([x.sum(), x.square().sum(), mask.sum()])
-    total, squares, n = distributed.sum(sums)
-    mean = total / n
-    variance = squares / n - mean.square()
+    n = distributed.sum(mask.sum())
+    mean = distributed.sum(x.sum()) / n
+    variance = distributed.sum(x.square().sum()) / n - mean.square()
     white = (x - mean) * (variance + 1e-8).rsqrt()
     return (white * mask).float()
 

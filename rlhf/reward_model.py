@@ -1,4 +1,4 @@
-"""The reward model: GPT-2 with a score in place of the head."""
+"""The reward model: GPT-2 with a score in place of the head; and how well scores rank."""
 
 import torch
 import torch.nn as nn
@@ -58,19 +58,27 @@ def load_reward_model(name, tokenizer, device, dtype=torch.float32, inference=Fa
 
     Raises ValueError if it is not a reward model or has another template.
     """
-    # scoring reads many tokens at once: on a CPU with bfloat16, it takes 0.75 of float16's time
-    if dtype == torch.float16 and device == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        dtype = torch.bfloat16
     try:
-        model, its_tokenizer = load_model(
+        model, trained_with = load_model(
             name, device, dtype, inference=inference, model_class=RewardModel
         )
     except (FileNotFoundError, NoScore) as error:
-        problem = "is not a reward model" if isinstance(error, NoScore) else "does not exist"
-        raise ValueError(f"reward={name} {problem}; make one with train_reward.py") from error
+        text = f"reward={name} is no reward model"
+        raise ValueError(f"{text}: make one with train_reward.py") from error
 
     # a model judges texts as it was trained to read them
-    if its_tokenizer.template != tokenizer.template:
-        templates = f"template {its_tokenizer.template}, the chat model in {tokenizer.template}"
+    if trained_with.template != tokenizer.template:
+        templates = f"template {trained_with.template}, the chat model in {tokenizer.template}"
         raise ValueError(f"reward={name} is in {templates}: train one in that template")
     return model.eval()
+
+
+def roc_auc(scores, labels):
+    """Return the area under the ROC curve of scores and 0/1 labels, (n,) each: the probability that
+    a kept reply has a higher score than another; ties count half."""
+    kept = scores[labels == 1]
+    others = scores[labels == 0].sort().values
+    below = torch.searchsorted(others, kept)  # other replies with a lower score, for each kept one
+    up_to = torch.searchsorted(others, kept, right=True)  # or the same score: half of these count
+    auc = (below + up_to).double() / (2 * len(others))
+    return auc.mean().item()

