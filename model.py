@@ -237,7 +237,6 @@ class GPT(nn.Module):
             return
         new = old.mean(0, keepdim=True).expand(vocab_size - len(old), -1)
         self.transformer.wte = nn.Embedding.from_pretrained(torch.cat([old, new]), freeze=False)
-        self.lm_head.out_features = vocab_size
         self.config.vocab_size = vocab_size
         self.tie_weights()
 

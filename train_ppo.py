@@ -16,9 +16,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from nanochatgpt.checkpoint import default_model, load_model, save_model
 from nanochatgpt.configurator import at_least, run
-from nanochatgpt.distributed import distribute, init_distributed, precision, seed_for
+from nanochatgpt.device import precision
+from nanochatgpt.distributed import distribute, init_distributed, seed_for
 from nanochatgpt.monitor import Log, StopSignal, Timer, time_left
-from nanochatgpt.optimizer import TrainConfig, check_train_config, make_adamw
+from nanochatgpt.optimizer import TrainConfig, make_adamw
 from nanochatgpt.prompts import sample_prompts
 from nanochatgpt.resume import Run
 from nanochatgpt.shards import find_shards, open_shard
@@ -57,21 +58,18 @@ class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scri
     eval_interval: int = 20
     eval_replies: int = 200  # replies to held-out prompts in an evaluation
 
-
-def check(config):
-    """Raise ValueError for a knob that is out of range."""
-    check_train_config(config)
-    at_least(1, config, "rollouts", "max_new_tokens", "max_prompt", "epochs", "eval_replies")
-    at_least(0, config, "value_coef", "lam", "kl_coef")
-    at_least(0.01, config, "temperature", "clip", "kl_target")
-    if config.rollouts % config.batch_size:
-        size = f"batch_size={config.batch_size}"
-        raise ValueError(f"rollouts={config.rollouts} is not a multiple of {size}")
+    def __post_init__(self):
+        """Raises ValueError for a value out of range."""
+        super().__post_init__()
+        at_least(1, self, "rollouts", "max_new_tokens", "max_prompt", "epochs", "eval_replies")
+        at_least(0, self, "value_coef", "lam", "kl_coef")
+        at_least(0.01, self, "temperature", "clip", "kl_target")
+        if self.rollouts % self.batch_size:
+            size = f"batch_size={self.batch_size}"
+            raise ValueError(f"rollouts={self.rollouts} is not a multiple of {size}")
 
 
 def main(config):
-    check(config)
-
     # 1. the processes, the precision
     distributed = init_distributed(config, "rollouts", "batch_size")
     world_size = distributed.world_size

@@ -9,29 +9,23 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from model import GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.configurator import at_least, run
-from nanochatgpt.distributed import distribute, init_distributed, precision, seed_for, synced_last
+from nanochatgpt.device import precision
+from nanochatgpt.distributed import distribute, init_distributed, seed_for, synced_last
 from nanochatgpt.huggingface import NoScore
 from nanochatgpt.monitor import DivergenceCheck, Log, StopSignal, Timer, time_left
-from nanochatgpt.optimizer import (
-    TrainConfig,
-    check_schedule,
-    check_train_config,
-    learning_rate,
-    make_adamw,
-)
+from nanochatgpt.optimizer import TrainConfig, check_schedule, learning_rate, make_adamw
 from nanochatgpt.resume import Run
 from nanochatgpt.shards import find_shards
 from nanochatgpt.tokenizer import Tokenizer
 from rlhf.dataset import ReplyDataset
-from rlhf.reward_model import RewardModel, roc_auc
+from rlhf.reward_model import RewardModel, reward_losses, roc_auc
 
-MUST_MATCH = ("dataset", "template", "block_size")  # in a resumed run
+MUST_MATCH = ("loss", "dataset", "template", "block_size")  # in a resumed run
 
 
 @dataclass
@@ -39,6 +33,7 @@ class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scri
     out_dir: str = "out/reward"
     dataset: str = "retry"
     template: str = ""  # how conversations are written; default: the model's own
+    loss: str = "labels"  # labels: cross-entropy; pairs: Bradley-Terry, chosen against rejected
     dropout: float = 0.1  # share of activations dropped in training
     # the batch
     batch_size: int = 16  # replies in a micro-batch, of similar length
@@ -56,13 +51,16 @@ class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scri
     eval_iters: int = 1000  # micro-batches in an evaluation, at most
     log_interval: int = 10  # log every N steps
 
-
-def check(config):
-    """Raise ValueError for a knob that is out of range."""
-    check_train_config(config)
-    check_schedule(config)
-    at_least(1, config, "block_size", "gradient_accumulation_steps", "eval_iters", "log_interval")
-    at_least(0, config, "max_epochs")
+    def __post_init__(self):
+        """Raises ValueError for a value out of range."""
+        super().__post_init__()
+        check_schedule(self)
+        at_least(1, self, "block_size", "gradient_accumulation_steps", "eval_iters", "log_interval")
+        at_least(0, self, "max_epochs")
+        if self.loss not in ("labels", "pairs"):
+            raise ValueError(f"loss={self.loss} is not one of labels, pairs")
+        if self.loss == "pairs" and self.batch_size % 2:
+            raise ValueError(f"batch_size={self.batch_size} splits a pair: make it even")
 
 
 def make_model(config, state, distributed):
@@ -96,8 +94,9 @@ def make_model(config, state, distributed):
 
 
 @torch.no_grad()
-def evaluate(model, batches, autocast):
-    """Return {val_loss in nats, accuracy, auc} over all replies of the batches."""
+def evaluate(model, batches, loss, autocast):
+    """Return {val_loss in nats, accuracy, auc} over all replies of the batches. accuracy: the share
+    of replies on the right side of 0, or of pairs in order."""
     model.eval()
     scores = []
     for idx, lengths, _ in batches:
@@ -106,14 +105,17 @@ def evaluate(model, batches, autocast):
     model.train()
     scores = torch.cat(scores)  # (n,)
     labels = torch.cat([y for _, _, y in batches])
-    loss = F.binary_cross_entropy_with_logits(scores, labels)
-    accuracy = ((scores > 0) == labels.bool()).float().mean()
-    return {"val_loss": loss.item(), "accuracy": accuracy.item(), "auc": roc_auc(scores, labels)}
+    losses = reward_losses(scores, labels, loss)
+    # a coin gives a loss of log 2, and what is better than a coin is right
+    right = (losses < math.log(2)).float()
+    return {
+        "val_loss": losses.mean().item(),
+        "accuracy": right.mean().item(),
+        "auc": roc_auc(scores, labels),
+    }
 
 
 def main(config):
-    check(config)
-
     # 1. the processes, the precision
     distributed = init_distributed(config, "gradient_accumulation_steps")
     rank = distributed.rank
@@ -170,7 +172,7 @@ def main(config):
     for it in range(state["iter"], config.max_iters + 1):
         # evaluate; save the best weights in out_dir, the latest in out_dir/last
         if it % config.eval_interval == 0 or it == config.max_iters:
-            metrics = evaluate(raw_model, val_batches, autocast)
+            metrics = evaluate(raw_model, val_batches, config.loss, autocast)
             val_loss = metrics["val_loss"]
             divergence.check("validation loss", val_loss, it, best_val_loss)
             if distributed.master:
@@ -185,12 +187,12 @@ def main(config):
         if it == config.max_iters:
             break
 
-        # read this step's micro-batches; sum the number of replies over all processes, and the stop
+        # read this step's micro-batches; sum the number of losses over all processes, and the stop
         # flag rides along
         first = it * config.gradient_accumulation_steps
         steps = range(rank, config.gradient_accumulation_steps, world_size)
         batches = [train.batch(first + step, device) for step in steps]
-        n = sum(len(y) for _, _, y in batches)
+        n = sum(len(y) // train.group_size for _, _, y in batches)  # losses
         total, stopping = distributed.sum(torch.tensor([n, int(stop.asked)])).tolist()
         if stopping:
             training_run.save(raw_model, raw_model, iter=it, best_val_loss=best_val_loss)
@@ -205,12 +207,12 @@ def main(config):
         # dropout is a function of (seed, step, rank), as the data is: there is no RNG state to save
         torch.manual_seed(seed_for(config.seed, it, rank))
 
-        # the loss: the sum over the replies of all micro-batches, divided by their number
+        # the loss: the sum over the replies or pairs of all micro-batches, divided by their number
         step_loss = torch.zeros((), device=device)
         for idx, lengths, y in synced_last(model, batches):
             with autocast:
                 scores = model(idx, lengths)
-            loss = F.binary_cross_entropy_with_logits(scores, y, reduction="sum") / total
+            loss = reward_losses(scores, y, config.loss).sum() / total
             scaler.scale(loss * world_size).backward()  # DDP averages gradients; we want their sum
             step_loss += loss.detach()
 
@@ -227,7 +229,7 @@ def main(config):
             loss = distributed.sum(step_loss).item()
             seconds = timer.seconds_per_step(it + 1)
             if distributed.master:
-                rate = total / seconds
+                rate = total * train.group_size / seconds
                 log(iter=it + 1, loss=loss, lr=lr, grad_norm=norm.item(), replies_per_s=rate)
                 left = time_left(seconds * (config.max_iters - it - 1))
                 text = f"iter {it + 1}/{config.max_iters}: loss {loss:.4f}, lr {lr:.2e}"

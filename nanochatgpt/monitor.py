@@ -92,7 +92,8 @@ class DivergenceCheck:
             remedy = (
                 "lower learning_rate, or raise warmup_iters; the saved checkpoints predate this"
             )
-            raise ValueError(f"the {name} is {value:.4g} at iter {it}{before}: {remedy}")
+            problem = f"the {name} is {value:.4g} at iter {it}{before}: training diverges"
+            raise ValueError(f"{problem}\n{remedy}")
         history.append(value)  # only values that passed the check
 
 

@@ -17,9 +17,11 @@ class ReplyDataset:
     """The replies of a split; a batch is a pure function of the seed and the batch's number."""
 
     def __init__(self, shards, tokenizer, config):
-        """shards: [(path, share)], as find_shards returns them. Raises ValueError for shards in
-        another template, with unknown tokens, or without labels."""
+        """shards: [(path, share)], as find_shards returns them. With config.loss=pairs, a chosen
+        reply and the rejected one after it stay together. Raises ValueError for shards in another
+        template, with unknown tokens, or without such labels."""
         self.config = config
+        self.group_size = 2 if config.loss == "pairs" else 1  # replies that stay together
         self.tokenizer = tokenizer
         self.texts = []  # ids of each, uint16 on the disk
         labels = []
@@ -37,6 +39,9 @@ class ReplyDataset:
         self.labels = np.array(labels)  # (n,) bool: was the reply kept?
         if self.labels.all() or not self.labels.any():
             raise ValueError(f"{path} lacks kept or other replies: make it with prepare/retry.py")
+        chosen = self.labels[:: self.group_size]
+        if self.group_size == 2 and not (chosen.all() and len(chosen) == (~self.labels).sum()):
+            raise ValueError(f"{path} is not chosen and rejected replies in turn: use loss=labels")
         lengths = [len(text) for text in self.texts]
         self.lengths = np.minimum(lengths, config.block_size)  # (n,) tokens that are scored
         self.n_batches = math.ceil(len(lengths) / config.batch_size)  # per epoch
@@ -46,7 +51,8 @@ class ReplyDataset:
         """Return (idx (b, T) int64, lengths (b,) int64, labels (b,) float32) of batch `number`."""
         # every epoch has its own order
         epoch, batch = divmod(number, self.n_batches)
-        indices = self._batches(epoch)[batch]  # (b,)
+        first = self._batches(epoch)[batch] * self.group_size  # the first reply of each group
+        indices = (first[:, None] + np.arange(self.group_size)).flatten()  # (b,)
         rows = []
         for i in indices:
             ids = self.texts[i].tolist()
@@ -56,16 +62,17 @@ class ReplyDataset:
         return idx, lengths, labels
 
     def _batches(self, epoch):
-        """Return the batches of an epoch, arrays of indices."""
+        """Return the batches of an epoch, arrays of group numbers."""
         rng = np.random.default_rng((self.config.seed, epoch))
-        order = rng.permutation(len(self.labels))
-        size = self.config.batch_size
+        longest = self.lengths.reshape(-1, self.group_size).max(1)  # tokens, of each group
+        order = rng.permutation(len(longest))
+        size = self.config.batch_size // self.group_size  # groups per batch
 
         # sort each pool by length and cut it into batches
         batches = []
         for start in range(0, len(order), POOL * size):
             pool = order[start : start + POOL * size]
-            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
+            pool = pool[np.argsort(longest[pool], kind="stable")]
             batches += np.split(pool, range(size, len(pool), size))
 
         # the batches of all pools in random order

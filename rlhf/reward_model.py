@@ -1,4 +1,4 @@
-"""The reward model: GPT-2 with a score in place of the head; and how well scores rank."""
+"""The reward model: GPT-2 with a score in place of the head; its loss, and how well it ranks."""
 
 import torch
 import torch.nn as nn
@@ -71,6 +71,18 @@ def load_reward_model(name, tokenizer, device, dtype=torch.float32, inference=Fa
         templates = f"template {trained_with.template}, the chat model in {tokenizer.template}"
         raise ValueError(f"reward={name} is in {templates}: train one in that template")
     return model.eval()
+
+
+def reward_losses(scores, labels, loss):
+    """Return the losses in nats of replies (B,) or pairs (B / 2,) from scores and labels (B,).
+
+    labels: binary cross-entropy. pairs: -log of the probability that the chosen reply is better,
+    sigmoid of the difference (Bradley and Terry 1952); the chosen reply of each pair comes first.
+    """
+    if loss == "pairs":
+        margin = scores[::2] - scores[1::2]  # (B / 2,)
+        return -F.logsigmoid(margin)
+    return F.binary_cross_entropy_with_logits(scores, labels, reduction="none")
 
 
 def roc_auc(scores, labels):

@@ -1,5 +1,7 @@
 """The reward trainer: batches, resuming, and what it refuses."""
 
+import contextlib
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from nanochatgpt.configurator import parse
 from nanochatgpt.shards import ShardWriter
 from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer
 from rlhf.dataset import ReplyDataset
-from rlhf.reward_model import RewardModel, roc_auc
+from rlhf.reward_model import RewardModel, reward_losses, roc_auc
 from rlhf.scoring import score_replies, score_texts, scored_ids
 
 TOKENIZER = Tokenizer()
@@ -30,13 +32,14 @@ TINY |= {"gradient_accumulation_steps": 2, "max_iters": 8, "learning_rate": 0.01
 TINY |= {"warmup_iters": 2, "eval_interval": 4, "log_interval": 2}
 
 
-def replies(n, seed=0):
+def replies(n, seed=0, pairs=False):
     """Return n labelled conversations: kept replies have other words, but not another length."""
     draw = np.random.default_rng(seed)
     labelled = []
-    for _ in range(n):
-        kept = bool(draw.integers(2))
-        question = f"is it {['red', 'blue', 'green', 'white'][draw.integers(4)]} now"
+    for i in range(n):
+        kept = i % 2 == 0 if pairs else bool(draw.integers(2))
+        if not (pairs and i % 2):  # the same question for both of a pair
+            question = f"is it {['red', 'blue', 'green', 'white'][draw.integers(4)]} now"
         words = draw.choice(["yes", "sure"] if kept else ["no", "never"], draw.integers(1, 6))
         labelled.append(([("user", question), ("assistant", " ".join(words))], kept))
     return labelled
@@ -52,10 +55,11 @@ def write_replies(folder, split, labelled):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A folder with the dataset `retry` and a GPT to start from."""
+    """A folder with the datasets `retry`, of labels, and `pairs`, and a GPT to start from."""
     home = tmp_path_factory.mktemp("reward")
-    write_replies(home / "data" / "retry", "train", replies(400, 1))
-    write_replies(home / "data" / "retry", "val", replies(80, 2))
+    for name, pairs in (("retry", False), ("pairs", True)):
+        write_replies(home / "data" / name, "train", replies(400, 1, pairs))
+        write_replies(home / "data" / name, "val", replies(80, 2, pairs))
     torch.manual_seed(0)
     save_model(GPT(GPTConfig(64, **SHAPE)), TOKENIZER, home / "start")
     return home
@@ -67,7 +71,7 @@ def folder(tmp_path, shared, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     Path("data").mkdir()
-    for name in ("data/retry", "start"):
+    for name in ("data/retry", "data/pairs", "start"):
         Path(name).symlink_to(shared / name)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -81,8 +85,8 @@ def fit(**knobs):
     return Path(config.out_dir)
 
 
-def dataset(path="data/retry/train.bin", block_size=48):
-    config = SimpleNamespace(block_size=block_size, batch_size=8, seed=0)
+def dataset(path="data/retry/train.bin", block_size=48, loss="labels"):
+    config = SimpleNamespace(block_size=block_size, batch_size=8, seed=0, loss=loss)
     return ReplyDataset([(path, 1.0)], TOKENIZER, config)
 
 
@@ -90,7 +94,28 @@ def evaluations(out):
     return [record for record in records(out) if "val_loss" in record]
 
 
-# ---- scores
+# ---- losses and scores
+
+
+def test_losses_by_hand():
+    scores = torch.tensor([1.0, -2.0, 0.5, 0.5])
+    labels = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    by_label = [math.log(1 + math.exp(-x)) for x in (1, 2, 0.5, -0.5)]
+    by_pair = [math.log(1 + math.exp(-3)), math.log(2)]
+    assert reward_losses(scores, labels, "labels").tolist() == pytest.approx(by_label)
+    assert reward_losses(scores, labels, "pairs").tolist() == pytest.approx(by_pair)
+
+
+def test_accuracy_is_the_share_on_the_right_side_or_of_pairs_in_order():
+    def score(idx, lengths):
+        return idx[:, 0].float()
+
+    scorer = type("Scorer", (torch.nn.Module,), {"forward": lambda self, *args: score(*args)})()
+    idx = torch.tensor([[2], [-1], [-1], [3]])
+    batches = [(idx, torch.ones(4), torch.tensor([1.0, 0.0, 1.0, 0.0]))]
+    for loss in ("labels", "pairs"):
+        metrics = train_reward.evaluate(scorer, batches, loss, contextlib.nullcontext())
+        assert metrics["accuracy"] == 0.5 and metrics["auc"] == pytest.approx(1.5 / 4)
 
 
 def test_auc_is_the_share_of_pairs_in_order():
@@ -167,8 +192,18 @@ def test_the_end_of_a_long_text_is_what_is_scored():
 # ---- runs
 
 
-def test_it_learns_which_replies_are_kept():
-    out = fit(max_iters=40, eval_interval=40)
+def test_pairs_stay_together():
+    data = dataset("data/pairs/train.bin", loss="pairs")
+    for number in range(data.n_batches):
+        idx, _, labels = data.batch(number, "cpu")
+        questions = [TOKENIZER.decode(ids.tolist()).split("[Bot]:")[0] for ids in idx]
+        assert questions[::2] == questions[1::2]
+        assert labels[::2].all() and not labels[1::2].any()
+
+
+@pytest.mark.parametrize(("name", "loss"), [("retry", "labels"), ("pairs", "pairs")])
+def test_it_learns_which_replies_are_kept(name, loss):
+    out = fit(dataset=name, loss=loss, max_iters=40, eval_interval=40)
     last = evaluations(out)[-1]
     assert last["auc"] > 0.95 and last["accuracy"] > 0.9 and 0.5 <= last["length_auc"] < 0.65
     assert last["val_loss"] < 0.3
@@ -253,6 +288,9 @@ def test_a_shard_with_unknown_tokens_is_refused(tmp_path):
     [
         ({"lr_schedule": "step"}, ["lr_schedule=step"]),
         ({"batch_size": 0}, ["batch_size=0"]),
+        ({"loss": "both"}, ["loss=both", "labels", "pairs"]),
+        ({"batch_size": 7, "loss": "pairs"}, ["batch_size=7"]),
+        ({"loss": "pairs"}, ["data/retry/train.bin", "loss=labels"]),
         ({"block_size": 65}, ["block_size=65", "64"]),
         ({"dataset": "nowhere"}, ["data/nowhere/train*.bin"]),
         ({"dataset": "text"}, ["data/text/train.bin", "prepare/retry.py"]),
