@@ -8,6 +8,7 @@ import random
 import re
 import resource
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from nanochatgpt.tokenizer import Tokenizer
 from prepare.render import render_batch
 
 ROOT = Path(__file__).resolve().parents[1]
+os.fsync = lambda file: None  # waits for the disk, and no test cuts the power
 os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 settings.register_profile(
     "fuzz", max_examples=10_000
@@ -126,26 +128,10 @@ def small_talk(n, seed=0):
     """Return n conversations of 1 to 4 exchanges, some with a persona, in a vocabulary that a small
     model can learn."""
     choose = random.Random(seed)
-    words = [
-        "hello",
-        "how",
-        "are",
-        "you",
-        "i",
-        "am",
-        "fine",
-        "like",
-        "tea",
-        "the",
-        "dog",
-        "runs",
-        "home",
-        "what",
-        "now",
-    ]
+    text = "hello how are you i am fine like tea the dog runs home what now"
 
     def say():
-        return " ".join(choose.choices(words, k=choose.randint(1, 12)))
+        return " ".join(choose.choices(text.split(), k=choose.randint(1, 12)))
 
     conversations = []
     for _ in range(n):
@@ -270,10 +256,16 @@ def chat_server(serving):
         yield server
 
 
+@pytest.fixture(scope="session")
+def talk_shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("talk")
+    return write_shards(folder, small_talk(60, seed=1), small_talk(10, seed=2))
+
+
 @pytest.fixture
-def data_dir(tmp_path):
+def data_dir(tmp_path, talk_shards):
     """A data/ folder with one dataset, `talk`, of 60 conversations to train on and 10 held out."""
-    write_shards(tmp_path / "data" / "talk", small_talk(60, seed=1), small_talk(10, seed=2))
+    shutil.copytree(talk_shards, tmp_path / "data" / "talk")
     return tmp_path / "data"
 
 

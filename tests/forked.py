@@ -83,11 +83,15 @@ class Forked:
     def stderr(self):
         return self.streams[2].read_text(encoding="utf-8")
 
+    @property
+    def running(self):
+        return self.process.is_alive()
+
     def until(self, text, timeout=60):
         """Wait until it has printed `text`."""
         deadline = time.monotonic() + timeout
         while text not in self.stdout:
-            assert self.process.is_alive(), self.stdout + self.stderr
+            assert self.running, self.stdout + self.stderr
             assert time.monotonic() < deadline, self.stdout + self.stderr
             time.sleep(0.01)
 
