@@ -2,13 +2,12 @@
 the other rows are."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from forked import Forked
 
 from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
@@ -257,6 +256,7 @@ def test_without_inference_or_in_float32_the_model_is_plain_and_can_be_trained_a
 
 
 PEAK = """
+import ctypes
 import re
 import sys
 from pathlib import Path
@@ -269,6 +269,9 @@ def peak():  # not ru_maxrss: that begins with the memory of the process which s
     return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 
 huggingface.read_tokenizer = lambda directory: SimpleNamespace(n_vocab=1)  # takes memory too
+# what is freed goes back at once: how much glibc's heap would keep differs from run to run
+M_MMAP_THRESHOLD = -3
+ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
 tiny, directory = sys.argv[1:]
 for dtype in (torch.float32, torch.int8):  # in this order: after packing, glibc keeps what is freed
     load_model(tiny, dtype=dtype, inference=True)  # loads the kernels: some 100 MB
@@ -285,10 +288,7 @@ def test_loading_never_holds_a_second_copy_of_the_weights(tmp_path):
     # 28M parameters, and no tensor has more than a tenth of them
     save_model(GPT(GPTConfig(1024, 4000, 8, 8, 512)), Tokenizer(), tmp_path / "deep")
     size = (tmp_path / "deep" / "model.safetensors").stat().st_size
-    command = [sys.executable, "-c", PEAK, tmp_path / "tiny", tmp_path / "deep"]
-    # what is freed goes back at once: how much glibc's heap would keep differs from run to run
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+    done = Forked(["-c", PEAK, tmp_path / "tiny", tmp_path / "deep"], ROOT).wait()
     assert done.returncode == 0, done.stderr
     float32, int8 = (int(line) / size for line in done.stdout.split())
     # a quarter, half of the embedding, and three of the largest tensor in passing; with the float32

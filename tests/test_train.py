@@ -106,9 +106,8 @@ def assert_close_weights(ours, theirs, atol):
     assert ours.keys() == theirs.keys()
     for name in ours:
         a, b = ours[name], theirs[name]
-        if name.endswith(
-            "c_attn.bias"
-        ):  # the gradient of the keys' biases is 0 but for rounding: Adam makes noise of it
+        # the gradient of the keys' biases is 0 but for rounding: Adam makes noise of it
+        if name.endswith("c_attn.bias"):
             a, b = (torch.cat([bias[:32], bias[64:]]) for bias in (a, b))
         torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
@@ -200,14 +199,13 @@ def test_the_steps_give_the_losses_and_weights_of_a_plain_transformers_loop(
     if talk:
         write_shards("data/talk", talk(), small_talk(10))
     hf_gpt2(n_positions=32).save_pretrained("start")
-    knobs = {"init_from": "start", "max_iters": 10, "min_lr": 0.001, "weight_decay": 0.5}
-    config = tiny(batch_size=batch_size, **knobs)
+    knobs = {"max_iters": 10, "learning_rate": 0.005, "min_lr": 0.001, "weight_decay": 0.5}
+    config = tiny(init_from="start", batch_size=batch_size, seed=1, **knobs)
     counts = supervised_counts(config)
     assert (counts[:, 0] != counts[:, 1]).any()
     if talk:
-        assert (counts == 0).any() and (
-            counts.sum(1) == 0
-        ).any()  # a micro-batch without, and a whole step without
+        assert (counts.sum(1) == 0).any()  # a whole step without supervised tokens
+        assert ((counts == 0).any(1) & (counts.sum(1) > 0)).any()  # and one micro-batch
     train.main(config)
 
     model = GPT2LMHeadModel.from_pretrained("start").eval()  # eval: its config has dropout
@@ -224,9 +222,9 @@ def test_the_steps_give_the_losses_and_weights_of_a_plain_transformers_loop(
         loss = total / max(supervised, 1)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        cosine = 0.001 + 0.009 * (1 + math.cos(math.pi * (it - 3) / 7)) / 2
+        cosine = 0.001 + 0.004 * (1 + math.cos(math.pi * (it - 3) / 7)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = 0.01 * (it + 1) / 4 if it < 3 else cosine
+            group["lr"] = 0.005 * (it + 1) / 4 if it < 3 else cosine
         optimizer.step()
         optimizer.zero_grad()
         expected.append(loss.item())
