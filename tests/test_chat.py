@@ -1,5 +1,6 @@
 """chat.py and sample.py: piped, at a terminal, and with a model whose every word is given."""
 
+import functools
 import io
 import os
 import random
@@ -19,7 +20,7 @@ import chat
 import sample
 from model import GPT, GPTConfig
 from nanochatgpt import configurator, engine
-from nanochatgpt.checkpoint import save_model
+from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.tokenizer import Tokenizer
 from prepare import jsonl
 
@@ -27,9 +28,14 @@ TOKENS = {Tokenizer().token_bytes(i): i for i in range(50256)}
 COMMANDS = ("/help", "/reset", "/persona", "/retry", "/save", "/quit")
 
 
+load_once = functools.cache(load_model)  # chats do not change their model
+
+
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch, tmp_path):
     """In an empty folder; on one thread, since a tiny model is faster so."""
+    monkeypatch.setattr(chat, "load_model", load_once)
+    monkeypatch.setattr(sample, "load_model", load_once)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
@@ -423,11 +429,10 @@ class Terminal:
     """chat.py in a process of its own, at a terminal."""
 
     def __init__(self, *arguments):
-        self.screen, side = os.openpty()
-        self.process = Forked(
-            ["chat.py", *arguments], Path.cwd(), {"TERM": "dumb"}, terminal=os.ttyname(side)
-        )
-        os.close(side)
+        self.screen, self.side = os.openpty()
+        command = ["chat.py", *arguments]
+        env = {"TERM": "dumb"}
+        self.process = Forked(command, Path.cwd(), env, terminal=os.ttyname(self.side))
         self.shown = b""
 
     def type(self, text):
@@ -449,6 +454,7 @@ def terminal(directory):
     yield terminal
     terminal.process.kill()
     os.close(terminal.screen)
+    os.close(terminal.side)
 
 
 def test_a_reply_streams_ctrl_c_cuts_it_short_the_chat_goes_on_and_ctrl_d_ends_it(terminal):
