@@ -2,6 +2,7 @@
 the other rows are."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ def test_a_row_of_zeros_among_others_gives_the_bias(Linear):
 # whole models
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small():
     """A model with weights that are large enough for distributions far from even."""
     torch.manual_seed(0)
@@ -187,10 +188,11 @@ def small():
     return model
 
 
-@pytest.fixture
-def directory(small, tmp_path):
-    save_model(small, Tokenizer(), tmp_path / "small")
-    return str(tmp_path / "small")
+@pytest.fixture(scope="module")
+def directory(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    save_model(small, Tokenizer(), folder)
+    return str(folder)
 
 
 IDX = torch.randint(0, 50257, (3, 30), generator=torch.Generator().manual_seed(5))
@@ -229,10 +231,11 @@ def test_a_packed_model_has_the_same_shape_and_nothing_to_train_or_save(
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
 @torch.inference_mode()
-def test_what_becomes_of_the_file_does_not_reach_the_model(directory, dtype):
-    model = load_model(directory, dtype=dtype, inference=True)[0].eval()
+def test_what_becomes_of_the_file_does_not_reach_the_model(directory, tmp_path, dtype):
+    folder = shutil.copytree(directory, tmp_path / "copy")
+    model = load_model(str(folder), dtype=dtype, inference=True)[0].eval()
     before = model(IDX)[0].clone()
-    with open(directory + "/model.safetensors", "rb+") as file:
+    with open(folder / "model.safetensors", "rb+") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(size // 2)
         file.write(bytes(size - size // 2))
