@@ -33,12 +33,10 @@ from prepare.render import render_batch
 ROOT = Path(__file__).resolve().parents[1]
 os.fsync = lambda file: None  # waits for the disk, and no test cuts the power
 os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-settings.register_profile(
-    "fuzz", max_examples=10_000
-)  # pytest --hypothesis-profile=fuzz tests/test_fuzz.py
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a background job ignores Ctrl-C, and so would its children
+# pytest --hypothesis-profile=fuzz tests/test_fuzz.py
+settings.register_profile("fuzz", max_examples=10_000)
+# a background job ignores Ctrl-C, and so would its children
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -62,15 +60,8 @@ def script(tmp_path):
     def run(name, *args, input=None, env=None, timeout=120):
         command = [sys.executable, str(ROOT / name), *map(str, args)]
         env = os.environ | {"HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""} | (env or {})
-        return subprocess.run(
-            command,
-            input=input or "",
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=env,
-            timeout=timeout,
-        )
+        options = {"capture_output": True, "text": True, "timeout": timeout}
+        return subprocess.run(command, input=input or "", cwd=tmp_path, env=env, **options)
 
     return run
 

@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ processes.set_forkserver_preload(["forked", *LIBRARIES.split()])
 
 def start_server():
     """Start the process to fork from, if there is none."""
-    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])  # for `forked`
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with patch.dict(os.environ, environment):
         forkserver.ensure_running()
@@ -38,19 +39,19 @@ def be_python(argv, cwd, env, streams):
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False, errors="backslashreplace")
 
+    # its environment, its folder, and imports from nowhere else in the project
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
     sys.path[:] = [path for path in sys.path if path not in ("", str(ROOT), str(ROOT / "tests"))]
-    script = argv[0]
-    sys.argv = argv
-    if script == "-c":
-        sys.path.insert(0, "")
+    if argv[0] == "-c":
         sys.argv = ["-c", *argv[2:]]
+        sys.path.insert(0, "")
         exec(argv[1], {"__name__": "__main__"})
     else:
-        sys.path.insert(0, str(Path(script).parent))
-        runpy.run_path(script, run_name="__main__")
+        sys.argv = argv
+        sys.path.insert(0, str(Path(argv[0]).parent))
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 class Forked:
@@ -109,3 +110,16 @@ class Forked:
     def kill(self):
         self.process.kill()
         self.process.join()
+
+
+def two_ranks(command, cwd):
+    """Start a script in two processes with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank in "01":
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks.append(Forked(command, cwd, env))
+    return ranks

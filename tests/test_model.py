@@ -27,9 +27,8 @@ def hf_model(hf_gpt2):
 
     def make(**shape):
         model = hf_gpt2(**shape)
-        model.set_attn_implementation(
-            "eager"
-        )  # their own matrix products, not the kernel that we call
+        # their own matrix products, not the kernel that we call
+        model.set_attn_implementation("eager")
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p), alpha=0.05)
@@ -205,12 +204,10 @@ def test_the_logits_of_packed_rows_are_those_of_the_conversations_one_by_one(
     with torch.no_grad():
         logits = ours_either_way(hf)(idx, documents=DOCUMENTS)[0]
         expected = [hf(x[None]).logits[0] for x, _ in each]
-    found = [
-        part
-        for row, lengths in zip(logits, ROWS, strict=True)
-        for part in row[: sum(lengths)].split(lengths)
-    ]
-    for ours_, theirs in zip(found, expected, strict=True):
+    parts = []
+    for row, lengths in zip(logits, ROWS, strict=True):
+        parts += row[: sum(lengths)].split(lengths)
+    for ours_, theirs in zip(parts, expected, strict=True):
         torch.testing.assert_close(ours_, theirs, atol=1e-4, rtol=0)
 
 

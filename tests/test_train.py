@@ -1,5 +1,5 @@
-"""Training: beside a plain transformers loop, interrupted and resumed, killed, on two processes,
-and asked wrongly."""
+"""Training: compared with a plain transformers loop, interrupted and resumed, killed, on two
+processes, and with wrong knobs."""
 
 import functools
 import io
@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ from conftest import (
     small_talk,
     write_shards,
 )
-from forked import Forked
+from forked import Forked, two_ranks
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
@@ -113,9 +112,10 @@ def assert_close_weights(ours, theirs, atol):
 
 
 def without_speeds(records):
-    return [
-        {k: v for k, v in record.items() if k not in ("tokens_per_s", "mfu")} for record in records
-    ]
+    for record in records:
+        record.pop("tokens_per_s", None)
+        record.pop("mfu", None)
+    return records
 
 
 def run_script(monkeypatch, capfd, **knobs):
@@ -452,14 +452,7 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 def fit_on_two(stop_after="", **knobs):
     """Train on two processes, as torchrun starts them, until rank 0 prints `stop_after` or to the
     end; return what rank 0 prints."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        env["MASTER_PORT"] = str(free.getsockname()[1])
-    ranks = []
-    for rank in "01":
-        env |= {"RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(Forked(["-c", TRAIN, *arguments(**knobs)], Path.cwd(), env))
+    ranks = two_ranks(["-c", TRAIN, *arguments(**knobs)], Path.cwd())
     try:
         if stop_after:
             ranks[0].until(stop_after)
@@ -601,11 +594,10 @@ def test_metrics_are_one_json_object_a_line_with_the_keys_that_others_rely_on(un
     assert len(steps) + len(evaluations) == len(lines)
     assert [record["iter"] for record in steps] == list(range(1, 13))
     assert [record["iter"] for record in evaluations] == [0, 5, 10, 12]
-    assert all(
-        record.keys() >= {"iter", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"}
-        for record in steps
-    )
-    assert all(record.keys() >= {"iter", "train_loss", "val_loss"} for record in evaluations)
+    for record in steps:
+        assert record.keys() >= {"iter", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"}
+    for record in evaluations:
+        assert record.keys() >= {"iter", "train_loss", "val_loss"}
     assert [r["lr"] for r in steps] == [train.learning_rate(tiny(), it) for it in range(12)]
     assert all(record["tokens_per_s"] > 0 and record["mfu"] is None for record in steps)
     assert all(0 < record["grad_norm"] < math.inf for record in steps)
@@ -631,10 +623,9 @@ def test_the_screen_shows_each_logged_step_each_evaluation_and_a_sampled_reply(c
 @pytest.fixture
 def overfitting():
     """Knobs of a run whose validation loss falls, then rises."""
-    other_words = [
-        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "purple zebra!"}]
-    ] * 30
-    write_shards("data/other", small_talk(60, seed=1), other_words)
+    other_words = [{"role": "user", "content": "hi"}]
+    other_words.append({"role": "assistant", "content": "purple zebra!"})
+    write_shards("data/other", small_talk(60, seed=1), [other_words] * 30)
     return {"dataset": "other", "eval_interval": 4, "learning_rate": 0.03}
 
 
@@ -665,24 +656,15 @@ def test_a_resumed_run_does_not_forget_which_weights_were_best(
 def test_what_was_trained_loads_in_transformers_and_talks(uninterrupted, monkeypatch, capsys):
     out = uninterrupted(dropout=0.1)
     messages = [{"role": "user", "content": "hello"}]
-    prompt = AutoTokenizer.from_pretrained(out).apply_chat_template(
-        messages, add_generation_prompt=True
-    )
-    assert prompt["input_ids"] == Tokenizer().render(messages, add_generation_prompt=True)[0]
-    reply = GPT2LMHeadModel.from_pretrained(out).generate(
-        torch.tensor([prompt["input_ids"]]), max_new_tokens=8, do_sample=False
-    )[0, len(prompt["input_ids"]) :]
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert prompt == Tokenizer().render(messages, add_generation_prompt=True)[0]
+    hf = GPT2LMHeadModel.from_pretrained(out)
+    reply = hf.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
     capsys.readouterr()
-    chat.main(
-        chat.Config(
-            init_from=str(out),
-            max_new_tokens=8,
-            temperature=0,
-            frequency_penalty=0,
-            device="cpu",
-        )
-    )
+    greedy = {"temperature": 0, "frequency_penalty": 0, "max_new_tokens": 8}
+    chat.main(chat.Config(init_from=str(out), device="cpu", **greedy))
     expected = Tokenizer().decode([token for token in reply.tolist() if token != 50256]).split()
     assert capsys.readouterr().out.split() == ["Bot:", *expected]
 
@@ -704,12 +686,8 @@ def test_weights_and_biases_gets_the_run_when_switched_on(monkeypatch):
     wandb.finish()
     wandb.teardown()  # ends its service, which writes
     (logged,) = Path("wandb").glob("offline-run-*/run-*.wandb")
-    for word in (
-        "my first run",
-        "learning_rate",
-        *records(Path("out"))[0],
-        *records(Path("out"))[1],
-    ):
+    first, second, *_ = records("out")
+    for word in ("my first run", "learning_rate", *first, *second):
         assert word.encode() in logged.read_bytes()
 
 
@@ -763,10 +741,7 @@ def test_a_dataset_with_a_share_gives_an_epoch_that_share_of_its_rows(capsys):
 
 @pytest.mark.parametrize("share", ["0", "-1", "half", "nan", "inf"])
 def test_a_share_that_is_no_positive_number_is_refused_by_name(share, monkeypatch, capfd):
-    assert_refused(
-        run_script(monkeypatch, capfd, dataset=f"talk:1,more:{share}"),
-        f"more:{share}",
-    )
+    assert_refused(run_script(monkeypatch, capfd, dataset=f"talk:1,more:{share}"), f"more:{share}")
 
 
 def test_a_context_too_short_for_the_sampled_reply_trains():
@@ -784,14 +759,10 @@ def test_a_model_that_is_trained_further_keeps_its_template():
 
 def test_a_shape_that_the_model_has_not_is_refused(monkeypatch, capfd):
     fit(max_iters=0)
-    done = run_script(monkeypatch, capfd, init_from="out/last", out_dir="other", n_layer=3)
+    knobs = {"init_from": "out/last", "out_dir": "other", "max_iters": 0}
+    done = run_script(monkeypatch, capfd, **knobs, n_layer=3)
     assert_refused(done, "n_layer=3", "out/last")
-    assert (
-        run_script(
-            monkeypatch, capfd, init_from="out/last", out_dir="other", max_iters=0
-        ).returncode
-        == 0
-    )
+    assert run_script(monkeypatch, capfd, **knobs).returncode == 0
 
 
 @pytest.mark.slow
