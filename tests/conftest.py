@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,13 +32,12 @@ from nanochatgpt.tokenizer import Tokenizer
 from prepare.render import render_batch
 
 ROOT = Path(__file__).resolve().parents[1]
+os.fsync = lambda file: None  # waits for the disk, and no test cuts the power
 os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-settings.register_profile(
-    "fuzz", max_examples=10_000
-)  # pytest --hypothesis-profile=fuzz tests/test_fuzz.py
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a background job ignores Ctrl-C, and so would its children
+# pytest --hypothesis-profile=fuzz tests/test_fuzz.py
+settings.register_profile("fuzz", max_examples=10_000)
+# a background job ignores Ctrl-C, and so would its children
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -61,15 +61,8 @@ def script(tmp_path):
     def run(name, *args, input=None, env=None, timeout=120):
         command = [sys.executable, str(ROOT / name), *map(str, args)]
         env = os.environ | {"HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""} | (env or {})
-        return subprocess.run(
-            command,
-            input=input or "",
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=env,
-            timeout=timeout,
-        )
+        options = {"capture_output": True, "text": True, "timeout": timeout}
+        return subprocess.run(command, input=input or "", cwd=tmp_path, env=env, **options)
 
     return run
 
@@ -127,26 +120,10 @@ def small_talk(n, seed=0):
     """Return n conversations of 1 to 4 exchanges, some with a persona, in a vocabulary that a small
     model can learn."""
     choose = random.Random(seed)
-    words = [
-        "hello",
-        "how",
-        "are",
-        "you",
-        "i",
-        "am",
-        "fine",
-        "like",
-        "tea",
-        "the",
-        "dog",
-        "runs",
-        "home",
-        "what",
-        "now",
-    ]
+    text = "hello how are you i am fine like tea the dog runs home what now"
 
     def say():
-        return " ".join(choose.choices(words, k=choose.randint(1, 12)))
+        return " ".join(choose.choices(text.split(), k=choose.randint(1, 12)))
 
     conversations = []
     for _ in range(n):
@@ -276,10 +253,16 @@ def chat_server(serving):
         yield server
 
 
+@pytest.fixture(scope="session")
+def talk_shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("talk")
+    return write_shards(folder, small_talk(60, seed=1), small_talk(10, seed=2))
+
+
 @pytest.fixture
-def data_dir(tmp_path):
+def data_dir(tmp_path, talk_shards):
     """A data/ folder with one dataset, `talk`, of 60 conversations to train on and 10 held out."""
-    write_shards(tmp_path / "data" / "talk", small_talk(60, seed=1), small_talk(10, seed=2))
+    shutil.copytree(talk_shards, tmp_path / "data" / "talk")
     return tmp_path / "data"
 
 

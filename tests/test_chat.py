@@ -1,25 +1,26 @@
 """chat.py and sample.py: piped, at a terminal, and with a model whose every word is given."""
 
+import functools
 import io
 import os
 import random
 import re
 import select
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused
+from conftest import assert_refused
+from forked import Forked
 from transformers import GPT2LMHeadModel
 
 import chat
 import sample
 from model import GPT, GPTConfig
 from nanochatgpt import configurator, engine
-from nanochatgpt.checkpoint import save_model
+from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.tokenizer import Tokenizer
 from prepare import jsonl
 
@@ -27,9 +28,14 @@ TOKENS = {Tokenizer().token_bytes(i): i for i in range(50256)}
 COMMANDS = ("/help", "/reset", "/persona", "/retry", "/save", "/quit")
 
 
+load_once = functools.cache(load_model)  # chats do not change their model
+
+
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch, tmp_path):
     """In an empty folder; on one thread, since a tiny model is faster so."""
+    monkeypatch.setattr(chat, "load_model", load_once)
+    monkeypatch.setattr(sample, "load_model", load_once)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     threads = torch.get_num_threads()
@@ -59,12 +65,8 @@ def config(directory):
     chat."""
 
     def make(block_size=128, template="human_bot", **knobs):
-        knobs = {
-            "init_from": directory(block_size, template),
-            "max_new_tokens": 12,
-            "device": "cpu",
-        } | knobs
-        return chat.Config(**knobs)
+        knobs = {"max_new_tokens": 12, "device": "cpu"} | knobs
+        return chat.Config(**{"init_from": directory(block_size, template)} | knobs)
 
     return make
 
@@ -103,11 +105,9 @@ def hold(monkeypatch, capsys):
 
     def run(config, said, terminal=False):
         said = said if isinstance(said, bytes) else said.encode()
-        stdin = (
-            Keyboard(said.decode())
-            if terminal
-            else io.TextIOWrapper(io.BytesIO(said), encoding="utf-8")
-        )
+        stdin = io.TextIOWrapper(io.BytesIO(said), encoding="utf-8")
+        if terminal:
+            stdin = Keyboard(said.decode())
         monkeypatch.setattr(sys, "stdin", stdin)
         capsys.readouterr()
         chat.main(config)
@@ -140,17 +140,14 @@ def spelled(text, seed):
 
 
 def test_a_script_of_messages_is_answered_line_by_line_and_alike_each_time(
-    script, directory, config, hold
+    directory, config, hold, tmp_path
 ):
     said = "hello\n\n   \nhow are you?\nbye"
-    done = script(
-        "chat.py", f"--init_from={directory()}", "--max_new_tokens=12", "--device=cpu", input=said
-    )
+    knobs = [f"--init_from={directory()}", "--max_new_tokens=12", "--device=cpu"]
+    done = Forked(["chat.py", *knobs], tmp_path, input=said).wait()
     assert (done.returncode, done.stderr) == (0, "")
     replies = done.stdout.splitlines()
-    assert len(replies) == 3 and all(
-        line.startswith("Bot: ") and line != "Bot: " for line in replies
-    )
+    assert len(replies) == 3 and all(re.match("Bot: .", line) for line in replies)
     assert hold(config(), said) == done.stdout
     assert hold(config(seed=2), said) != done.stdout
 
@@ -177,10 +174,8 @@ def test_no_standard_input_is_no_message(config, monkeypatch, capsys):
     ids=["not utf-8", "control characters", "emoji", "a long word", "a long message", "a marker"],
 )  # fmt: skip
 def test_whatever_the_line_holds_it_gets_one_answer(line, config, hold):
-    assert [answer[:5] for answer in hold(config(), line + b"\nhello\n").splitlines()] == [
-        "Bot: ",
-        "Bot: ",
-    ]
+    answers = hold(config(), line + b"\nhello\n").splitlines()
+    assert [answer[:5] for answer in answers] == ["Bot: ", "Bot: "]
 
 
 @pytest.mark.parametrize("template", ["human_bot", "user_assistant"])
@@ -245,11 +240,8 @@ def test_a_screen_that_cannot_show_every_character_does_not_end_the_chat(config,
     screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\n")))
     monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["chat.py", f"--init_from={config().init_from}", "--max_new_tokens=12", "--device=cpu"],
-    )
+    knobs = [f"--init_from={config().init_from}", "--max_new_tokens=12", "--device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["chat.py", *knobs])
     configurator.run(chat.main, chat.Config)
     assert screen.buffer.getvalue() == b"Bot: some ? or tea\n"
 
@@ -275,9 +267,8 @@ def test_a_reply_ends_where_another_turn_begins_however_that_is_spelled(marker, 
     bot, shown = chat.Chat(config(max_new_tokens=100)), ""
     for piece in bot.reply("hi"):
         shown += piece
-        assert "dots […] 🙂 [Hum] are fine".startswith(
-            shown
-        )  # no part of a marker or of a character, ever
+        # no part of a marker or of a character, ever
+        assert "dots […] 🙂 [Hum] are fine".startswith(shown)
     assert shown == bot.messages[-1]["content"] == "dots […] 🙂 [Hum] are fine"
 
 
@@ -314,11 +305,8 @@ def test_a_reply_that_is_cut_short_is_remembered_as_far_as_it_was_shown(config, 
     reply = bot.reply("hi")
     shown = next(reply) + next(reply)
     reply.close()
-    assert (
-        bot.messages[-1]
-        == {"role": "assistant", "content": shown}
-        == {"role": "assistant", "content": "one two"}
-    )
+    assert shown == "one two"
+    assert bot.messages[-1] == {"role": "assistant", "content": "one two"}
 
 
 def test_an_answer_on_several_lines_is_one_line_when_piped(config, hold, says):
@@ -381,25 +369,10 @@ def test_reset_forgets_the_conversation_but_not_the_persona(at_terminal, prompts
 
 
 def test_a_persona_can_be_given_shown_changed_and_taken_away(at_terminal, prompts):
-    shown = at_terminal(
-        "/persona",
-        "/persona i like tea.",
-        "hello",
-        "/persona i am a dog.",
-        "hi",
-        "/persona -",
-        "bye",
-    )
-    answers = [
-        line for line in shown.splitlines() if line.startswith("You: ") and "Bot" not in line
-    ]
-    assert answers == [
-        "You: no persona",
-        "You: i like tea.",
-        "You: i am a dog.",
-        "You: no persona",
-        "You: ",
-    ]
+    lines = ["/persona", "/persona i like tea.", "hello", "/persona i am a dog.", "hi"]
+    shown = at_terminal(*lines, "/persona -", "bye").splitlines()
+    answers = [line[5:] for line in shown if line.startswith("You: ") and "Bot" not in line]
+    assert answers == ["no persona", "i like tea.", "i am a dog.", "no persona", ""]
     texts = [Tokenizer().decode(prompt) for prompt in prompts]
     assert texts[0] == "[Persona]: i like tea.\n[Human]: hello\n[Bot]:"
     assert texts[1].startswith("[Persona]: i am a dog.\n[Human]: hello\n[Bot]: ")
@@ -421,13 +394,8 @@ def test_saved_conversations_are_lines_that_prepare_reads(at_terminal):
     assert shown.count("saved to talk.jsonl") == 2
     (_, first), (_, second) = jsonl.read(Path("talk.jsonl"))
     assert [message["content"] for message in first[:2]] == ["i like tea.", "hello ☕"]
-    assert [message["role"] for message in second] == [
-        "system",
-        "user",
-        "assistant",
-        "user",
-        "assistant",
-    ]
+    roles = " ".join(message["role"] for message in second)
+    assert roles == "system user assistant user assistant"
     assert second[:3] == first
 
 
@@ -453,17 +421,10 @@ class Terminal:
     """chat.py in a process of its own, at a terminal."""
 
     def __init__(self, *arguments):
-        self.screen, side = os.openpty()
-        command = [sys.executable, ROOT / "chat.py", *arguments]
-        self.process = subprocess.Popen(
-            command,
-            stdin=side,
-            stdout=side,
-            stderr=side,
-            env=os.environ | {"TERM": "dumb"},
-            start_new_session=True,
-        )
-        os.close(side)
+        self.screen, self.side = os.openpty()
+        command = ["chat.py", *arguments]
+        env = {"TERM": "dumb"}
+        self.process = Forked(command, Path.cwd(), env, terminal=os.ttyname(self.side))
         self.shown = b""
 
     def type(self, text):
@@ -480,16 +441,12 @@ class Terminal:
 
 @pytest.fixture
 def terminal(directory):
-    terminal = Terminal(
-        f"--init_from={directory(4096)}",
-        "--max_new_tokens=4000",
-        "--device=cpu",
-        "--repetition_penalty=1.5",
-    )
+    knobs = ["--max_new_tokens=4000", "--repetition_penalty=1.5", "--device=cpu"]
+    terminal = Terminal(f"--init_from={directory(4096)}", *knobs)
     yield terminal
     terminal.process.kill()
-    terminal.process.wait()
     os.close(terminal.screen)
+    os.close(terminal.side)
 
 
 def test_a_reply_streams_ctrl_c_cuts_it_short_the_chat_goes_on_and_ctrl_d_ends_it(terminal):
@@ -505,14 +462,11 @@ def test_a_reply_streams_ctrl_c_cuts_it_short_the_chat_goes_on_and_ctrl_d_ends_i
     terminal.type("/save talk.jsonl\n")
     terminal.until("saved to talk.jsonl")
     ((_, messages),) = jsonl.read(Path("talk.jsonl"))
-    assert [message["content"] for message in messages if message["role"] == "user"] == [
-        "hello",
-        "and then?",
-    ]
+    assert [messages[i]["content"] for i in (0, 2)] == ["hello", "and then?"]
     assert messages[-1]["content"].startswith(first_word.strip())
     terminal.until("You: ")
     terminal.type("\x04")
-    assert terminal.process.wait(60) == 0
+    assert terminal.process.wait(60).returncode == 0
 
 
 # --- sample.py ------------------------------------------------------------------------------------
@@ -523,12 +477,8 @@ def continued(directory, capsys):
     """Run sample.py's main: continued(start=...) -> what it prints."""
 
     def run(block_size=128, **knobs):
-        sample.main(
-            sample.Config(
-                **{"init_from": directory(block_size), "max_new_tokens": 12, "device": "cpu"}
-                | knobs
-            )
-        )
+        knobs = {"max_new_tokens": 12, "device": "cpu"} | knobs
+        sample.main(sample.Config(init_from=directory(block_size), **knobs))
         return capsys.readouterr().out
 
     return run
@@ -556,10 +506,8 @@ def test_an_empty_prompt_is_continued_too(continued):
 
 
 def test_a_continuation_ends_with_the_context(continued):
-    assert (
-        len(Tokenizer().encode(continued(block_size=64, max_new_tokens=1000, temperature=0)))
-        < 2 * 64
-    )
+    text = continued(block_size=64, max_new_tokens=1000, temperature=0)
+    assert len(Tokenizer().encode(text)) < 2 * 64
 
 
 @pytest.mark.parametrize(

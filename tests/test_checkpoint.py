@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from itertools import count
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, largest_file
+from forked import Forked
 from safetensors.torch import load_file, save_file
 from test_huggingface import ADDED, new_directory
 from test_tokenizer import EXCHANGE
@@ -22,13 +22,8 @@ from nanochatgpt.checkpoint import NANO, load_model, save_model
 from nanochatgpt.huggingface import tokenizer_files
 from nanochatgpt.tokenizer import TEMPLATES, Template, Tokenizer
 
-FILES = {
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
+FILES = {"config.json", "generation_config.json", "model.safetensors"}
+FILES |= {"tokenizer.json", "tokenizer_config.json"}
 IDX = torch.arange(0, 50257, 4000)[None]
 
 
@@ -376,10 +371,10 @@ def test_a_save_killed_at_any_change_leaves_the_old_checkpoint_or_the_new_one(
 ):
     # a process with one thread does the forking: a fork of this one may wait for ever for a lock
     # of another thread
-    code = "import sys, test_checkpoint; test_checkpoint.save_killed_at_each_change(*sys.argv[1:])"
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *old_and_new, tmp_path / "out"]
-    subprocess.run(command, env=env, check=True, timeout=120)
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+    code += "import test_checkpoint; test_checkpoint.save_killed_at_each_change(*sys.argv[1:])"
+    done = Forked(["-c", code, *old_and_new, tmp_path / "out"], tmp_path).wait()
+    assert done.returncode == 0, done.stderr
     saves = len(list((tmp_path / "out").iterdir()))
     assert_old_then_new([tmp_path / "out" / str(i) for i in range(saves)], old_and_new)
 

@@ -1,6 +1,5 @@
 """Generation gives the ids of transformers and of a loop without a cache, and text that never shows
-a stop string or
-half a character."""
+a stop string or half a character."""
 
 import random
 import time
@@ -21,12 +20,9 @@ from nanochatgpt.tokenizer import Tokenizer, fit_context
 
 def hf_generate(hf, prompt, **options):
     idx = torch.tensor([prompt])
-    options = {
-        "do_sample": False,
-        "pad_token_id": 0,
-        "attention_mask": torch.ones_like(idx),
-    } | options
-    return hf.generate(idx, **options)[0, len(prompt) :].tolist()
+    options = {"do_sample": False, "pad_token_id": 0} | options
+    ids = hf.generate(idx, attention_mask=torch.ones_like(idx), **options)
+    return ids[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])

@@ -1,13 +1,11 @@
 """The structure of the project: a short root, imports that point one way, wings that can go."""
 
 import ast
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, small_talk, write_jsonl
+from forked import Forked
 
 WINGS = ("prepare", "rlhf", "evaluation", "serving", "benchmarks")
 SCRIPTS = ("train", "sample", "chat", "serve", "evaluate", "train_reward", "train_ppo")
@@ -64,16 +62,8 @@ def without_wings(tmp_path_factory):
 
 
 def test_without_the_wings_preparing_training_and_chatting_work(without_wings):
-    def python(*args, input=None):
-        done = subprocess.run(
-            [sys.executable, *map(str, args)],
-            cwd=without_wings,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HOME": str(without_wings)},
-            input=input,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+    def python(*args, input=""):
+        done = Forked(args, without_wings, input=input, root=without_wings).wait()
         assert done.returncode == 0, done.stderr
         return done.stdout
 

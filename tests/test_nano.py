@@ -65,7 +65,7 @@ def test_a_newcomer_talks_to_it_until_they_have_their_own(as_main, tmp_path, mon
 
 def test_training_starts_from_it(as_main, data_dir, monkeypatch):
     monkeypatch.chdir(data_dir.parent)
-    quick = ["--dataset=talk", "--max_iters=2", "--eval_iters=1", "--block_size=64"]
+    quick = ["--dataset=talk", "--max_iters=1", "--eval_iters=1", "--block_size=64"]
     done = as_main("train.py", ROOT / "config" / "demo.py", *quick, "--out_dir=out/mine")
     assert done.returncode == 0, done.stderr
     first = records("out/mine")[0]

@@ -2,13 +2,13 @@
 the other rows are."""
 
 import os
-import subprocess
-import sys
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from forked import Forked
 
 from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
@@ -174,7 +174,7 @@ def test_a_row_of_zeros_among_others_gives_the_bias(Linear):
 # whole models
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small():
     """A model with weights that are large enough for distributions far from even."""
     torch.manual_seed(0)
@@ -188,10 +188,11 @@ def small():
     return model
 
 
-@pytest.fixture
-def directory(small, tmp_path):
-    save_model(small, Tokenizer(), tmp_path / "small")
-    return str(tmp_path / "small")
+@pytest.fixture(scope="module")
+def directory(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    save_model(small, Tokenizer(), folder)
+    return str(folder)
 
 
 IDX = torch.randint(0, 50257, (3, 30), generator=torch.Generator().manual_seed(5))
@@ -230,10 +231,11 @@ def test_a_packed_model_has_the_same_shape_and_nothing_to_train_or_save(
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
 @torch.inference_mode()
-def test_what_becomes_of_the_file_does_not_reach_the_model(directory, dtype):
-    model = load_model(directory, dtype=dtype, inference=True)[0].eval()
+def test_what_becomes_of_the_file_does_not_reach_the_model(directory, tmp_path, dtype):
+    folder = shutil.copytree(directory, tmp_path / "copy")
+    model = load_model(str(folder), dtype=dtype, inference=True)[0].eval()
     before = model(IDX)[0].clone()
-    with open(directory + "/model.safetensors", "rb+") as file:
+    with open(folder / "model.safetensors", "rb+") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(size // 2)
         file.write(bytes(size - size // 2))
@@ -257,6 +259,7 @@ def test_without_inference_or_in_float32_the_model_is_plain_and_can_be_trained_a
 
 
 PEAK = """
+import ctypes
 import re
 import sys
 from pathlib import Path
@@ -269,6 +272,9 @@ def peak():  # not ru_maxrss: that begins with the memory of the process which s
     return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 
 huggingface.read_tokenizer = lambda directory: SimpleNamespace(n_vocab=1)  # takes memory too
+# what is freed goes back at once: how much glibc's heap would keep differs from run to run
+M_MMAP_THRESHOLD = -3
+ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
 tiny, directory = sys.argv[1:]
 for dtype in (torch.float32, torch.int8):  # in this order: after packing, glibc keeps what is freed
     load_model(tiny, dtype=dtype, inference=True)  # loads the kernels: some 100 MB
@@ -285,10 +291,7 @@ def test_loading_never_holds_a_second_copy_of_the_weights(tmp_path):
     # 28M parameters, and no tensor has more than a tenth of them
     save_model(GPT(GPTConfig(1024, 4000, 8, 8, 512)), Tokenizer(), tmp_path / "deep")
     size = (tmp_path / "deep" / "model.safetensors").stat().st_size
-    command = [sys.executable, "-c", PEAK, tmp_path / "tiny", tmp_path / "deep"]
-    # what is freed goes back at once: how much glibc's heap would keep differs from run to run
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+    done = Forked(["-c", PEAK, tmp_path / "tiny", tmp_path / "deep"], ROOT).wait()
     assert done.returncode == 0, done.stderr
     float32, int8 = (int(line) / size for line in done.stdout.split())
     # a quarter, half of the embedding, and three of the largest tensor in passing; with the float32

@@ -8,6 +8,7 @@ import tracemalloc
 import zipfile
 from collections import Counter
 from itertools import chain, count, islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -301,12 +302,13 @@ def test_a_missing_dataset_is_named_with_the_remedy(data_dir):
         find_shards(data_dir, "talk,nothing", "train")
 
 
-def test_a_script_says_in_one_line_which_shard_is_damaged(script, data_dir):
-    path = data_dir / "talk" / "train.bin"
-    path.write_bytes(path.read_bytes()[:-1])  # the script's folder is the one that holds data/
+def test_a_script_says_in_one_line_which_shard_is_damaged(as_main, data_dir, monkeypatch):
+    monkeypatch.chdir(data_dir.parent)
+    path = Path("data/talk/train.bin")
+    path.write_bytes(path.read_bytes()[:-1])
     shape = ("--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=32")
-    done = script("train.py", "--init_from=scratch", "--dataset=talk", "--device=cpu", *shape)
-    assert_refused(done, path.relative_to(data_dir.parent), "prepare it again")
+    done = as_main("train.py", "--init_from=scratch", "--dataset=talk", "--device=cpu", *shape)
+    assert_refused(done, path, "prepare it again")
 
 
 # which files

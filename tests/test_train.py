@@ -1,18 +1,15 @@
-"""Training: beside a plain transformers loop, interrupted and resumed, killed, on two processes,
-and asked wrongly."""
+"""Training: compared with a plain transformers loop, interrupted and resumed, killed, on two
+processes, and with wrong knobs."""
 
 import functools
 import io
 import itertools
-import json
 import math
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,13 +28,14 @@ from conftest import (
     small_talk,
     write_shards,
 )
+from forked import Forked, two_ranks
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import chat
 import model
 import train
-from nanochatgpt import configurator, distributed, fast
+from nanochatgpt import configurator, fast
 from nanochatgpt.huggingface import read_tokenizer
 from nanochatgpt.loader import Loader
 from nanochatgpt.shards import find_shards
@@ -45,35 +43,12 @@ from nanochatgpt.tokenizer import Tokenizer
 from prepare.render import render_batch
 
 # a step takes hundredths of a second; what is not said here is as in train.py
-TINY = {
-    "init_from": "scratch",
-    "out_dir": "out",
-    "data_dir": "data",
-    "dataset": "talk",
-    "device": "cpu",
-}
-TINY |= {
-    "n_layer": 2,
-    "n_head": 2,
-    "n_embd": 32,
-    "block_size": 32,
-    "batch_size": 2,
-    "gradient_accumulation_steps": 2,
-}
-TINY |= {
-    "max_iters": 12,
-    "warmup_iters": 3,
-    "learning_rate": 0.01,
-    "eval_interval": 5,
-    "eval_iters": 4,
-}
-TINY |= {"log_interval": 1, "dtype": "float32", "dropout": 0.0}
-EMBEDDING = "transformer.wte.weight"
+TINY = {"init_from": "scratch", "out_dir": "out", "data_dir": "data", "dataset": "talk"}
+TINY |= {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "dropout": 0.0}
+TINY |= {"batch_size": 2, "gradient_accumulation_steps": 2, "max_iters": 12, "warmup_iters": 3}
+TINY |= {"learning_rate": 0.01, "eval_interval": 5, "eval_iters": 2, "log_interval": 1}
+TINY |= {"device": "cpu", "dtype": "float32"}
 LONG = {"max_iters": 20, "eval_interval": 3, "dropout": 0.1}  # saves all the time
-
-# a process that is forked from one with torch in it starts in a tenth of the time
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "torch._dynamo", "train", "test_train"])
 
 
 @pytest.fixture(autouse=True)
@@ -130,17 +105,17 @@ def assert_close_weights(ours, theirs, atol):
     assert ours.keys() == theirs.keys()
     for name in ours:
         a, b = ours[name], theirs[name]
-        if name.endswith(
-            "c_attn.bias"
-        ):  # the gradient of the keys' biases is 0 but for rounding: Adam makes noise of it
-            a, b = (torch.cat([bias[:32], bias[64:]]) for bias in (a, b))
+        # the gradient of the keys' biases is 0 but for rounding: Adam makes noise of it
+        if name.endswith("c_attn.bias"):
+            a, b = (torch.cat([bias[:16], bias[32:]]) for bias in (a, b))
         torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
 def without_speeds(records):
-    return [
-        {k: v for k, v in record.items() if k not in ("tokens_per_s", "mfu")} for record in records
-    ]
+    for record in records:
+        record.pop("tokens_per_s", None)
+        record.pop("mfu", None)
+    return records
 
 
 def run_script(monkeypatch, capfd, **knobs):
@@ -218,26 +193,19 @@ def one_by_one(model, x, y, documents):
 @pytest.mark.parametrize(
     ("talk", "batch_size"), [(None, 2), (quiet_talk, 1)], ids=["talk", "little supervised"]
 )
-def test_twenty_steps_give_the_losses_and_weights_of_a_plain_transformers_loop(
+def test_the_steps_give_the_losses_and_weights_of_a_plain_transformers_loop(
     hf_gpt2, talk, batch_size
 ):
     if talk:
         write_shards("data/talk", talk(), small_talk(10))
-    hf_gpt2(n_positions=32).save_pretrained("start")
-    config = tiny(
-        init_from="start",
-        max_iters=20,
-        warmup_iters=5,
-        min_lr=0.001,
-        weight_decay=0.5,
-        batch_size=batch_size,
-    )
+    hf_gpt2(n_positions=32, n_embd=16).save_pretrained("start")
+    knobs = {"max_iters": 10, "learning_rate": 0.005, "min_lr": 0.001, "weight_decay": 0.5}
+    config = tiny(init_from="start", batch_size=batch_size, seed=1, **knobs)
     counts = supervised_counts(config)
     assert (counts[:, 0] != counts[:, 1]).any()
     if talk:
-        assert (counts == 0).any() and (
-            counts.sum(1) == 0
-        ).any()  # a micro-batch without, and a whole step without
+        assert (counts.sum(1) == 0).any()  # a whole step without supervised tokens
+        assert ((counts == 0).any(1) & (counts.sum(1) > 0)).any()  # and one micro-batch
     train.main(config)
 
     model = GPT2LMHeadModel.from_pretrained("start").eval()  # eval: its config has dropout
@@ -247,20 +215,16 @@ def test_twenty_steps_give_the_losses_and_weights_of_a_plain_transformers_loop(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
     loader = Loader([(Path("data/talk/train.bin"), 1)], batch_size, 32, config.seed, Tokenizer())
     expected = []
-    for it in range(20):
+    for it in range(10):
         batches = [loader.batch(2 * it), loader.batch(2 * it + 1)]
         supervised = sum((y != -100).sum() for _, y, _ in batches)
         total = sum(one_by_one(model, *batch) for batch in batches)
         loss = total / max(supervised, 1)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        lr = (
-            0.01 * (it + 1) / 6
-            if it < 5
-            else 0.001 + 0.009 * (1 + math.cos(math.pi * (it - 5) / 15)) / 2
-        )
+        cosine = 0.001 + 0.004 * (1 + math.cos(math.pi * (it - 3) / 7)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = 0.005 * (it + 1) / 4 if it < 3 else cosine
         optimizer.step()
         optimizer.zero_grad()
         expected.append(loss.item())
@@ -282,27 +246,14 @@ def test_twenty_steps_give_the_losses_and_weights_of_a_plain_transformers_loop(
 )
 def test_the_learning_rate_rises_over_the_warmup_and_falls_as_scheduled(schedule, expected):
     config = tiny(lr_schedule=schedule, learning_rate=1.0, min_lr=0.2, warmup_iters=4, max_iters=16)
-    steps = [
-        0,
-        1,
-        2,
-        3,
-        4,
-        8,
-        10,
-        12,
-        16,
-    ]  # a third, half and two thirds of the way down at 8, 10 and 12
+    steps = [0, 1, 2, 3, 4, 8, 10, 12, 16]  # a third, half and two thirds down at 8, 10 and 12
     assert [train.learning_rate(config, it) for it in steps] == pytest.approx(expected)
 
 
 def test_max_epochs_are_as_many_steps_as_the_data_has_rows():
-    config = tiny(max_epochs=1.5)
-    loader = Loader(find_shards("data", "talk", "train"), 2, 32, config.seed, Tokenizer())
-    out = fit(max_epochs=1.5)
-    assert max(r["iter"] for r in map(json.loads, (out / "metrics.jsonl").open())) == round(
-        1.5 * loader.n_rows / 4
-    )
+    write_shards("data/talk", small_talk(8), small_talk(4))
+    n_rows = Loader(find_shards("data", "talk", "train"), 2, 32, 1337, Tokenizer()).n_rows
+    assert records(fit(max_epochs=1.5))[-1]["iter"] == round(1.5 * n_rows / 4) > n_rows / 4
 
 
 def test_without_the_fast_drop_ins_a_run_is_the_same(uninterrupted, monkeypatch):
@@ -316,8 +267,8 @@ def test_without_a_warmup_the_first_step_has_the_full_learning_rate():
     assert train.learning_rate(tiny(warmup_iters=0, learning_rate=0.5), 0) == 0.5
 
 
-def test_the_loss_falls(uninterrupted):
-    out = uninterrupted(dropout=0.1)
+def test_the_loss_falls():
+    out = fit(dropout=0.1, n_embd=32)
     assert losses(out)[0] == pytest.approx(math.log(50257), abs=0.2)
     assert losses(out)[-1] < 8 and losses(out, "val_loss")[-1] < 8
 
@@ -343,9 +294,9 @@ def test_the_seed_decides_the_run(uninterrupted):
 # --- interrupted ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(dtype, uninterrupted, monkeypatch):
-    knobs = {"dtype": dtype, "dropout": 0.1}
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(uninterrupted, monkeypatch):
+    # the runs below that are killed or stopped are in float32
+    knobs = {"dtype": "bfloat16", "dropout": 0.1, "max_iters": 9, "eval_iters": 1}
     whole = uninterrupted(**knobs)
     with monkeypatch.context() as patch:  # saved where it was told to stop
         at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -374,20 +325,17 @@ def test_a_run_is_not_overwritten_by_another():
     assert records(out) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_sigterm_and_ctrl_c_save_and_exit_0(number, uninterrupted):
-    command = [sys.executable, ROOT / "train.py", *arguments(**LONG)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        next(line for line in process.stdout if line.startswith("iter 4/20"))
+def test_sigterm_and_ctrl_c_save_and_exit_0(uninterrupted):
+    init_from = "scratch"
+    for number, line in ((signal.SIGTERM, "iter 4/20"), (signal.SIGINT, "iter 8/20")):
+        process = Forked(["train.py", *arguments(**LONG | {"init_from": init_from})], Path.cwd())
+        process.until(line)
         process.send_signal(number)
-        shown, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, "")
-    assert (
-        "stopped at iter" in shown.splitlines()[-1]
-        and "--init_from=resume" in shown.splitlines()[-1]
-    )
+        done = process.wait()
+        assert (done.returncode, done.stderr) == (0, "")
+        last_line = done.stdout.splitlines()[-1]
+        assert "stopped at iter" in last_line and "--init_from=resume" in last_line
+        init_from = "resume"
     assert_same_run(fit(**LONG, init_from="resume"), uninterrupted(**LONG))
 
 
@@ -400,64 +348,48 @@ def renewed(path, since):
 
 
 def test_kill_9_at_any_instant_leaves_a_checkpoint_that_loads_and_resumes(uninterrupted):
-    out, choose = Path("out"), random.Random(0)
-    log, state, last, best = (
-        out / "metrics.jsonl",
-        out / "last/state.pt",
-        out / "last/model.safetensors",
-        out / "model.safetensors",
-    )
-    # each waits until this file was renewed, then that one, then so many seconds
-    instants = [
-        (state, path.with_name(path.name + ".part"), 0)
-        for path in (state, out / "last/tokenizer.json", last, best)
-    ]
-    instants += [
-        (log, state, 0),
-        (log, last, 0),
-        (state, best, 0),
-    ]  # and at the instant when a file is replaced
-    instants += [(state, log, choose.uniform(0, 0.3)) for _ in range(2)]
-    for number, (first, then, seconds) in enumerate(instants):
-        config = tiny(**LONG, init_from="resume" if number else "scratch")
-        process = processes.Process(target=train.main, args=(config,))
+    out = Path("out")
+    whole = uninterrupted(**LONG)
+    log, state, best = out / "metrics.jsonl", out / "last/state.pt", out / "model.safetensors"
+    last = out / "last/model.safetensors"
+    # wait until the first file is renewed, then the second: while one is written
+    instants = []
+    for path in (state, out / "last/tokenizer.json", last, best):
+        instants.append((state, path.with_name(path.name + ".part")))
+    # and when one is replaced
+    instants += [(log, state), (log, last), (state, best)]
+    for number, paths in enumerate(instants):
+        init_from = "resume" if number else "scratch"
         started = time.time_ns()
-        process.start()
-        for path in (first, then):
-            while process.is_alive() and not renewed(path, started):
+        process = Forked(["train.py", *arguments(**LONG | {"init_from": init_from})], Path.cwd())
+        for path in paths:
+            while process.running and not renewed(path, started):
                 time.sleep(0.0005)
-        time.sleep(seconds)
         process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL or seconds, "it ended before it was killed"
-        for folder in (out, out / "last"):
-            GPT2LMHeadModel.from_pretrained(folder)
-            AutoTokenizer.from_pretrained(folder)
-    assert_same_run(fit(**LONG, init_from="resume"), uninterrupted(**LONG))
+        assert process.wait().returncode == -signal.SIGKILL, "it ended before it was killed"
+        for folder in ("", "last"):
+            GPT2LMHeadModel.from_pretrained(out / folder)
+            for path in (whole / folder).glob("*.json"):
+                assert path.read_bytes() == (out / folder / path.name).read_bytes()
+    assert_same_run(fit(**LONG, init_from="resume"), whole)
     assert list(out.rglob("*.part")) == []
 
 
 @pytest.mark.slow
 def test_kill_9_at_ten_random_moments_of_a_run_changes_no_bit_of_its_end(uninterrupted):
-    knobs = LONG | {
-        "max_iters": 60,
-        "eval_interval": 2,
-        "dtype": "bfloat16",
-        "gradient_accumulation_steps": 2,
-    }
-    choose, killed_at = random.Random(0), []
+    knobs = LONG | {"max_iters": 60, "eval_interval": 2, "dtype": "bfloat16"}
+    choose = random.Random(0)
+    killed_at = []
     for number in range(10):
-        config = tiny(**knobs, init_from="resume" if number else "scratch")
-        process = processes.Process(target=train.main, args=(config,))
-        process.start()
+        init_from = "resume" if number else "scratch"
+        process = Forked(["train.py", *arguments(**knobs | {"init_from": init_from})], Path.cwd())
         for _ in range(2):  # where it begins, and two steps on
             since = time.time_ns()
-            while process.is_alive() and not renewed(Path("out/last/state.pt"), since):
+            while process.running and not renewed(Path("out/last/state.pt"), since):
                 time.sleep(0.001)
         time.sleep(choose.uniform(0, 0.4))
         process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
+        assert process.wait().returncode == -signal.SIGKILL, "it ended before it was killed"
         killed_at.append(load_state("out")["iter"])
     assert killed_at == sorted(set(killed_at))  # it had come further in between
     assert_same_run(fit(**knobs, init_from="resume"), uninterrupted(**knobs))
@@ -482,21 +414,18 @@ def half_a_run():
     assert load_state("out")["iter"] == 6
 
 
-@pytest.mark.parametrize(
-    ("n_bytes", "file"),
-    [(3_000_000, "model.safetensors"), (10_000_000, "last/state.pt")],
-)
 def test_a_full_disk_ends_the_run_in_a_sentence_and_it_goes_on_from_the_last_save(
-    n_bytes, file, half_a_run, uninterrupted, monkeypatch, capfd
+    half_a_run, uninterrupted, monkeypatch, capfd
 ):
-    with largest_file(n_bytes):
-        done = run_script(monkeypatch, capfd, **LONG, init_from="resume")
-    assert_refused(done, file)
-    assert load_state("out")["iter"] == 6
-    for folder in ("out", "out/last"):
-        GPT2LMHeadModel.from_pretrained(folder)
-        AutoTokenizer.from_pretrained(folder)
-    assert list(Path("out").rglob("*.part")) == []
+    for n_bytes, file in ((3_000_000, "model.safetensors"), (5_000_000, "last/state.pt")):
+        with largest_file(n_bytes):
+            done = run_script(monkeypatch, capfd, **LONG | {"init_from": "resume"})
+        assert_refused(done, file)
+        assert load_state("out")["iter"] == 6
+        for folder in ("out", "out/last"):
+            GPT2LMHeadModel.from_pretrained(folder)
+            AutoTokenizer.from_pretrained(folder)
+        assert list(Path("out").rglob("*.part")) == []
     assert_same_run(fit(**LONG, init_from="resume"), uninterrupted(**LONG))
 
 
@@ -504,47 +433,39 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_it_goes_on_from_the_last_sav
 
 
 def torchrun(*options, **knobs):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        *options,
-    ]
-    command += [ROOT / "train.py", *arguments(**knobs)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [*options, ROOT / "train.py", *arguments(**knobs)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def be_rank(rank, port, config):
-    """In a process of its own: train as torchrun's child of this rank, of two."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
-    shard, sharded = distributed.fully_shard, []
-    distributed.fully_shard = lambda module: sharded.append(module) or shard(module)
-    train.main(config)
-    assert len(sharded) == (config.n_layer + 1 if config.strategy == "fsdp" else 0)
+# train.py, printing what it shards
+TRAIN = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+from nanochatgpt import distributed
+fully_shard = distributed.fully_shard
+distributed.fully_shard = lambda module: print("sharded") or fully_shard(module)
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
 
 
-def fit_on_two(**knobs):
-    """Train in two processes, which start sooner than under torchrun; return out_dir."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [
-        processes.Process(target=be_rank, args=(rank, port, tiny(**knobs))) for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
+def fit_on_two(stop_after="", **knobs):
+    """Train on two processes, as torchrun starts them, until rank 0 prints `stop_after` or to the
+    end; return what rank 0 prints."""
+    ranks = two_ranks(["-c", TRAIN, *arguments(**knobs)], Path.cwd())
     try:
-        for process in ranks:
-            process.join(60)
-        assert [process.exitcode for process in ranks] == [0, 0]
+        if stop_after:
+            ranks[0].until(stop_after)
+            ranks[1].send_signal(signal.SIGTERM)
+        done = [process.wait() for process in ranks]
     finally:
         for process in ranks:
             process.kill()
-    return Path(knobs.get("out_dir", "out"))
+    assert [process.returncode for process in done] == [0, 0], done
+    assert done[1].stdout.replace("sharded\n", "") == ""  # one process speaks
+    n_sharded = 3 if knobs.get("strategy") == "fsdp" else 0  # two blocks and the rest
+    assert [process.stdout.count("sharded") for process in done] == [n_sharded] * 2
+    return done[0].stdout
 
 
 def children(pid):
@@ -569,53 +490,24 @@ def assert_close_runs(out, alone):
     assert_close_weights(weights(out / "last"), weights(alone / "last"), atol=1e-6)
 
 
-def test_two_processes_are_one_process_with_the_same_global_batch():
+def test_two_processes_train_as_one_with_the_same_global_batch_and_stop_together():
     write_shards("data/talk", quiet_talk(), small_talk(10))
     knobs = {"batch_size": 1, "gradient_accumulation_steps": 4, "eval_iters": 3, "seed": 2}
-    ranks = (
-        supervised_counts(tiny(**knobs)).view(-1, 2, 2).sum(1)
-    )  # micro-batches 0 and 2 are of rank 0, 1 and 3 of 1
+    knobs |= {"max_iters": 16, "eval_interval": 3}
+    # rank 0 has micro-batches 0 and 2, rank 1 has 1 and 3
+    ranks = supervised_counts(tiny(**knobs | {"max_iters": 8})).view(-1, 2, 2).sum(1)
     assert (ranks[:, 0] != ranks[:, 1]).all() and (ranks == 0).any()
-    with torchrun(out_dir="two", **knobs) as process:
-        shown, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert shown.count("iter 1/12: ") == 1  # one process speaks
-    assert_close_runs(Path("two"), fit(**knobs))
+    output = fit_on_two(stop_after="iter 8/16", out_dir="two", **knobs)
+    assert output.count("iter 1/16: ") == 1 and "stopped at iter" in output.splitlines()[-1]
+    # one process goes on
+    out = fit(**knobs, out_dir="two", init_from="resume")
+    assert_close_runs(out, fit(**knobs))
 
 
-def test_two_processes_stop_together_and_one_process_goes_on(uninterrupted):
-    knobs = LONG | {"dropout": 0.0}
-    with torchrun(**knobs) as process:
-        next(line for line in process.stdout if line.startswith("iter 4/20"))
-        process.terminate()
-        shown, errors = process.communicate(timeout=120)
-    assert "stopped at iter" in shown, errors
-    assert_close_runs(fit(**knobs, init_from="resume"), uninterrupted(**knobs))
-
-
-# what goes wrong where a shard of the weights is taken for all of them: decay, and clipping in each
+# what goes wrong if a shard of the weights is taken for all of them: decay, and clipping in each
 # step
-HARD = {
-    "learning_rate": 0.003,
-    "weight_decay": 0.5,
-    "grad_clip": 0.05,
-    "max_iters": 8,
-    "eval_interval": 4,
-}
-MOMENTS = frozenset({"step", "exp_avg", "exp_avg_sq"})
-
-
-@pytest.fixture(scope="module")
-def on_two(tmp_path_factory):
-    """Train on two processes, from scratch: on_two("fsdp") -> out_dir. The same knobs are trained
-    once."""
-
-    @functools.cache
-    def run(strategy, **knobs):
-        out = tmp_path_factory.mktemp(f"on_two_{strategy}") / "out"
-        return fit_on_two(out_dir=str(out), strategy=strategy, **HARD | knobs)
-
-    return run
+HARD = {"learning_rate": 0.003, "weight_decay": 0.5, "grad_clip": 0.05, "eval_interval": 4}
+HARD |= {"lr_schedule": "constant"}  # does not depend on max_iters
 
 
 def assert_close_states(out, other, atol):
@@ -624,69 +516,44 @@ def assert_close_states(out, other, atol):
     for name in ("iter", "template", "config", "scaler"):
         assert ours[name] == theirs[name]
     assert_close_weights(ours["model"], theirs["model"], atol)
-    ours, theirs = ours["optimizer"], theirs["optimizer"]
-    assert ours.keys() == theirs.keys() == load_file(out / "last/model.safetensors").keys()
+    moments = [state["optimizer"] for state in (ours, theirs)]
+    assert moments[0].keys() == moments[1].keys() == weights(out / "last").keys()
     for part in ("exp_avg", "exp_avg_sq"):
-        a, b = (
-            {name: moments[part] for name, moments in state.items()} for state in (ours, theirs)
-        )
-        assert_close_weights(
-            a, b, atol=1e-3 * max(tensor.abs().max().item() for tensor in b.values())
-        )
-    assert {m["step"].item() for state in (ours, theirs) for m in state.values()} == {8}
-    assert {frozenset(moments) for state in (ours, theirs) for moments in state.values()} == {
-        MOMENTS
-    }
+        a, b = ({name: m[part] for name, m in each.items()} for each in moments)
+        largest = max(tensor.abs().max().item() for tensor in b.values())
+        assert_close_weights(a, b, atol=1e-3 * largest)
+    for m in [*moments[0].values(), *moments[1].values()]:
+        assert m.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert m["step"] == ours["iter"]
 
 
-def test_weights_that_are_sharded_over_two_processes_train_as_copies_do(on_two):
-    sharded, copies = on_two("fsdp"), on_two("ddp")
-    assert min(losses(copies, "grad_norm")) > HARD["grad_clip"]
-    assert losses(sharded) == pytest.approx(losses(copies), abs=1e-5)
-    assert losses(sharded, "grad_norm") == pytest.approx(losses(copies, "grad_norm"), rel=1e-4)
-    assert losses(sharded, "val_loss") == pytest.approx(losses(copies, "val_loss"), abs=1e-5)
+def assert_same_layout(out, other):
+    """The same files, with tensors of the same names, shapes and dtypes."""
+    layouts = []
+    for folder in (out, other):
+        tensors = [(name, t.shape, t.dtype) for name, t in sorted(weights(folder).items())]
+        layouts.append(({path.name for path in folder.iterdir()}, tensors))
+    assert layouts[0] == layouts[1]
+
+
+def test_a_run_goes_on_sharded_over_two_processes_and_then_on_one(uninterrupted):
+    shutil.copytree(uninterrupted(**HARD, max_iters=3), "out")
+    fit_on_two(**HARD | {"init_from": "resume", "strategy": "fsdp", "max_iters": 6})
+    # a checkpoint does not show whether the weights were sharded
+    sharded, alone = Path("out"), uninterrupted(**HARD, max_iters=6)
+    assert min(losses(alone, "grad_norm")) > HARD["grad_clip"]
+    assert losses(sharded, "grad_norm") == pytest.approx(losses(alone, "grad_norm"), rel=1e-4)
+    assert_close_runs(sharded, alone)
+    assert_close_states(sharded, alone, atol=1e-6)
     for folder in ("", "last"):
-        assert_close_weights(weights(sharded / folder), weights(copies / folder), atol=1e-6)
-
-
-def test_a_checkpoint_does_not_show_whether_the_weights_were_sharded(on_two, uninterrupted):
-    sharded, copies, alone = on_two("fsdp"), on_two("ddp"), uninterrupted(**HARD)
-    for other in (copies, alone):
-        assert_close_states(sharded, other, atol=1e-6)
-        for folder in ("", "last"):
-            assert {path.name for path in (sharded / folder).iterdir()} == {
-                p.name for p in (other / folder).iterdir()
-            }
-            shapes = [
-                [
-                    (name, tensor.shape, tensor.dtype)
-                    for name, tensor in sorted(weights(out / folder).items())
-                ]
-                for out in (sharded, other)
-            ]
-            assert shapes[0] == shapes[1]
+        assert_close_weights(weights(sharded / folder), weights(alone / folder), atol=1e-6)
+        assert_same_layout(sharded / folder, alone / folder)
     GPT2LMHeadModel.from_pretrained(sharded)
-
-
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_strategy_and_number_of_processes(
-    first, then, on_two, uninterrupted
-):
-    knobs = HARD | {"lr_schedule": "constant"}  # which does not depend on where the first part ends
-    part = (
-        on_two("fsdp", **knobs | {"max_iters": 3})
-        if first == 2
-        else uninterrupted(**knobs | {"max_iters": 3})
-    )
-    shutil.copytree(part, "out")
-    if then == 2:
-        fit_on_two(**knobs, init_from="resume", strategy="fsdp")
-    else:
-        fit(**knobs, init_from="resume")
-    assert [record["iter"] for record in records(Path("out")) if "loss" in record] == list(
-        range(1, 9)
-    )
-    assert_close_weights(weights("out/last"), weights(uninterrupted(**knobs) / "last"), atol=1e-5)
+    # and back
+    fit(**HARD, init_from="resume", max_iters=8)
+    assert [record["iter"] for record in records("out") if "loss" in record] == list(range(1, 9))
+    whole = uninterrupted(**HARD, max_iters=8)
+    assert_close_weights(weights("out/last"), weights(whole / "last"), atol=1e-5)
 
 
 @pytest.mark.slow
@@ -713,7 +580,8 @@ def test_torchrun_starts_a_job_again_whose_process_was_killed_and_it_goes_on_fro
         shown, errors = job.communicate(timeout=120)
     assert job.returncode == 0, errors
     assert "iter 30/30" in shown and "iter 1/30" not in shown  # it did not begin from the start
-    assert_same_run(Path("out"), fit_on_two(**knobs, out_dir="whole"))
+    fit_on_two(**knobs, out_dir="whole")
+    assert_same_run(Path("out"), Path("whole"))
 
 
 # --- what it writes -------------------------------------------------------------------------------
@@ -726,11 +594,10 @@ def test_metrics_are_one_json_object_a_line_with_the_keys_that_others_rely_on(un
     assert len(steps) + len(evaluations) == len(lines)
     assert [record["iter"] for record in steps] == list(range(1, 13))
     assert [record["iter"] for record in evaluations] == [0, 5, 10, 12]
-    assert all(
-        record.keys() >= {"iter", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"}
-        for record in steps
-    )
-    assert all(record.keys() >= {"iter", "train_loss", "val_loss"} for record in evaluations)
+    for record in steps:
+        assert record.keys() >= {"iter", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"}
+    for record in evaluations:
+        assert record.keys() >= {"iter", "train_loss", "val_loss"}
     assert [r["lr"] for r in steps] == [train.learning_rate(tiny(), it) for it in range(12)]
     assert all(record["tokens_per_s"] > 0 and record["mfu"] is None for record in steps)
     assert all(0 < record["grad_norm"] < math.inf for record in steps)
@@ -756,11 +623,10 @@ def test_the_screen_shows_each_logged_step_each_evaluation_and_a_sampled_reply(c
 @pytest.fixture
 def overfitting():
     """Knobs of a run whose validation loss falls, then rises."""
-    other_words = [
-        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "purple zebra!"}]
-    ] * 30
-    write_shards("data/other", small_talk(60, seed=1), other_words)
-    return {"dataset": "other", "eval_interval": 4, "learning_rate": 0.03}
+    other_words = [{"role": "user", "content": "hi"}]
+    other_words.append({"role": "assistant", "content": "purple zebra!"})
+    write_shards("data/other", small_talk(60, seed=1), [other_words] * 30)
+    return {"dataset": "other", "eval_interval": 4, "learning_rate": 0.03, "n_embd": 32}
 
 
 def test_out_dir_holds_the_weights_of_the_lowest_validation_loss(overfitting, uninterrupted):
@@ -768,7 +634,7 @@ def test_out_dir_holds_the_weights_of_the_lowest_validation_loss(overfitting, un
     val_losses = losses(out, "val_loss")
     assert val_losses[0] > min(val_losses) < val_losses[-1]
     loader = Loader([(Path("data/other/val.bin"), 1)], 2, 32, 1337, Tokenizer())
-    batches = [loader.batch(i) for i in range(4)]
+    batches = [loader.batch(i) for i in range(2)]
     supervised = sum((y != -100).sum().item() for _, y, _ in batches)
     for folder, expected in ((out, min(val_losses)), (out / "last", val_losses[-1])):
         with torch.no_grad():
@@ -790,24 +656,15 @@ def test_a_resumed_run_does_not_forget_which_weights_were_best(
 def test_what_was_trained_loads_in_transformers_and_talks(uninterrupted, monkeypatch, capsys):
     out = uninterrupted(dropout=0.1)
     messages = [{"role": "user", "content": "hello"}]
-    prompt = AutoTokenizer.from_pretrained(out).apply_chat_template(
-        messages, add_generation_prompt=True
-    )
-    assert prompt["input_ids"] == Tokenizer().render(messages, add_generation_prompt=True)[0]
-    reply = GPT2LMHeadModel.from_pretrained(out).generate(
-        torch.tensor([prompt["input_ids"]]), max_new_tokens=8, do_sample=False
-    )[0, len(prompt["input_ids"]) :]
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert prompt == Tokenizer().render(messages, add_generation_prompt=True)[0]
+    hf = GPT2LMHeadModel.from_pretrained(out)
+    reply = hf.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
     capsys.readouterr()
-    chat.main(
-        chat.Config(
-            init_from=str(out),
-            max_new_tokens=8,
-            temperature=0,
-            frequency_penalty=0,
-            device="cpu",
-        )
-    )
+    greedy = {"temperature": 0, "frequency_penalty": 0, "max_new_tokens": 8}
+    chat.main(chat.Config(init_from=str(out), device="cpu", **greedy))
     expected = Tokenizer().decode([token for token in reply.tolist() if token != 50256]).split()
     assert capsys.readouterr().out.split() == ["Bot:", *expected]
 
@@ -829,12 +686,8 @@ def test_weights_and_biases_gets_the_run_when_switched_on(monkeypatch):
     wandb.finish()
     wandb.teardown()  # ends its service, which writes
     (logged,) = Path("wandb").glob("offline-run-*/run-*.wandb")
-    for word in (
-        "my first run",
-        "learning_rate",
-        *records(Path("out"))[0],
-        *records(Path("out"))[1],
-    ):
+    first, second, *_ = records("out")
+    for word in ("my first run", "learning_rate", *first, *second):
         assert word.encode() in logged.read_bytes()
 
 
@@ -843,7 +696,7 @@ def test_weights_and_biases_gets_the_run_when_switched_on(monkeypatch):
 
 @pytest.mark.parametrize("init_from", ["scratch", "start"])
 def test_another_template_trains_and_its_tokens_are_added(init_from, hf_gpt2):
-    hf_gpt2(n_positions=32).save_pretrained("start")
+    hf_gpt2(n_positions=32, n_embd=16).save_pretrained("start")
     write_shards("data/talk", small_talk(60), small_talk(10), template="user_assistant")
     out = fit(init_from=init_from, template="user_assistant", max_iters=4)
     model, tokenizer = GPT2LMHeadModel.from_pretrained(out), AutoTokenizer.from_pretrained(out)
@@ -875,7 +728,7 @@ def test_datasets_separated_by_commas_are_trained_on_together(capsys):
 
 def test_a_dataset_with_a_share_gives_an_epoch_that_share_of_its_rows(capsys):
     write_shards("data/more", small_talk(40, seed=5), small_talk(5, seed=6))
-    out = fit(dataset="talk:1,more:0.5", max_iters=6)
+    out = fit(dataset="talk:1,more:0.5", max_iters=6, n_embd=32)
     n_rows = {
         dataset: Loader(find_shards("data", dataset, "train"), 2, 32, 1, Tokenizer()).n_rows
         for dataset in ("talk", "more")
@@ -888,10 +741,7 @@ def test_a_dataset_with_a_share_gives_an_epoch_that_share_of_its_rows(capsys):
 
 @pytest.mark.parametrize("share", ["0", "-1", "half", "nan", "inf"])
 def test_a_share_that_is_no_positive_number_is_refused_by_name(share, monkeypatch, capfd):
-    assert_refused(
-        run_script(monkeypatch, capfd, dataset=f"talk:1,more:{share}"),
-        f"more:{share}",
-    )
+    assert_refused(run_script(monkeypatch, capfd, dataset=f"talk:1,more:{share}"), f"more:{share}")
 
 
 def test_a_context_too_short_for_the_sampled_reply_trains():
@@ -909,14 +759,10 @@ def test_a_model_that_is_trained_further_keeps_its_template():
 
 def test_a_shape_that_the_model_has_not_is_refused(monkeypatch, capfd):
     fit(max_iters=0)
-    done = run_script(monkeypatch, capfd, init_from="out/last", out_dir="other", n_layer=3)
+    knobs = {"init_from": "out/last", "out_dir": "other", "max_iters": 0}
+    done = run_script(monkeypatch, capfd, **knobs, n_layer=3)
     assert_refused(done, "n_layer=3", "out/last")
-    assert (
-        run_script(
-            monkeypatch, capfd, init_from="out/last", out_dir="other", max_iters=0
-        ).returncode
-        == 0
-    )
+    assert run_script(monkeypatch, capfd, **knobs).returncode == 0
 
 
 @pytest.mark.slow
@@ -965,7 +811,7 @@ def test_a_knob_that_cannot_be_is_refused_by_name(knobs, words):
 
 
 def test_a_block_beyond_the_models_context_is_refused(hf_gpt2):
-    hf_gpt2(n_positions=32).save_pretrained("start")
+    hf_gpt2(n_positions=32, n_embd=16).save_pretrained("start")
     with pytest.raises(ValueError, match=r"block_size=64.* 32"):
         fit(init_from="start", block_size=64)
 
@@ -1012,13 +858,12 @@ def explode(loss):
     ("spoil", "training", "words"),
     [
         (lambda loss: loss * math.nan, True, "the loss is nan at iter 12"),
-        (lambda loss: loss * math.inf, True, "the loss is inf at iter 12"),
         (lambda loss: loss * 10, True, r"the loss is \d+\.\d+ at iter 12, \d+\.\d+ before"),
         (explode, True, r"the gradient norm is .* at iter 12, .* before"),
         (lambda loss: loss * 10, False, r"the validation loss is .* at iter 15, .* before"),
         (lambda loss: loss * math.nan, False, r"the validation loss is nan at iter 15, .* before"),
     ],
-    ids=["nan", "inf", "spike", "gradient", "evaluation", "nan in evaluation"],
+    ids=["nan", "spike", "gradient", "evaluation", "nan in evaluation"],
 )
 def test_a_run_that_diverges_ends_in_a_sentence_and_the_good_weights_stay(
     spoil, training, words, go_wrong, uninterrupted, monkeypatch, capfd
@@ -1119,10 +964,9 @@ def test_another_programs_log_is_refused_by_name_and_left(uninterrupted):
     assert Path("out/metrics.jsonl").read_text() == '["loss", 1]\n'
 
 
-def test_a_mistake_ends_in_a_sentence_and_status_2(script):
-    assert_refused(
-        script("train.py", *arguments(init_from="resume")), "out/last/state.pt", "--init_from"
-    )
+def test_a_mistake_ends_in_a_sentence_and_status_2():
+    done = Forked(["train.py", *arguments(init_from="resume")], Path.cwd()).wait()
+    assert_refused(done, "out/last/state.pt", "--init_from")
 
 
 def test_a_screen_that_cannot_show_every_character_does_not_end_the_training(monkeypatch):
