@@ -1,15 +1,13 @@
 """PPO: its formulas by hand, its first step, resuming, toy rewards, and what it refuses."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, StopsAfter, assert_same_weights, records, small_talk, write_shards
+from forked import two_ranks
 
 import train
 import train_ppo
@@ -301,15 +299,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(monkeypatch):
 def test_two_processes_are_one_process():
     knobs = {"max_iters": 2, "epochs": 1, "batch_size": 8}
     one = fit(**knobs, out_dir="one")
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    knobs = TINY | knobs | {"out_dir": "two"}
-    program = "import train_ppo; train_ppo.NORMALIZE_ON = 8; "
-    program += "train_ppo.run(train_ppo.main, train_ppo.Config)"
-    Path("two.py").write_text(program)
-    run += ["two.py", *(f"--{name}={value}" for name, value in knobs.items())]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120, env=env)
-    assert done.returncode == 0, done.stderr
+    program = f"import sys; sys.path[0] = {str(ROOT)!r}; import train_ppo; "
+    program += "train_ppo.NORMALIZE_ON = 8; train_ppo.run(train_ppo.main, train_ppo.Config)"
+    arguments = [f"--{name}={value}" for name, value in (TINY | knobs | {"out_dir": "two"}).items()]
+    done = [rank.wait() for rank in two_ranks(["-c", program, *arguments], Path.cwd())]
+    assert [each.returncode for each in done] == [0, 0], done
     for first, second in zip(without_times(one), without_times("two"), strict=True):
         assert first == pytest.approx(second, abs=1e-3, rel=1e-2)
 

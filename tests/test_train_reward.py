@@ -2,8 +2,6 @@
 
 import contextlib
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, StopsAfter, assert_same_weights, records
+from forked import two_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -245,11 +244,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(monkeypatch):
 
 def test_two_processes_are_one_process_with_the_same_global_batch():
     whole = fit(dropout=0.0)
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     knobs = TINY | {"dropout": 0.0, "out_dir": "two"}
-    run += [ROOT / "train_reward.py", *(f"--{name}={value}" for name, value in knobs.items())]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    arguments = [f"--{name}={value}" for name, value in knobs.items()]
+    done = [rank.wait() for rank in two_ranks(["train_reward.py", *arguments], Path.cwd())]
+    assert [each.returncode for each in done] == [0, 0], done
     one = load_file(whole / "last" / "model.safetensors")
     two = load_file("two/last/model.safetensors")
     for name in one:
