@@ -112,8 +112,7 @@ class Block(nn.Module):
 
     def forward(self, x, attend):
         x = x + self.attn(self.ln_1(x), attend)
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):

@@ -1,5 +1,4 @@
-"""
-Many continuations of one context in a single forward pass, for ranking and scoring replies.
+"""Many continuations of one context in a single forward pass, for ranking and scoring replies.
 
 The context and all continuations stand in one row. Each continuation sees the context and itself,
 not the others, so the context is computed once and there is no padding.
@@ -10,11 +9,9 @@ import torch.nn.functional as F
 
 
 def hidden_of_branches(model, context, continuations):
-    """Return the final hidden states (T, C) of the context and, after it, of each continuation.
-
-    context: a list of ids; continuations: a list of lists of ids. The context and the longest of
-    them must fit the model's context. T is the number of ids altogether.
-    """
+    """Return the final hidden states (T, C) of the context and, after it, of each continuation;
+    T is the number of ids altogether. context: a list of ids; continuations: a list of lists of
+    ids. The context and the longest of them must fit the model's context."""
     # branch 0 is the context; positions go on from its end in each continuation
     n = len(context)
     ids = list(context)

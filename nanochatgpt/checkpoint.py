@@ -33,14 +33,12 @@ def load_model(
     ConnectionError if there is no such model, ValueError if it is damaged or not a GPT-2.
     """
     path, config, tokenizer = find(init_from)
-    # each token needs an embedding
     if config.vocab_size < tokenizer.n_vocab:
         sizes = f"{config.vocab_size} embeddings but its tokenizer has {tokenizer.n_vocab} tokens"
         raise ValueError(f"{init_from}: the model has {sizes}")
 
-    # build the model without memory for the weights
     config.dropout = dropout
-    with torch.device("meta"):
+    with torch.device("meta"):  # no memory for the weights yet
         model = model_class(config)
 
     # load one tensor at a time: a second copy of the model may not fit into memory
@@ -66,7 +64,6 @@ def save_model(model, tokenizer, directory):
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
 
-    # the contents of the files
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":  # tied to the embedding

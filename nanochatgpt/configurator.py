@@ -1,5 +1,4 @@
-"""
-Knobs of a script: a dataclass, overridden by config files and --knob=value arguments.
+"""Knobs of a script: a dataclass, overridden by config files and --knob=value arguments.
 
     python SCRIPT.py [config/FILE.py ...] [--knob=value ...]        the last one wins
 
@@ -33,14 +32,12 @@ def parse(Config, argv):
             assignments = {name: text}
         else:
             raise ValueError(f"{arg}: write --knob=value; --help lists the knobs")
-        # check names and types
         for name, value in assignments.items():
             if name not in knobs:
                 nearest = difflib.get_close_matches(name, knobs, n=1, cutoff=0)[0]
                 raise ValueError(f"{arg}: unknown knob '{name}', did you mean '{nearest}'?")
             values[name] = _convert(knobs[name], value, arg)
-    # some defaults depend on whether the user set a knob
-    if hasattr(Config, "given"):
+    if hasattr(Config, "given"):  # some defaults depend on whether the user set a knob
         values["given"] = frozenset(values)
     return Config(**values)
 
@@ -94,7 +91,6 @@ def usage(Config, script, doc):
     comments = {}
     for base in reversed(Config.__mro__[:-1]):  # a subclass overrides its base
         comments |= field.findall(inspect.getsource(base))
-    # one line per knob
     for name, knob in _knobs(Config).items():
         assignment = f"{name}={knob.default}"
         lines.append(f"  --{assignment:<38} {comments.get(name, '')}".rstrip())
@@ -112,8 +108,7 @@ def _convert(knob, value, source):
     elif isinstance(value, str) or (knob.type is float and type(value) is int):
         with contextlib.suppress(ValueError, OverflowError):
             value = knob.type(value)
-    # isinstance would accept True for an int
-    if type(value) is not knob.type:
+    if type(value) is not knob.type:  # isinstance would accept True for an int
         example = f"{knob.name}={knob.default}"
         raise ValueError(f"{source}: {knob.name} is of type {knob.type.__name__}, as in {example}")
     return value
@@ -127,14 +122,12 @@ def _run_file(path):
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), names)
     except (Exception, SystemExit) as error:
-        # the last line of this file in the traceback
-        place = path
+        place = path  # and the last line of it in the traceback
         for frame in traceback.extract_tb(error.__traceback__):
             if frame.filename == path:
                 place = f"{path}, line {frame.lineno}"
         raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
-    # keep what may be knobs
-    values = {}
+    values = {}  # what may be knobs
     for name, value in names.items():
         if name[0] != "_" and not callable(value) and not isinstance(value, types.ModuleType):
             values[name] = value

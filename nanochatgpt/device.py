@@ -1,6 +1,4 @@
-"""
-Device and dtype selection, memory settings, peak FLOP/s.
-"""
+"""Device and dtype selection, memory settings, peak FLOP/s."""
 
 import contextlib
 import ctypes
@@ -71,9 +69,7 @@ def precision(name, device):
     if name == "auto" and device_type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         dtype = torch.bfloat16  # 1.7 times the tokens/s of float32 on such a CPU
     if dtype == torch.float16 and device_type != "cuda":
-        raise ValueError(
-            f"dtype=float16 trains on CUDA only; on {device_type} use bfloat16 or float32"
-        )
+        raise ValueError(f"dtype=float16 trains on CUDA only; on {device_type} use bfloat16")
     # float32 needs no autocast
     autocast = contextlib.nullcontext()
     if dtype != torch.float32:

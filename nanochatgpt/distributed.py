@@ -1,6 +1,4 @@
-"""
-The processes that train together: one alone, or as many as torchrun starts.
-"""
+"""The processes that train together: one alone, or as many as torchrun starts."""
 
 import contextlib
 import os
@@ -61,26 +59,21 @@ class Distributed:
 
 
 def init_distributed(config, *divisible):
-    """Return the Distributed of this process, and set up the machine for training.
-
-    Raises ValueError for a device that does not exist, or if one of the `divisible` knobs is not a
-    multiple of the number of processes.
-    """
-    # torchrun sets these variables
-    rank = int(os.environ.get("RANK", 0))
+    """Return the Distributed of this process, and set up the machine for training. Raises
+    ValueError for a device that does not exist, or if one of the `divisible` knobs is not a
+    multiple of the number of processes."""
+    rank = int(os.environ.get("RANK", 0))  # torchrun sets these variables
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device)
     device_type = torch.device(device).type
     store = None
     if device_type == "cpu":
         keep_freed_memory()
-    # each process takes an equal part of a batch
-    for name in divisible:
+    for name in divisible:  # each process takes an equal part of a batch
         value = getattr(config, name)
         if value % world_size:
             raise ValueError(f"{name}={value} is not a multiple of the {world_size} processes")
-    # connect to the other processes
-    if world_size > 1:
+    if world_size > 1:  # connect to the other processes
         if device_type == "cuda":
             device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(device)

@@ -1,5 +1,4 @@
-"""
-Decoding with a key-value cache: rows come and go, and each gets one new token per step.
+"""Decoding with a key-value cache: rows come and go, and each gets one new token per step.
 
 GPT.generate in model.py defines the result; the engine computes the same without repeating work.
 nanochatgpt/sampling.py draws the next token, nanochatgpt/generate.py collects what comes out.
@@ -190,7 +189,6 @@ class Engine:
     def _draw(self, rows, logits):
         """Append a token to each of these rows, which share their options; return the Tokens.
         logits: (B, n_vocab) float32, overwritten."""
-        # the penalties of each row, then the draw for all at once
         options = rows[0].options
         logprobs = {}
         for row, row_logits in zip(rows, logits, strict=True):
@@ -277,8 +275,7 @@ class Engine:
                 padded = longest * (len(batch) + 1)
                 if copies or not neighbour or padded > min(2 * n_tokens, PREFILL_TOKENS):
                     break
-            # only the last token is missing: `_decode` computes it
-            if row.n_missing == 1:
+            if row.n_missing == 1:  # `_decode` computes its last token
                 continue
             if n == 0:
                 break
@@ -298,8 +295,7 @@ class Engine:
         """Compute the next tokens of a batch, [(row, n)]; return final hidden states (B, T, C)."""
         B = len(batch)
         T = max(n for _, n in batch)
-        # shorter rows are padded on the right; the padding lands past their cached tokens, where it
-        # is never read
+        # shorter rows end in padding, which lands past their cached tokens and is never read
         idx = torch.zeros(B, T, dtype=torch.long)
         starts = torch.zeros(B, 1, dtype=torch.long)
         for i, (row, n) in enumerate(batch):

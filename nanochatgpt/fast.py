@@ -1,5 +1,4 @@
-"""
-Drop-ins for GPT.loss and GPT.packed_attention: faster, with the same results up to rounding.
+"""Drop-ins for GPT.loss and GPT.packed_attention: faster, with the same results up to rounding.
 
 `speed_up(model)` installs both. Without it everything works, in more time and memory.
 """
@@ -42,12 +41,10 @@ def fast_loss(model, x, targets):
 
 
 class HeadLoss(torch.autograd.Function):
-    """The head and the summed cross-entropy, computing the gradients along the way.
-
+    """The head and the summed cross-entropy, computing the gradients along the way:
     HeadLoss.apply(x (N, C), weight (V, C), targets (N,)) -> () float32, in nats. The logits
     (N, V) are the largest tensor of a training step. Here they exist for a few rows at a time, and
-    their gradient overwrites them.
-    """
+    their gradient overwrites them."""
 
     ROWS = 4096  # rows of 16-bit logits at a time, 0.4 GB
     CPU_ROWS = 64  # rows of float32 probabilities at a time on a CPU, so that they stay in cache
@@ -104,15 +101,11 @@ class HeadLoss(torch.autograd.Function):
 
 
 def fast_packed_attention(model, documents, document_ids):
-    """packed_attention that computes one document after the other, where the device can.
-
-    On a CPU at T = 1024 this takes half the time of the mask, with dropout a sixth; torch.compile
-    would recompile it for each batch. On a GPU FlashAttention does it, in 16 bits and without
-    dropout.
-    """
+    """packed_attention that computes one document after the other, where the device can. On a CPU
+    at T = 1024 this takes half the time of the mask, with dropout a sixth; torch.compile would
+    recompile it for each batch. On a GPU FlashAttention does it, in 16 bits, without dropout."""
     if documents.device.type == "cuda" and _flash_can(model, documents.device):
-        # imported here to spare a chat on a CPU 70 MB
-        from torch.nn.attention.varlen import varlen_attn
+        from torch.nn.attention.varlen import varlen_attn  # here, to spare a chat on a CPU 70 MB
 
         def attend(layer, q, k, v, dropout):
             B, nh, T, hs = q.shape

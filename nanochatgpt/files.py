@@ -1,6 +1,4 @@
-"""
-Downloads that resume and are verified; writes that happen completely or not at all.
-"""
+"""Downloads that resume and are verified; writes that happen completely or not at all."""
 
 import contextlib
 import hashlib
@@ -67,7 +65,6 @@ def _receive(url, part, headers):
     if done:
         headers["Range"] = f"bytes={done}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        # what the server answers
         status = response.status_code
         if status == 404:
             raise FileNotFoundError(f"{url} does not exist (404): check the name")

@@ -1,6 +1,4 @@
-"""
-New tokens for many prompts (`generate`), and text as it is written for one (`stream`).
-"""
+"""New tokens for many prompts (`generate`), and text as it is written for one (`stream`)."""
 
 from bisect import bisect_right
 
@@ -48,7 +46,6 @@ def generate(
     prompt_of = {}  # index of the row -> index of its prompt
     try:
         while waiting or engine.running:
-            # fill the free rows
             while waiting and len(engine.running) < len(engine.rows):
                 i, prompt = waiting.pop(0)
                 row_seed = None if seed is None else seed + i  # the row draws the same in any batch
@@ -57,8 +54,7 @@ def generate(
                 )
                 prompt_of[row] = i
 
-            # collect one token per row
-            for token in engine.step():
+            for token in engine.step():  # one per row
                 i = prompt_of[token.row]
                 new[i].append(token.id)
                 if not stop_strings:
@@ -74,18 +70,15 @@ def generate(
                     new[i] = new[i][: bisect_right(ends[i], stop)]  # ids that end by the stop
                     engine.end(token.row)
     finally:
-        # free the rows after an error too
-        for row in prompt_of:
+        for row in prompt_of:  # free the rows after an error too
             engine.end(row)
     return new
 
 
 def stream(engine, tokenizer, prompt, sampling, *, stop_strings=(), stop_ids=(), seed=None):
     """Yield the text that follows one prompt, piece by piece, up to a stop. No other row may run.
-
     What may be the beginning of a stop string is held back, and dropped if the row ends there for
-    lack of room: a chat never shows part of a marker.
-    """
+    lack of room: a chat never shows part of a marker."""
     text = TextStream(tokenizer, stop_strings)
     index = engine.add(prompt, sampling, seed=seed, stop_ids=stop_ids)
     row = engine.rows[index]

@@ -1,6 +1,4 @@
-"""
-Models and files of the Hugging Face hub.
-"""
+"""Models and files of the Hugging Face hub."""
 
 import contextlib
 import os
@@ -52,16 +50,13 @@ def find_on_hub(name):
 
 def hub_file(repo, name, size=None, sha256=None, kind="models"):
     """Return the path of a file of `repo` ("org/name") on the Hugging Face hub: in transformers'
-    cache, else in ours, else downloaded into ours. kind: "models" or "datasets".
-
-    HF_HUB_CACHE, HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to
-    transformers. For size, sha256 and errors see `download`.
-    """
-    # transformers' cache
+    cache, else in ours, else downloaded into ours. kind: "models" or "datasets". HF_HUB_CACHE,
+    HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to transformers. For size,
+    sha256 and errors see `download`."""
     env = os.environ
     cache = env.get("XDG_CACHE_HOME") or "~/.cache"
     home = env.get("HF_HOME") or f"{cache}/huggingface"
-    hub = Path(os.path.expanduser(env.get("HF_HUB_CACHE") or f"{home}/hub"))
+    hub = Path(os.path.expanduser(env.get("HF_HUB_CACHE") or f"{home}/hub"))  # transformers' cache
     # gpt2 and distilgpt2 had no organization until 2024; transformers caches either name
     short = repo.removeprefix("openai-community/").removeprefix("distilbert/")
     for alias in (repo, short):
@@ -72,14 +67,12 @@ def hub_file(repo, name, size=None, sha256=None, kind="models"):
             if is_finished(path, size):
                 return path
 
-    # our cache
-    path = Path(os.path.expanduser(cache)) / "nanochatgpt" / kind / repo / name
+    path = Path(os.path.expanduser(cache)) / "nanochatgpt" / kind / repo / name  # our cache
     offline = env.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     if offline and not is_finished(path, size):
         remedy = f"unset HF_HUB_OFFLINE, or place the file at {path} (or in {hub})"
         raise FileNotFoundError(f"{repo}/{name} is not here, and HF_HUB_OFFLINE is set\n{remedy}")
 
-    # download
     endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     folder = "datasets/" if kind == "datasets" else ""
     url = f"{endpoint}/{folder}{repo}/resolve/main/{name}"

@@ -1,5 +1,4 @@
-"""
-Hugging Face's files, both ways: config.json, tensor names, tokenizer files and chat templates.
+"""Hugging Face's files, both ways: config.json, tensor names, tokenizer files and chat templates.
 
 transformers, vLLM, llama.cpp's converter and lm-evaluation-harness load our files unchanged. We
 reject any option that model.py does not implement, and name it.
@@ -52,13 +51,11 @@ def read_config(path):
     """Return the GPTConfig of a config.json. Raises ValueError if that is not a GPT-2's."""
     config = _read_json(path)
 
-    # the arithmetic of model.py
     for name, value in SUPPORTED.items():
         if config.get(name, value) != value:
             given = f"{name}={short_repr(config[name])}"
             raise ValueError(f"{path}: {given} is not supported, only {value!r}")
 
-    # sizes that a GPT can have
     sizes = {}
     for name in SIZES:
         value = config.get(name)
@@ -86,7 +83,6 @@ def config_files(model, tokenizer):
     config |= {"embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "resid_pdrop": c.dropout}
     if model.architecture == "GPT2ForSequenceClassification":  # a reward model: one label
         config |= {"id2label": {0: "kept"}, "label2id": {"kept": 0}}
-    # special tokens
     ids = {"bos_token_id": END_OF_TEXT, "eos_token_id": tokenizer.eos_id}
     ids["pad_token_id"] = tokenizer.pad_id
     config = json.dumps(config | ids, indent=2)
@@ -98,11 +94,8 @@ def config_files(model, tokenizer):
 
 def open_weights(path, model):
     """Return read(name) -> tensor for a file with the weights of `model`; name is model.py's. Each
-    tensor can be read once.
-
-    Raises ValueError if the file is damaged, or its names, shapes or dtypes are not the model's;
-    NoScore if it lacks a reward model's score.
-    """
+    tensor can be read once. Raises ValueError if the file is damaged, or its names, shapes or
+    dtypes are not the model's; NoScore if it lacks a reward model's score."""
     # 1. list the tensors in the file
     open(path, "rb").close()  # raises PermissionError; safetensors would call the file missing
     stored = {}  # name in the file -> (shape, dtype)
@@ -195,8 +188,7 @@ def tokenizer_files(template):
 def chat_template(template):
     """Return a template in Jinja for transformers' `apply_chat_template`."""
     t = TEMPLATES[template]
-    # as in Tokenizer.render: opener, content, and the end token of a reply
-    return (
+    return (  # as in Tokenizer.render: opener, content, and the end token of a reply
         f"{{%- set openers = {json.dumps(t.openers)} -%}}"
         "{%- for message in messages -%}"
         "{%- set opener = openers[message['role']] -%}"
@@ -211,8 +203,7 @@ def chat_template(template):
 def read_tokenizer(directory):
     """Return the Tokenizer of a Hugging Face directory, with the template whose special tokens it
     has, else that of its chat template, else human_bot. Raises ValueError if the vocabulary is not
-    GPT-2's or a template's tokens have other ids.
-    """
+    GPT-2's or a template's tokens have other ids."""
 
     def read(name, default):
         path = directory / name
@@ -234,15 +225,14 @@ def read_tokenizer(directory):
     if not gpt2_vocab().items() <= vocab.items():
         raise ValueError(f"{path} is not GPT-2's vocabulary; only models that use it can be loaded")
 
-    # a template with special tokens is known by its end token
     added = {"<|endoftext|>": END_OF_TEXT} | added
+    # a template with special tokens is known by its end token, others by their chat template
     for name, template in TEMPLATES.items():
         if template.specials and template.end in added:
             tokenizer = Tokenizer(name)
             if not tokenizer.special_ids.items() <= added.items():
                 raise ValueError(f"{path}: the tokens of template {name} have other ids than here")
             return tokenizer
-    # others are known by their chat template
     jinja = read("tokenizer_config.json", {}).get("chat_template")
     for name in TEMPLATES:
         if chat_template(name) == jinja:

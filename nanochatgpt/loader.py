@@ -1,5 +1,4 @@
-"""
-Batches of packed conversations, as a pure function of the seed and the batch's index.
+"""Batches of packed conversations, as a pure function of the seed and the batch's index.
 
 A row of block_size tokens holds several whole conversations; the model keeps them apart. Where a
 conversation is too long for a row it is cut between exchanges, and each piece keeps the persona.
@@ -44,7 +43,6 @@ class Loader:
         self.block_size = block_size
         self.seed = seed
         self.tokenizer = tokenizer
-        # open each shard and pack its conversations into rows
         self.parts = []
         for path, share in shards:
             shard = open_shard(path, max_conversations)
@@ -89,7 +87,6 @@ class Loader:
             epoch, row = divmod(index * B + b, self.n_rows)
             part_index, row = self._order(epoch)[row]
             part = self.parts[part_index]
-            # write its pieces one after the other
             start = b * T
             for piece in part.rows[row]:
                 ids, mask = read_piece(part.shard, part.pieces[piece])
@@ -110,9 +107,8 @@ class Loader:
         text = f"{self.n_tokens:,} tokens in {self.n_rows:,} rows of {self.block_size}"
         text += f", {self.fill:.1%} full"
         if len(self.parts) > 1:  # show it if a small data set drowns in a large one
-            names = [part.shard.path.parent.name for part in self.parts]
-            rows = [f"{part.rows_per_epoch:,}" for part in self.parts]
-            text += f" ({', '.join(map(' of '.join, zip(rows, names, strict=True)))})"
+            parts = [f"{p.rows_per_epoch:,} of {p.shard.path.parent.name}" for p in self.parts]
+            text += f" ({', '.join(parts)})"
         if self.n_lost:
             text += f"; {self.n_lost:,} tokens dropped: exchanges longer than block_size"
         return text
@@ -153,8 +149,7 @@ class Loader:
         else:
             pieces = []
             for begin, end in pairwise(shard.offsets.tolist()):
-                # a conversation that fits is one piece
-                if end - begin <= room:
+                if end - begin <= room:  # it fits: one piece
                     if end - begin >= 2:  # one token has no target
                         pieces.append((begin, begin, begin, end))
                     continue
@@ -165,17 +160,14 @@ class Loader:
                         pieces.append((begin, begin + n, begin + start, begin + stop))
         # fail here, not in a run whose loss is always 0
         if not any(shard.mask(start + 1, stop).any() for _, _, start, stop in pieces):
-            raise ValueError(
-                f"{shard.path} has no supervised token in any piece of up to "
-                f"{self.block_size} tokens: raise block_size, or prepare it again"
-            )
+            problem = f"no supervised token in any piece of up to {self.block_size} tokens"
+            raise ValueError(f"{shard.path} has {problem}: raise block_size, or prepare it again")
         return np.array(pieces, np.int64)
 
 
 def best_fit(lengths, block_size):
-    """Return rows, lists of indices into `lengths` (n,), that fill block_size well: each piece, the
-    longest first, goes into the fullest row that has room. PersonaChat fills rows of 1,024 to 97%.
-    """
+    """Return rows, lists of indices into `lengths` (n,), that fill block_size well (1,024 to 97%
+    with PersonaChat): each piece, the longest first, goes into the fullest row that has room."""
     rows = []
     rows_with_room = [[] for _ in range(block_size + 1)]  # [r]: the rows with room for r more
     for i in np.argsort(-lengths, kind="stable").tolist():  # the longest first
@@ -189,9 +181,8 @@ def best_fit(lengths, block_size):
         else:
             row = []
             rows.append(row)
-        # put the piece there; the row now has less room
         row.append(i)
-        rows_with_room[room - length].append(row)
+        rows_with_room[room - length].append(row)  # the row now has less room
     return rows
 
 

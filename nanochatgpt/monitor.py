@@ -1,6 +1,4 @@
-"""
-Logging, divergence checks and clean shutdown of a training run.
-"""
+"""Logging, divergence checks and clean shutdown of a training run."""
 
 import json
 import math
@@ -26,8 +24,7 @@ class Log:
         """first_iter: where a resumed run starts; drop later records; those steps run again."""
         path = Path(config.out_dir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        # keep the records of the steps that are done
-        kept = ""
+        kept = ""  # the records of the steps that are done
         if first_iter and path.exists():
             for line, record in read_log(path):
                 evaluation = any(name.startswith("val_") for name in record)
@@ -67,9 +64,8 @@ def read_log(path):
         except ValueError:  # a line that a kill cut short
             continue
         # a record is {name: number or null} with an integer iter
-        values = record.values() if isinstance(record, dict) else [None]
-        numbers = all(isinstance(value, int | float | None) for value in values)
-        if not isinstance(record, dict) or not numbers or type(record.get("iter")) is not int:
+        valid = isinstance(record, dict) and type(record.get("iter")) is int
+        if not valid or not all(isinstance(value, int | float | None) for value in record.values()):
             raise ValueError(f"{path} is not the log of a run: {line[:60]!r}")
         yield line, record
 
@@ -86,12 +82,9 @@ class DivergenceCheck:
         if usual is None:
             usual = statistics.median(history) if len(history) >= 10 else math.inf  # too few yet
         factor, offset = LIMITS[name]
-        # `not <` also catches NaN
-        if not value < factor * usual + offset:
+        if not value < factor * usual + offset:  # `not <` also catches NaN
             before = f", {usual:.4g} before" if usual < math.inf else ""
-            remedy = (
-                "lower learning_rate, or raise warmup_iters; the saved checkpoints predate this"
-            )
+            remedy = "lower learning_rate or raise warmup_iters; the saved checkpoints predate this"
             problem = f"the {name} is {value:.4g} at iter {it}{before}: training diverges"
             raise ValueError(f"{problem}\n{remedy}")
         history.append(value)  # only values that passed the check

@@ -1,7 +1,4 @@
-"""
-AdamW, the learning-rate schedule, and the knobs that train.py, train_reward.py and train_ppo.py
-share.
-"""
+"""AdamW, the learning-rate schedule, and the knobs that all three training scripts share."""
 
 import math
 from dataclasses import dataclass
@@ -43,8 +40,7 @@ SCHEDULES = {  # fraction of the training done -> fraction of the learning rate 
 def check_schedule(config):
     """Raise ValueError if one of the knobs of `learning_rate` and `make_adamw` is out of range."""
     if config.lr_schedule not in SCHEDULES:
-        names = ", ".join(SCHEDULES)
-        raise ValueError(f"lr_schedule={config.lr_schedule} is not one of {names}")
+        raise ValueError(f"lr_schedule={config.lr_schedule} is not one of {', '.join(SCHEDULES)}")
     at_least(0, config, "min_lr", "warmup_iters", "weight_decay")
 
 

@@ -1,6 +1,4 @@
-"""
-Prompts from real conversations: what people said, up to a reply.
-"""
+"""Prompts from real conversations: what people said, up to a reply."""
 
 import random
 from itertools import pairwise
@@ -13,9 +11,7 @@ from nanochatgpt.shards import check_template, check_vocabulary
 def sample_prompts(shards, tokenizer, n, room, seed):
     """Return (prompts, replies) of at most n turns, each of another conversation: the ids up to the
     turn, at most `room`, and the text that a person replied. The seed draws conversation and turn.
-
-    Raises ValueError for a shard in another template or with tokens beyond the vocabulary.
-    """
+    Raises ValueError for a shard in another template or with tokens beyond the vocabulary."""
     draw = random.Random(seed)
     conversations = []
     for shard in shards:
@@ -34,8 +30,7 @@ def sample_prompts(shards, tokenizer, n, room, seed):
         ids = shard.tokens[start:stop].tolist()
         mask = shard.mask(start, stop)
 
-        # the replies that begin within the room
-        spans = []
+        spans = []  # the replies that begin within the room
         for pos in range(1, min(len(ids), room + 1)):
             if mask[pos] and not mask[pos - 1] and tokenizer.eos_id in ids[pos:]:
                 spans.append((pos, ids.index(tokenizer.eos_id, pos)))

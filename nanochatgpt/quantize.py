@@ -1,5 +1,4 @@
-"""
-Linear layers for inference on a CPU: weights in 16 or 8 bits, inputs and outputs in float32.
+"""Linear layers for inference on a CPU: weights in 16 or 8 bits, inputs and outputs in float32.
 
 Decoding reads all weights for each token, so halving the bytes doubles the speed. A row's output
 does not depend on the other rows, up to rounding. Layers copy a weight (n_out, n_in) and a bias
@@ -89,10 +88,8 @@ class Int8Linear(nn.Module):
 
         # linear_dynamic quantizes all rows over one [min, max]. Do the same row by row:
         # x is about (q - zero) * scale with integers q, so y = (q W - zero sum(W)) * scale + bias.
-        low = x.amin(-1, keepdim=True)  # (..., 1)
-        low.clamp_(max=0)
-        high = x.amax(-1, keepdim=True)  # (..., 1)
-        high.clamp_(min=0)
+        low = x.amin(-1, keepdim=True).clamp_(max=0)  # (..., 1)
+        high = x.amax(-1, keepdim=True).clamp_(min=0)  # (..., 1)
         scale = (high - low) / self.LEVELS
         scale.clamp_(min=6.1e-5)  # FBGEMM's smallest
         zero = (-low / scale).round()
@@ -117,12 +114,11 @@ def pack(model, read, dtype):
     mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
     # the head, and the token embedding in at least 16 bits
-    tensors = {}
     embedding = read("transformer.wte.weight").float()
     if hasattr(model, "lm_head"):
         model.lm_head = Linear(embedding)
     embedding_dtype = torch.float16 if dtype == torch.int8 else dtype
-    tensors["transformer.wte.weight"] = embedding.to(embedding_dtype)
+    tensors = {"transformer.wte.weight": embedding.to(embedding_dtype)}
     del embedding
 
     # the matrices of the blocks

@@ -1,5 +1,4 @@
-"""
-Decoding steps without Python: a step that keeps coming is recorded once and replayed.
+"""Decoding steps without Python: a step that keeps coming is recorded once and replayed.
 
 On a CPU it is recorded as a trace, on CUDA as a graph. GPT-2's 12 layers in int8 take 12 ms per
 step recorded, 22 in Python.

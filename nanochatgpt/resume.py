@@ -1,6 +1,4 @@
-"""
-A training run that can be stopped and resumed: everything it needs is in out_dir/last/.
-"""
+"""A training run that can be stopped and resumed: everything it needs is in out_dir/last/."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,12 +34,9 @@ class Run:
         return Path(self.config.out_dir) / "last"
 
     def load(self):
-        """Return what `save` last wrote, None for a new run.
-
-        Raises ValueError if a new run would overwrite one, or if state.pt is invalid, comes from
-        another script, or disagrees on a knob in must_match; FileNotFoundError if there is no run
-        to resume.
-        """
+        """Return what `save` last wrote, None for a new run. Raises ValueError if a new run would
+        overwrite one, or if state.pt is invalid, comes from another script, or disagrees on a knob
+        in must_match; FileNotFoundError if there is no run to resume."""
         config = self.config
         distributed = self.distributed
         path = self.last / "state.pt"
@@ -69,8 +64,7 @@ class Run:
         if state["script"] != self.script:
             remedy = "resume it with that, or set another --out_dir"
             raise ValueError(f"{self.last} is a run of {state['script']}.py: {remedy}")
-        # knobs that may not change within a run
-        for name in self.must_match:
+        for name in self.must_match:  # knobs that may not change within a run
             value = getattr(config, name)
             if value != state["knobs"][name]:
                 was = f"the run in {config.out_dir} has {state['knobs'][name]}"
@@ -84,8 +78,7 @@ class Run:
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
-        # a finished run may be resumed; it just ends
-        if state["iter"] > self.config.max_iters:
+        if state["iter"] > self.config.max_iters:  # equal: a finished run just ends
             beyond = f"beyond max_iters={self.config.max_iters}: raise max_iters"
             raise ValueError(f"{self.last} is at iter {state['iter']}, {beyond}")
         # pop: free the moments once the optimizer has its copy
@@ -95,8 +88,7 @@ class Run:
             set_optimizer_state_dict(
                 model, optimizer, groups | {"state": moments}, options=FULL_STATE_DICT
             )
-        # the loss scale that float16 has settled on
-        if scaling := state.pop("scaler", None):
+        if scaling := state.pop("scaler", None):  # the loss scale that float16 has settled on
             scaler.load_state_dict(scaling)
 
     def save(self, exported, module, **progress):
@@ -105,14 +97,12 @@ class Run:
         exported: the GPT or RewardModel to save as a checkpoint; module: the one whose state dict a
         resumed run loads. progress: `iter` and more tensors or plain values. All processes call it.
         """
-        # gather the moments of all processes on rank 0
-        moments = {}
+        moments = {}  # of all processes, on rank 0
         if self.optimizer.state:  # the call below runs a dummy step on a fresh optimizer
             moments = get_optimizer_state_dict(self.model, self.optimizer, options=FULL_STATE_DICT)
             moments = moments.get("state", {})  # without the parameter groups, which hold knobs
         if not self.distributed.master:
             return
-        # the checkpoint, then the state
         save_model(exported, self.tokenizer, self.last)
         state = progress | {  # `needed` in `load` lists what must be there
             "script": self.script,  # checked by `load`
@@ -123,8 +113,7 @@ class Run:
             "optimizer": moments,  # by parameter name
             "scaler": self.scaler.state_dict(),
         }
-        # a kill while writing leaves the old state
-        with replacing(self.last / "state.pt") as path:
+        with replacing(self.last / "state.pt") as path:  # a kill while writing leaves the old one
             torch.save(state, path)
 
     def print_stopped(self, it):

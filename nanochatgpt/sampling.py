@@ -1,6 +1,4 @@
-"""
-Sampling: the options, the penalties, and the draw of the next token.
-"""
+"""Sampling: the options, the penalties, and the draw of the next token."""
 
 import math
 from collections import Counter
@@ -41,11 +39,9 @@ class Sampling:
 
 @dataclass
 class ChatSampling(Sampling):
-    """Defaults for chats, chosen by evaluate.py's metrics of the model in the box.
-
-    The frequency penalty looks only at the reply; it cuts repeated 4-grams from 20% to 0.6%. A
-    repetition penalty of 1.1 leaves 5.1%, and also penalises what the bot has to remember.
-    """
+    """Defaults for chats, chosen by evaluate.py's metrics of the model in the box. The frequency
+    penalty looks only at the reply; it cuts repeated 4-grams from 20% to 0.6%. A repetition penalty
+    of 1.1 leaves 5.1%, and also penalises what the bot has to remember."""
 
     temperature: float = 0.6
     top_k: int = 50
@@ -70,11 +66,9 @@ def for_template(config, template):
 
 
 def penalize(logits, options, prompt, new, logit_bias):
-    """Apply the logit bias {id: number} and the penalties to logits (V,), in place.
-
-    prompt, new: the ids so far. Order: bias, repetition_penalty (CTRL, arXiv 1909.05858), presence
-    and frequency penalty (OpenAI's), no_repeat_ngram_size.
-    """
+    """Apply the logit bias {id: number} and the penalties to logits (V,), in place. prompt, new:
+    the ids so far. Order: bias, repetition_penalty (CTRL, arXiv 1909.05858), presence and frequency
+    penalty (OpenAI's), no_repeat_ngram_size."""
 
     def tensor(values, dtype):
         return torch.tensor(list(values), dtype=dtype, device=logits.device)

@@ -1,5 +1,4 @@
-"""
-Shards: a tokenized corpus in one memory-mapped file.
+"""Shards: a tokenized corpus in one memory-mapped file.
 
     header   64 bytes: magic, version, vocabulary size, tokens, conversations, template's name
     tokens   uint16 each
@@ -73,8 +72,7 @@ class ShardWriter:
 
     def __exit__(self, failed, *_):
         try:
-            # after an error the old file stays
-            if not failed:
+            if not failed:  # after an error the old file stays
                 self.finish()
                 self._part.replace(self.path)
         finally:
@@ -90,8 +88,7 @@ class ShardWriter:
         # the last bits of the mask, and the end of the last conversation
         self._mask.write(np.packbits(self._bits, bitorder="little").tobytes())
         self._offsets.write(struct.pack("<Q", self.n_tokens))
-        # append mask and offsets to the tokens
-        for part in (self._mask, self._offsets):
+        for part in (self._mask, self._offsets):  # they follow the tokens
             self._file.write(bytes(-self._file.tell() % 8))  # pad to 8 bytes
             part.seek(0)
             while block := part.read(1 << 20):  # 1 MB at a time
@@ -151,7 +148,6 @@ def open_shard(path, max_conversations=0):
     if n_tokens == 0:
         raise ValueError(f"{path} holds no tokens: prepare it again")
 
-    # the parts
     tokens = np.memmap(path, "<u2", "r", HEADER.size, n_tokens)
     bits = np.memmap(path, np.uint8, "r", mask_at, n_mask)
     offsets = np.memmap(path, "<u8", "r", offsets_at, n_conversations + 1).astype(np.int64)
@@ -160,8 +156,7 @@ def open_shard(path, max_conversations=0):
     in_order = offsets[0] == 0 and offsets[-1] == n_tokens and (np.diff(offsets) >= 0).all()
     if not in_order or not template.isidentifier():
         raise ValueError(f"{path} is damaged (its offsets or its template): prepare it again")
-    # keep the first conversations
-    if max_conversations:
+    if max_conversations:  # keep the first ones
         offsets = offsets[: max_conversations + 1]
     return Shard(path, tokens[: offsets[-1]], bits, offsets, template, vocab_size)
 
@@ -182,14 +177,10 @@ def open_headerless(path, size, head):
 
 
 def find_shards(data_dir, dataset, split, shares=False):
-    """Return [(path, share)] of data_dir/NAME/{split}*.bin for each NAME, or NAME:SHARE, in
-    the comma-separated `dataset`.
-
-    The share says how much of it comes in an epoch, by default 1. Raises FileNotFoundError if there
-    is no shard, ValueError for a share that is not a positive number.
-    """
+    """Return [(path, share)] of data_dir/NAME/{split}*.bin for each NAME, or NAME:SHARE, in the
+    comma-separated `dataset`. The share says how much of it comes in an epoch, by default 1. Raises
+    FileNotFoundError if there is no shard, ValueError for a share that is not a positive number."""
     shards = []
-    # NAME or NAME:SHARE
     for part in dataset.split(","):
         name, colon, share = (text.strip() for text in part.partition(":"))
         if colon and not shares:
@@ -200,7 +191,6 @@ def find_shards(data_dir, dataset, split, shares=False):
             share = math.nan  # fails the check below
         if not 0 < share < math.inf:
             raise ValueError(f"dataset={dataset}: a share is a positive number, as in {name}:0.5")
-        # its files
         folder = Path(data_dir) / name
         paths = sorted(folder.glob(f"{split}*.bin"))
         if not paths:
@@ -213,11 +203,10 @@ def find_shards(data_dir, dataset, split, shares=False):
 def check_template(shard, tokenizer):
     """Raise ValueError for a shard of conversations in another template than the tokenizer's."""
     if shard.template not in (None, tokenizer.template):  # None: plain text fits any
-        remedy = f"prepare it with --template={tokenizer.template}, or train with"
-        raise ValueError(
-            f"{shard.path} is in template {shard.template}, the model in {tokenizer.template}: "
-            f"{remedy} --template={shard.template}"
-        )
+        template = tokenizer.template
+        problem = f"{shard.path} is in template {shard.template}, the model in {template}"
+        remedy = f"prepare it with --template={template}, or train with --template={shard.template}"
+        raise ValueError(f"{problem}: {remedy}")
 
 
 def check_vocabulary(shard, token, tokenizer):

@@ -1,6 +1,4 @@
-"""
-Text from token ids as they arrive, in whole characters, up to a stop string.
-"""
+"""Text from token ids as they arrive, in whole characters, up to a stop string."""
 
 import codecs
 

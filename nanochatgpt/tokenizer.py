@@ -1,5 +1,4 @@
-"""
-Text and conversations to GPT-2 token ids, and back.
+"""Text and conversations to GPT-2 token ids, and back.
 
 A conversation is a list of {"role": "system" | "user" | "assistant", "content": str}. A template
 says how it is written, and `Tokenizer.render` is the one place that writes it.
@@ -109,9 +108,8 @@ class Tokenizer:
         self.stop_ids = tuple(self.special_ids.values())
         self.stop_strings = tuple(opener.strip() for opener in t.openers.values())
 
-        # role -> ids of its opener, in the first turn and in later ones
-        self._first = {}
-        self._later = {}
+        self._first = {}  # role -> ids of its opener in the first turn
+        self._later = {}  # role -> ids of its opener in later turns
         for role, opener in t.openers.items():
             ids = self._bpe.encode(opener, allowed_special="all")
             self._later[role] = ids
@@ -142,14 +140,11 @@ class Tokenizer:
 
     def render(self, messages, add_generation_prompt=False):
         """Return (ids, mask) of a conversation; mask is 1 for each reply and its end token, else 0.
-
         With `add_generation_prompt` the ids end with the opener of a reply. Messages are encoded
-        one by one, so the ids of a prompt are a prefix of the ids of the whole conversation.
-        """
+        one by one, so the ids of a prompt are a prefix of the ids of the whole conversation."""
         ids = []
         mask = []
         for message in messages:
-            # opener, content, and the end token of a reply
             opener = (self._later if ids else self._first)[message["role"]]
             text = self._template.before + message["content"] + self._template.after
             body = self._escape_markers(self.encode(text))
@@ -159,7 +154,6 @@ class Tokenizer:
             ids += opener + body
             mask += [0] * len(opener) + [int(supervised)] * len(body)
 
-        # the opener of the reply to generate
         if add_generation_prompt:
             opener = (self._later if ids else self._first)["assistant"]
             ids += opener
@@ -172,8 +166,7 @@ class Tokenizer:
         for opener in self._later.values():
             if opener[-1] not in ids:  # no opener: the usual case
                 continue
-            # the opener's last token, character by character
-            spelled = []
+            spelled = []  # the opener's last token, character by character
             for character in self.decode(opener[-1:]):
                 spelled += self.encode(character)
             # copy the ids and replace the end of each opener
@@ -201,19 +194,15 @@ class Tokenizer:
 
     def parse(self, ids):
         """Return the messages that `render` made `ids` from; the last reply may lack its end token.
-
-        Raises ValueError for ids that are not a conversation in this template.
-        """
+        Raises ValueError for ids that are not a conversation in this template."""
         turns = self._turns(ids)
         outside = turns[0][1] > 0  # whether ids precede the first turn or follow a reply's end
         messages = []
         for (role, _, start), (_, stop, _) in itertools.pairwise(turns):
-            # the content without the end token
             body = ids[start:stop]
             if body[-1:] == [self.eos_id]:
                 body = body[:-1]
             outside |= self.eos_id in body
-            # without the spaces of the template
             if body:  # an opener alone is a generation prompt
                 text = self.decode(body).removeprefix(self._template.before)
                 text = text.removesuffix(self._template.after)
@@ -231,10 +220,8 @@ class Tokenizer:
 
     def cut(self, ids, room):
         """Cut a conversation into pieces of at most `room` ids: the persona and as many whole
-        exchanges as fit. An exchange that is too long alone loses its end.
-
-        Returns [(n, start, stop)]: a piece is ids[:n] + ids[start:stop], the first n the persona.
-        """
+        exchanges as fit. An exchange that is too long alone loses its end. Returns
+        [(n, start, stop)]: a piece is ids[:n] + ids[start:stop], the first n the persona."""
         # an exchange begins after the persona, or with a user's turn after the end of a reply
         borders = []  # where exchanges begin, and the end of the last
         for role, start, _ in self._turns(ids):
