@@ -94,8 +94,7 @@ class Chat:
     def reply(self, message):
         """Yield the reply to a message in pieces, without white space around it; remember both. If
         the generator is closed, the reply is remembered as far as it went."""
-        # the prompt: what fits of the conversation
-        messages = [*self.messages, user(message)]
+        messages = [*self.messages, user(message)]  # the prompt is what fits of them
         prompt, self.dropped = fit_context(self.tokenizer, messages, self.room, self.dropped)
         self.turns.append(user(message))
         self.n_replies += 1
@@ -107,8 +106,7 @@ class Chat:
                 reply += trimmed
                 if trimmed:
                     yield trimmed
-        finally:
-            # also after Ctrl-C, which closes this generator
+        finally:  # also after Ctrl-C, which closes this generator
             self.turns.append({"role": "assistant", "content": reply})
 
     def generate(self, prompt):
@@ -120,12 +118,11 @@ class Chat:
             seed = config.seed + self.n_replies  # a /retry draws another reply
             return stream(self.engine, tokenizer, prompt, config, seed=seed, **stops)
 
-        # many replies, the best first
-        from rlhf.scoring import best_of
+        from rlhf.scoring import best_of  # only with --reward
 
         models = (self.engine, self.reward_model, tokenizer)
         seed = config.seed + self.n_replies * config.best_of  # candidate i draws with seed + i
-        scored = best_of(*models, prompt, config.best_of, config, seed)
+        scored = best_of(*models, prompt, config.best_of, config, seed)  # the best first
         self.choice = [(score, tokenizer.decode(ids)) for score, ids in scored]
         # replies that were taken back in this place come last
         rejected = [r["content"] for r in self.retried if r["before"] == len(self.turns)]
@@ -146,7 +143,6 @@ class Chat:
         if self.turns[-1]["content"]:
             return
         message = self.take_back()
-        # after a /retry the old reply stands in this place
         if self.retried and self.retried[-1]["before"] == len(self.turns) + 1:
             old = self.retried.pop()["content"]
             self.turns += [user(message), {"role": "assistant", "content": old}]

@@ -1,5 +1,4 @@
-"""
-Measure what a model says, next to another one:
+"""Measure what a model says, next to another one:
 
     python evaluate.py --init_from=out/chat --base=gpt2 --dataset=personachat
 
@@ -71,9 +70,8 @@ class EvalSet:
             n = config.max_conversations
             self.loader = Loader(paths, config.batch_size, context, config.seed, tokenizer, n)
             shards = [part.shard for part in self.loader.parts]
-            self.prompts, self.references = sample_prompts(
-                shards, tokenizer, config.replies, room, config.seed
-            )
+            samples = sample_prompts(shards, tokenizer, config.replies, room, config.seed)
+            self.prompts, self.references = samples
 
 
 def predictions(model, loader):

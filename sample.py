@@ -37,9 +37,8 @@ def main(config):
             print("-" * 20)
         print(config.start, end="", flush=True)
         seed = config.seed + i
-        for text in stream(
-            engine, tokenizer, prompt, config, stop_ids=tokenizer.stop_ids, seed=seed
-        ):
+        pieces = stream(engine, tokenizer, prompt, config, stop_ids=tokenizer.stop_ids, seed=seed)
+        for text in pieces:
             print(text, end="", flush=True)
         print()
 

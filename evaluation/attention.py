@@ -1,5 +1,4 @@
-"""
-Plot the attention mask and one head's attention in a packed row:
+"""Plot the attention mask and one head's attention in a packed row:
 
     python evaluation/attention.py --init_from=nano
 

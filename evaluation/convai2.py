@@ -1,5 +1,4 @@
-"""
-ConvAI2's metrics (arXiv 1902.00098) on PersonaChat's validation set: F1 of the model's own replies,
+"""ConvAI2's metrics (arXiv 1902.00098) on PersonaChat's validation set: F1 of the model's replies,
 Hits@1 of 20 candidates, perplexity. After python prepare/personachat.py, which fetches the archive:
 
     python evaluation/convai2.py --init_from=out/chat
@@ -8,6 +7,7 @@ The published numbers are for ConvAI2's edition (430 MB): pass that as --source.
 http://parl.ai/downloads/convai2/convai2_fix_723.tgz
 """
 
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from evaluation.replies import ReplyConfig, load, reply_to
 from evaluation.report import progress, table
 from nanochatgpt.configurator import at_least, run
 from nanochatgpt.tokenizer import fit_context
-from prepare.parlai import examples
+from prepare import parlai
 
 ROWS = {  # metric -> its label and format in the table
     "f1": ("F1", ".1%"),
@@ -43,12 +43,31 @@ class Config(ReplyConfig):
     max_dialogs: int = 0  # use the first N dialogs (0 = all)
 
 
-def rank(model, tokenizer, lines):
-    """Return {hits_1, perplexity} of lines (messages, reply, candidates).
+def examples(source, max_dialogs=0):
+    """Return [(persona, messages so far, reply, [candidate])], one per reply of a validation file,
+    alone or in an archive or folder; of its first max_dialogs (0 = all). The last candidate is the
+    reply. Raises ValueError if it is not, FileNotFoundError if there is no such file."""
+    replies = []  # as returned
+    for _, name, lines in parlai.files(source, r"(valid)_self_original\.txt"):
+        # one entry per reply, with all that was said before it
+        dialogs = itertools.islice(parlai.dialogs(lines, name), max_dialogs or None)
+        for number, (persona, exchanges) in enumerate(dialogs, 1):
+            for i, (utterance, reply, candidates) in enumerate(exchanges):
+                if candidates and candidates[-1] != reply:
+                    problem = f"the last candidate is not the reply, {reply!r:.60}"
+                    raise ValueError(f"{name}, dialog {number}: {problem}")
+                if reply:  # the human has said `utterance`
+                    before = parlai.messages([*exchanges[:i], (utterance, "", [])])
+                    replies.append((" ".join(persona), before, reply, candidates))
+    if not replies:
+        raise ValueError(f"{source} has no reply")
+    return replies
 
-    hits_1: how often the reply has the highest mean log-likelihood per token, as ParlAI ranks with
-    a generative model; None without candidates. The oldest turns of a long line are left out.
-    """
+
+def rank(model, tokenizer, lines):
+    """Return {hits_1, perplexity} of lines (messages, reply, candidates). hits_1: how often the
+    reply has the highest mean log-likelihood per token, as ParlAI ranks with a generative model;
+    None without candidates. The oldest turns of a long line are left out."""
     nll = 0.0  # nats, over all replies
     n_tokens = 0
     hits = []  # whether the reply is ranked first

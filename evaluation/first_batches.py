@@ -1,5 +1,4 @@
-"""
-Fine-tune a model for a few batches, and print the metrics of each batch before its step:
+"""Fine-tune a model for a few batches, and print the metrics of each batch before its step:
 
     python evaluation/first_batches.py --init_from=out/columned --dataset=mine
 

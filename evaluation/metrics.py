@@ -39,12 +39,10 @@ def predict(model, x, y, documents, device):
 
 
 def rates(predictions):
-    """Return {loss, perplexity, reward, penalty} of a list of what `predict` returns.
-
-    loss: mean cross-entropy in nats. reward, a name from Locutusque's gpt2-conversational-or-qa:
-    how often the most likely token is the target. penalty: how often the most likely token is the
-    same as one position earlier in the same reply.
-    """
+    """Return {loss, perplexity, reward, penalty} of a list of what `predict` returns. loss: mean
+    cross-entropy in nats. reward, a name from Locutusque's gpt2-conversational-or-qa: how often the
+    most likely token is the target. penalty: how often the most likely token is the same as one
+    position earlier in the same reply."""
     targets, predicted, nll, starts = map(torch.cat, zip(*predictions, strict=True))
     loss = nll.double().mean()
     pairs = ~starts[1:]  # whether a token and the one before it are in the same reply

@@ -1,5 +1,4 @@
-"""
-Draw the loss curves of training runs, and print the best validation loss of each:
+"""Draw the loss curves of training runs, and print the best validation loss of each:
 
     python evaluation/plot.py out/chat out/small [--svg=FILE]
 

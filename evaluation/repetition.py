@@ -1,5 +1,4 @@
-"""
-Draw how much a reply repeats itself as it gets longer, with and without a penalty:
+"""Draw how much a reply repeats itself as it gets longer, with and without a penalty:
 
     python evaluation/repetition.py --init_from=nano
 

@@ -71,17 +71,14 @@ def write(path, text):
 
 
 def write_json(path, metrics):
-    """Write metrics as JSON."""
-    # JSON lacks NaN and infinity: they become null
+    """Write metrics as JSON, which lacks NaN and infinity: they become null."""
     finite = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
     write(path, json.dumps(finite, indent=2) + "\n")
 
 
 def page(title, table_text, replies, prompts, tokenizer):
-    """Return the HTML of a report: a table, and twenty of the conversations.
-
-    replies: {name: [text of a reply to each prompt]}, of models and of people. prompts: [ids].
-    """
+    """Return the HTML of a report: a table, and twenty of the conversations. replies:
+    {name: [text of a reply to each prompt]}, of models and of people. prompts: [ids]."""
     parts = [HEAD, f"<title>{escape(title)}</title><h1>{escape(title)}</h1>"]
     parts.append(f"<pre>{escape(table_text)}</pre>")
 

@@ -1,6 +1,4 @@
-"""
-Conversations between people, as the PyPI package chitchat-dataset has them.
-"""
+"""Conversations between people, as the PyPI package chitchat-dataset has them."""
 
 import itertools
 import json
@@ -16,10 +14,8 @@ def packaged():
 
 
 def read(path):
-    """Yield (id, messages, mean rating from 0 to 10 or None) of dataset.json.
-
-    Each conversation in which somebody answers comes twice, once with each speaker as the bot.
-    """
+    """Yield (id, messages, mean rating from 0 to 10 or None) of dataset.json. Each conversation in
+    which somebody answers comes twice, once with each speaker as the bot."""
     # {id: {"messages": [[{"text", "sender"}]], "ratings": {"witty", "int", "upbeat"}}}
     for key, conversation in json.loads(path.read_text(encoding="utf-8")).items():
         utterances = []  # (sender, text), without blank ones
@@ -27,8 +23,7 @@ def read(path):
             if text := message["text"].strip():
                 utterances.append((message["sender"], text))
 
-        # few conversations have ratings
-        ratings = conversation.get("ratings")
+        ratings = conversation.get("ratings")  # few conversations have them
         mean = sum(ratings.values()) / len(ratings) if ratings else None
 
         speakers = dict.fromkeys(sender for sender, _ in utterances)  # in order

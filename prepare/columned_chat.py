@@ -33,8 +33,7 @@ def conversation(record, skip_bad):
     """Return a record's messages, None to leave it out: if the question or the answer is blank, or,
     with skip_bad, not a text."""
     messages = []
-    # the columns are called like the roles
-    for column in ("System", "User", "Assistant"):
+    for column in ("System", "User", "Assistant"):  # the columns are called like the roles
         text = record.get(column)
         if text is None and column == "System":  # there may be none
             continue
@@ -53,9 +52,8 @@ def conversations(config, path, list_name):
     """Yield the messages of a list's records, the first max_examples."""
     parse = functools.partial(conversation, skip_bad=config.skip_bad)
     try:
-        # all of them if max_examples is 0
         records = read_records(path, parse, list_name)
-        yield from itertools.islice(records, config.max_examples or None)
+        yield from itertools.islice(records, config.max_examples or None)  # None: all of them
     except ValueError as error:
         if not config.skip_bad:
             raise ValueError(f"{error}\n--skip_bad=true goes on") from None
@@ -64,8 +62,7 @@ def conversations(config, path, list_name):
 
 def examples(config, path):
     """Yield (split, messages)."""
-    # the validation list comes first, to know if there is one
-    n_val = 0
+    n_val = 0  # the validation list comes first, to know if there is one
     for messages in conversations(config, path, "validation"):
         n_val += 1
         yield "val", messages

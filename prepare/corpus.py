@@ -1,5 +1,4 @@
-"""
-From conversations to data/NAME/train.bin and val.bin: what the scripts in this folder share.
+"""From conversations to data/NAME/train.bin and val.bin: what the scripts in this folder share.
 
 A script makes (split, messages) pairs; `prepare` tokenizes them, writes them and prints a report.
 """
@@ -28,10 +27,8 @@ class Config:
 
 
 def prepare(config, name, conversations):
-    """Write (split, messages) pairs to two shards and print a report.
-
-    Memory does not grow with the corpus. Raises ValueError, and writes nothing, for an empty split.
-    """
+    """Write (split, messages) pairs to two shards and print a report. Memory does not grow with the
+    corpus. Raises ValueError, and writes nothing, for an empty split."""
     conversations = iter(conversations)
     tokenizer = Tokenizer(config.template)  # writes conversations in this template
 
@@ -42,11 +39,10 @@ def prepare(config, name, conversations):
         while batch := list(itertools.islice(conversations, 1000)):
             for split, shard in splits.items():
                 shard.add([messages for s, messages in batch if s == split], tokenizer)
-            if sys.stderr.isatty():  # progress, for a person who watches
+            if sys.stderr.isatty():  # progress; each line overwrites the one before
                 n = sum(writer.n_tokens for writer in writers.values())
                 rate = n / (time.perf_counter() - start)  # tokens per second
-                line = f"{n / 1e6:.1f}M tokens, {rate:,.0f}/s"
-                print(line, end="\r", file=sys.stderr)  # the next line overwrites this one
+                print(f"{n / 1e6:.1f}M tokens, {rate:,.0f}/s", end="\r", file=sys.stderr)
         for split, writer in writers.items():
             if not writer.n_conversations:  # raised in here, so that no shard appears
                 raise ValueError(f"no conversation for {split}.bin: at least two are needed")
@@ -70,8 +66,7 @@ class Split:
         self.longest = 0  # tokens of one conversation
 
     def add(self, conversations, tokenizer):
-        # write a batch, [(ids, mask)], then count
-        rendered = render_batch(tokenizer, conversations)
+        rendered = render_batch(tokenizer, conversations)  # [(ids, mask)]
         self.writer.write(rendered)
         for messages, (ids, mask) in zip(conversations, rendered, strict=True):
             self.first = self.first or messages
@@ -91,8 +86,7 @@ class Split:
 def mark_supervised(tokenizer, ids, mask):
     """Return the text of `ids`, up to 1,500 characters, with « and » around what is supervised."""
     text = ""  # with the marks
-    pairs = zip(ids, mask, strict=True)
-    # one run of tokens after the other, supervised or not
+    pairs = zip(ids, mask, strict=True)  # taken in runs, supervised or not
     for supervised, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
         piece = tokenizer.decode([token for token, _ in run])
         text += f"«{piece}»" if supervised else piece
@@ -129,10 +123,8 @@ def shard_writers(folder, tokenizer):
 
 
 def prepare_text(config, name, texts):
-    """Write (split, text) pairs as nanoGPT's .bin files, tokens end to end, all supervised.
-
-    Raises ValueError, and writes nothing, for an empty split.
-    """
+    """Write (split, text) pairs as nanoGPT's .bin files, tokens end to end, all supervised. Raises
+    ValueError, and writes nothing, for an empty split."""
     tokenizer = Tokenizer()
     n_tokens = {"train": 0, "val": 0}  # per split
     with (
@@ -155,9 +147,7 @@ def prepare_text(config, name, texts):
 
 def divide(conversations):
     """Yield (split, messages) from (key, messages). A hash of the key puts 5% of the keys in val.
-
-    The first key goes to val and the second to train, so that neither is empty.
-    """
+    The first key goes to val and the second to train, so that neither is empty."""
     digests = {}  # of the first two keys -> split
     for key, messages in conversations:
         # 8 bytes, the same on every machine

@@ -20,10 +20,9 @@ from prepare.corpus import prepare, prepare_text
 from prepare.records import find_file, published, read_records
 
 REPO = "rexarski/eli5_category"  # on the Hugging Face hub
-# downloads are checked against these
 TRAIN_SHA256 = "9bfbed0d20608978fde8889f6383bfb695af575c81c3a3b2ec87c644928c725b"
 VAL_SHA256 = "4b29d4c6eae0d474b629d1e3a825a2543491afec08da0fb0bb06cd573ce718cf"
-FILES = {  # split -> file, bytes, sha256
+FILES = {  # split -> file, bytes, sha256; downloads are checked against them
     "train": ("eli5-category-train.json.gz", 62_314_944, TRAIN_SHA256),
     "val": ("eli5-category-validation-1.json.gz", 4_997_144, VAL_SHA256),
 }
@@ -36,15 +35,13 @@ class Config(CorpusConfig):
 
 
 def as_messages(question):
-    """Return (id, a question and its best answer as messages), None if no answer is left.
-
-    Deleted answers are left out, and those with a link, which the corpus replaces by URL_0.
-    """
+    """Return (id, a question and its best answer as messages), None if no answer is left. Deleted
+    answers are left out, and those with a link, which the corpus replaces by URL_0."""
     answers = question["answers"]  # {"score": [...], "text": [...], ...}
     # best score first
     ranked = sorted(zip(answers["score"], answers["text"], strict=True), key=lambda a: -a[0])
     # the title and the text below it; either may be empty
-    text = "\n".join(filter(None, (question["title"].strip(), question["selftext"].strip())))
+    text = (question["title"].strip() + "\n" + question["selftext"].strip()).strip()
     for _, answer in ranked:  # take the best answer that is usable
         answer = answer.strip()
         if answer not in ("", "[deleted]", "[removed]") and not re.search(r"\bURL_\d", answer):
@@ -64,18 +61,16 @@ def questions(config, parse):
     if not config.max_examples:
         yield from published(config.source, REPO, FILES, lambda path: read_records(path, parse))
         return
-    # a fifth is held out; a fixed seed keeps the split
     path = find_file(config.source, REPO, *FILES["train"])
     examples = list(itertools.islice(read_records(path, parse), config.max_examples))
     n = len(examples)
-    held_out = set(random.Random(42).sample(range(n), n // 5))  # indices
+    held_out = set(random.Random(42).sample(range(n), n // 5))  # indices, the same each time
     for i, (_, example) in enumerate(examples):
         yield "val" if i in held_out else "train", example
 
 
 def main(config):
     at_least(0, config, "max_examples")
-    # "reply" trains on chats, "all" on plain text
     if config.mask == "reply":
         prepare(config, "eli5", questions(config, as_messages))
     elif config.mask == "all":

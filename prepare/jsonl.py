@@ -15,19 +15,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanochatgpt.configurator import run
 from prepare.corpus import Config, divide, existing, prepare
-from prepare.records import conversation, read_records
+from prepare.records import check_messages, read_records
 
 
 def parse(record):
     """Return (key, messages). Equal conversations have equal keys, whatever other fields differ."""
-    messages = conversation(record)
-    return json.dumps([(message["role"], message["content"]) for message in messages]), messages
+    messages = check_messages(record.get("messages"))
+    turns = [(message["role"], message["content"]) for message in messages]
+    return json.dumps(turns), messages
 
 
 def main(config):
     if not config.source:
         raise ValueError("--source=FILE.jsonl is needed: your conversations")
-    # 5% of the conversations go to val
     prepare(config, "jsonl", divide(read_records(existing(config.source), parse)))
 
 

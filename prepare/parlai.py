@@ -1,12 +1,9 @@
-"""
-ParlAI's line format, in which PersonaChat and ConvAI2 are published.
-"""
+"""ParlAI's line format, in which PersonaChat and ConvAI2 are published."""
 
 import io
 import re
 import tarfile
 import zlib
-from itertools import islice
 from pathlib import Path
 
 
@@ -19,9 +16,8 @@ def dialogs(lines, name):
     persona = []  # sentences
     exchanges = []  # (utterance, reply, [candidate])
     for number, line in enumerate(lines, 1):
-        # the first line of a dialog ends the one before
         count, _, text = line.rstrip("\n").partition(" ")
-        if count == "1":
+        if count == "1":  # ends the dialog before
             if exchanges:
                 yield persona, exchanges
             persona = []
@@ -45,8 +41,7 @@ def dialogs(lines, name):
 
 
 def messages(exchanges):
-    """Return exchanges as messages, without the empty ones."""
-    # an empty text means that a speaker said nothing
+    """Return exchanges as messages, without the empty ones, where a speaker said nothing."""
     turns = []
     for utterance, reply, _ in exchanges:
         turns.append({"role": "user", "content": utterance})
@@ -57,7 +52,6 @@ def messages(exchanges):
 def files(source, names=r"(train|valid)_self_original(_no_cands)?\.txt"):
     """Yield (split, name, lines) of the files with these names in an archive or a folder, or of
     `source` if it is such a file. split is "train", "val", or "" if there is only one file."""
-    # one file
     if source.is_file() and not tarfile.is_tarfile(source):
         with open(source, encoding="utf-8", errors="replace") as lines:
             yield "", source.name, lines
@@ -76,36 +70,10 @@ def files(source, names=r"(train|valid)_self_original(_no_cands)?\.txt"):
         if match := re.fullmatch(names, Path(path).name):
             path_of[match[1].removesuffix("id")] = path
     if not path_of:
-        raise FileNotFoundError(
-            f"{source} has no file of PersonaChat, like valid_self_original.txt"
-        )
+        raise FileNotFoundError(f"{source} has no file like valid_self_original.txt")
     for split, path in path_of.items():
         with archive.extractfile(path) if archive else open(path, "rb") as file:
             # bytes -> text; damaged characters become U+FFFD
             lines = io.TextIOWrapper(file, "utf-8", "replace")
             name = f"{source}, {path}" if archive else path
             yield split if len(path_of) == 2 else "", name, lines
-
-
-def examples(source, max_dialogs=0):
-    """Return [(persona, messages so far, reply, [candidate])], one per reply of a validation file,
-    alone or in an archive or folder. The last candidate is the reply.
-
-    max_dialogs: read the first ones only (0 = all). Raises ValueError if candidates lack the reply,
-    FileNotFoundError if there is no such file.
-    """
-    replies = []  # as returned
-    for _, name, lines in files(source, r"(valid)_self_original\.txt"):
-        # one entry per reply, with all that was said before it
-        first_dialogs = islice(dialogs(lines, name), max_dialogs or None)
-        for number, (persona, exchanges) in enumerate(first_dialogs, 1):
-            for i, (utterance, reply, candidates) in enumerate(exchanges):
-                if candidates and candidates[-1] != reply:
-                    problem = f"the last candidate is not the reply, {reply!r:.60}"
-                    raise ValueError(f"{name}, dialog {number}: {problem}")
-                if reply:  # the human has said `utterance`
-                    before = messages([*exchanges[:i], (utterance, "", [])])
-                    replies.append((" ".join(persona), before, reply, candidates))
-    if not replies:
-        raise ValueError(f"{source} has no reply")
-    return replies

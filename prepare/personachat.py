@@ -23,20 +23,16 @@ SHA256 = "507cf8641d333240654798870ea584d854ab5261071c5e3521c20d8fa41d5622"  # o
 
 
 def read(lines, name):
-    """Yield (key, conversation) from a file, half of them with the bot's persona.
-
-    ConvAI2 has each dialog from both sides. The side in which the bot begins lacks the last
-    utterance, which has no reply. The key is what both have in common, so they share a split.
-    """
+    """Yield (key, conversation) from a file, half of them with the bot's persona. ConvAI2 has
+    each dialog from both sides. The side in which the bot begins lacks the last utterance, which
+    has no reply. The key is what both have in common, so they share a split."""
     coin = random.Random(1337)  # the same personas in every run
     for persona, exchanges in dialogs(lines, name):
         if not any(reply for _, reply, _ in exchanges):  # nothing to learn from
             continue
-        # the key of the split is the common part of both sides
         conversation = messages(exchanges)
         texts = [message["content"] for message in conversation]
         key = "\n".join(texts[: (len(texts) - 1) | 1])  # an odd number of texts
-        # half of the conversations keep the persona
         if persona and coin.random() < 0.5:
             conversation.insert(0, {"role": "system", "content": " ".join(persona)})
         yield key, conversation

@@ -1,5 +1,4 @@
-"""
-Conversations in which the human tells facts and asks for them later; recall.txt has the sentences.
+"""Conversations in which the human tells facts and asks for them later, in sentences of recall.txt.
 
 A Speaker has the sentences and values of one split; train and val share none. `conversation` is
 what prepare/recall.py trains on, `probe` is what evaluate.py asks.
@@ -33,10 +32,8 @@ def held_out(word):
 
 
 class Speaker:
-    """Speaks for both sides, in the sentences and values of one split.
-
-    `begin` begins a conversation, the methods after it add exchanges to `messages`.
-    """
+    """Speaks for both sides, in the sentences and values of one split. `begin` begins a
+    conversation, the methods after it add exchanges to `messages`."""
 
     def __init__(self, split, seed):
         self.split = split
@@ -95,9 +92,7 @@ class Speaker:
 
     def say(self, sentences, slots=None, slips=False):
         """Return one of the sentences, or the given one, with alternatives chosen and slots filled.
-
-        slips: in training, write every second one in haste.
-        """
+        slips: in training, write every second one in haste."""
         # choose alternatives, [a|b], and verbs, before the slots are filled
         sentence = sentences if isinstance(sentences, str) else self.choice(sentences)
         sentence = re.sub(r"\[(.*?)\]", lambda match: self.choice(match[1].split("|")), sentence)
@@ -117,11 +112,13 @@ class Speaker:
         to a slot. It makes the model look for what sentences have in common."""
         kept = [word for word in words if word not in self.little_words or self.chance() < 0.85]
         written = []
-        for i, word in enumerate(kept):
-            near_slot = "{" in word or (i > 0 and "{" in kept[i - 1])
+        previous = ""
+        for word in kept:
+            near_slot = "{" in previous + word
             if not near_slot and self.chance() < 0.08:
                 written.append(self.choice(self.words))
             written.append(word)
+            previous = word
         return written
 
     def remark(self):
@@ -189,14 +186,11 @@ class Speaker:
     def new_fact(self, owner):
         """Return a fact of a new kind and with a value of new words; add it to `facts`."""
         used_kinds = [fact["kind"] for fact in self.facts if fact["owner"] == owner]
-        # asking for one fact must not bring up another
-        used_words = set()
+        used_words = set()  # asking for one fact must not bring up another
         for fact in self.facts:
             used_words.update(fact["x"].lower().split())
         used_words.discard("the")
-
-        # the bot has no code word, which is the last kind
-        kinds = self.kinds[:-1] if owner == "bot" else self.kinds
+        kinds = self.kinds[:-1] if owner == "bot" else self.kinds  # the last is a code word
         while True:
             kind = self.choice(kinds)
             value = self.value(kind["values"])
@@ -208,15 +202,14 @@ class Speaker:
         return fact
 
     def tell(self, echo=True):
-        """The human tells a fact, the bot comments. Return the fact.
-
-        echo: the comment may name the value.
-        """
+        """The human tells a fact; the bot comments and, if echo, may name its value. Return it."""
         fact = self.new_fact("human")
         kind = fact["kind"]
-        comment = None
-        while comment is None or (not echo and fact["x"] in comment):
-            comment = self.say(self.sentences["comment"], {"c": self.say(kind["comment"], fact)})
+        while True:
+            comment = self.say(kind["comment"], fact)  # about this kind of fact
+            comment = self.say(self.sentences["comment"], {"c": comment})
+            if echo or fact["x"] not in comment:
+                break
         statement = self.say(kind["tell"], fact, slips=True)
         slots = {"t": statement, "s": self.remark()}
         self.add(self.say(self.sentences["tell"], slots, slips=True), comment)
@@ -261,11 +254,9 @@ class Speaker:
 def conversation(speaker):
     """Return the messages of a conversation in which facts are told and asked for."""
     randrange = speaker.random.randrange
-    # two conversations in five have no persona
-    speaker.begin(n_persona=speaker.choice((0, 0, 1, 2, 3)))
+    speaker.begin(n_persona=speaker.choice((0, 0, 1, 2, 3)))  # two in five have no persona
     for _ in range(randrange(2, 12)):
-        # draw the next exchange
-        chance = speaker.chance()
+        chance = speaker.chance()  # draws the next exchange
         if chance < 0.3 and len(speaker.facts) < 7:
             speaker.tell()  # 30%, up to seven facts
         elif chance < 0.75 and speaker.facts:
@@ -278,24 +269,19 @@ def conversation(speaker):
             speaker.repeat()  # copying practice
         else:
             speaker.small_talk()
-
-    # a fact is asked for in the end
     if not speaker.facts:
         speaker.tell()
-    speaker.ask(speaker.choice(speaker.facts))
+    speaker.ask(speaker.choice(speaker.facts))  # a fact is asked for in the end
     return speaker.messages
 
 
 def probe(speaker, k):
-    """Return (messages, value): the human tells a value and asks for it k exchanges later.
-
-    k = 0: the bot's persona has the value. In between, other facts and small talk take turns.
-    """
+    """Return (messages, value): the human tells a value and asks for it k exchanges later;
+    k = 0: the bot's persona has the value. In between, other facts and small talk take turns."""
     speaker.begin(n_persona=0 if k else 3)
-    # the value may occur only once, in the statement
-    fact = speaker.tell(echo=False) if k else speaker.facts[0]
+    fact = speaker.tell(echo=False) if k else speaker.facts[0]  # the value occurs only once
     for number in range(1, k):
-        if number % 2:  # small talk and other facts in turn
+        if number % 2:
             speaker.small_talk()
         else:
             speaker.tell()

@@ -1,6 +1,4 @@
-"""
-Read files of records, one record in memory at a time, and check the conversations in them.
-"""
+"""Read files of records, one record in memory at a time, and check the conversations in them."""
 
 import csv
 import gzip
@@ -28,12 +26,10 @@ def find_file(source, repo, name, size=None, sha256=None):
 
 
 def published(source, repo, files, read):
-    """Yield (split, example) of a corpus; read(path) yields (key, example).
-
-    files: {split: (name in `repo`, size, sha256)}. If source is a file, it is divided by key.
-    """
-    if source and existing(source).is_file():
-        yield from divide(read(existing(source)))
+    """Yield (split, example) of a corpus; read(path) yields (key, example). files: {split: (name in
+    `repo`, size, sha256)}. If source is a file, it is divided by key."""
+    if Path(source).is_file():
+        yield from divide(read(Path(source)))
         return
     for split, file in files.items():
         for _, example in read(find_file(source, repo, *file)):
@@ -43,10 +39,8 @@ def published(source, repo, files, read):
 def read_records(path, parse, list_name=""):
     """Yield parse(record) for each record of a file, also gzipped: a .csv with column names, a JSON
     list, or one JSON object per line. list_name: read this list of a JSON object instead.
-
-    Records for which `parse` returns None are left out and counted. Raises ValueError that
-    names the first record that is damaged or that `parse` cannot use.
-    """
+    Records for which `parse` returns None are left out and counted. Raises ValueError that names
+    the first record that is damaged or that `parse` cannot use."""
     number = 1  # of the current record
     n_left_out = 0
     try:
@@ -60,9 +54,8 @@ def read_records(path, parse, list_name=""):
             elif file.peek(1).lstrip()[:1] == b"[":
                 records = ijson.items(file, "item", use_float=True)
             else:
-                records = (json.loads(line) for line in file if line.strip())
-            # one record in memory at a time
-            for record in records:
+                records = (json.loads(line) for line in file if line.strip())  # one per line
+            for record in records:  # one in memory at a time
                 if not isinstance(record, dict):
                     raise ValueError(f"it is not an object: {record!r:.40}")
                 example = parse(record)
@@ -80,15 +73,8 @@ def read_records(path, parse, list_name=""):
         raise ValueError(f"{path}, {place}: {reason}") from error
 
 
-def conversation(record):
-    """Return the messages of a user's record. Raises ValueError for what is not a conversation."""
-    messages = record.get("messages")
-    check_messages(messages)
-    return messages
-
-
 def check_messages(messages):
-    """Raise ValueError if messages are not a conversation from which a model can learn."""
+    """Return messages. Raises ValueError if they are no conversation a model can learn from."""
     if not isinstance(messages, list) or not messages:
         raise ValueError('not {"messages": [...]} with one message or more')
     # each message by itself; messages count from 1 in the report
@@ -103,13 +89,12 @@ def check_messages(messages):
     # training supervises the assistant's messages only
     if all(message["role"] != "assistant" for message in messages):
         raise ValueError("no message is the assistant's, so there is nothing to learn")
+    return messages
 
 
 def merge_turns(utterances, bot):
-    """Return (speaker, text) pairs as messages; what one side says in a row is one message.
-
-    bot: the speaker who is the assistant.
-    """
+    """Return (speaker, text) pairs as messages; what one side says in a row is one message. `bot`
+    is the speaker who is the assistant."""
     messages = []
     for is_bot, group in itertools.groupby(utterances, key=lambda pair: pair[0] == bot):
         content = " ".join(text for _, text in group)

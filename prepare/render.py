@@ -1,6 +1,4 @@
-"""
-Tokenizer.render for many conversations at once: equal to it, and twice as fast.
-"""
+"""Tokenizer.render for many conversations at once: equal to it, and twice as fast."""
 
 import functools
 import itertools
@@ -34,12 +32,7 @@ def _render_chunk(tokenizer, conversations):
     for messages in conversations:
         # the size of each piece in bytes tells later which tokens it has
         pieces, is_reply = _pieces(template, messages)
-        try:
-            piece_sizes += [len(piece.encode()) for piece in pieces]
-        except UnicodeEncodeError:  # half a surrogate pair becomes U+FFFD
-            encoded = [piece.encode("utf-16", "surrogatepass") for piece in pieces]
-            pieces = [piece.decode("utf-16", "replace") for piece in encoded]
-            piece_sizes += [len(piece.encode()) for piece in pieces]
+        piece_sizes += [len(piece.encode()) for piece in pieces]
         supervised += is_reply
 
         # `render` knows what to do if somebody typed a marker or very much white space
@@ -57,8 +50,7 @@ def _render_chunk(tokenizer, conversations):
     token_ends = np.cumsum(_token_sizes(tokenizer._bpe)[np.concatenate(all_ids)])
     piece_ends = token_ends.searchsorted(np.cumsum(piece_sizes), side="right")
     mask = np.repeat(np.array(supervised, np.uint8), np.diff(piece_ends, prepend=0))
-    # where to cut the mask into conversations
-    borders = np.cumsum([len(ids) for ids in all_ids])[:-1]
+    borders = np.cumsum([len(ids) for ids in all_ids])[:-1]  # between conversations
     return list(zip(all_ids, np.split(mask, borders), strict=True))
 
 
@@ -69,12 +61,13 @@ def _pieces(template, messages):
     for message in messages:
         is_reply = message["role"] == "assistant"
         end = template.end if is_reply else ""  # only a reply has an end to learn
-        body = f"{template.before}{message['content']}{template.after}{end}"
+        # half a surrogate pair becomes U+FFFD
+        content = message["content"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        body = template.before + content + template.after + end
         pieces += (template.openers[message["role"]], body)
         supervised += (0, is_reply)
     if pieces:
-        # an opener's newline separates it from the turn before
-        pieces[0] = pieces[0].removeprefix("\n")
+        pieces[0] = pieces[0].removeprefix("\n")  # it separates an opener from the turn before
     return pieces, supervised
 
 

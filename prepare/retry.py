@@ -23,7 +23,7 @@ from nanochatgpt.configurator import run
 from nanochatgpt.tokenizer import Tokenizer
 from prepare.chitchat_package import packaged, read
 from prepare.corpus import Config, divide, existing, output_folder, shard_writers
-from prepare.records import check_messages, conversation, merge_turns, read_records
+from prepare.records import check_messages, merge_turns, read_records
 
 
 def examples(record):
@@ -34,12 +34,13 @@ def examples(record):
         key, labelled = dailydialog(record)
     elif "dialog" in record:
         key, labelled = convai2(record)
-    elif "messages" in record and "label" in record:
-        messages = conversation(record)
-        key = beginning(messages[:-1])
-        labelled = [(messages, as_label(record["label"]))]
     elif "messages" in record:
-        key, labelled = saved_chat(conversation(record), record.get("retried", []))
+        messages = check_messages(record["messages"])
+        if "label" in record:  # of the reply at its end
+            key = beginning(messages[:-1])
+            labelled = [(messages, as_label(record["label"]))]
+        else:
+            key, labelled = saved_chat(messages, record.get("retried", []))
     else:
         text = record.get("input_text", record.get("text", record.get("input_ids")))
         if not isinstance(text, str) or not text.strip():
@@ -80,13 +81,16 @@ def dailydialog(record):
 
 def convai2(record):
     """The utterances that have a score; the one who speaks is the assistant."""
-    utterances = [(utterance["sender"], utterance["text"]) for utterance in record["dialog"]]
+    utterances = []  # (sender, text), the context of the next one
     labelled = []
-    for i, (speaker, text) in enumerate(utterances):
-        score = record["dialog"][i]["evaluation_score"]
+    for utterance in record["dialog"]:
+        sender = utterance["sender"]
+        text = utterance["text"]
+        score = utterance["evaluation_score"]
         if score is not None:
-            context = merge_turns(utterances[:i], bot=speaker)
+            context = merge_turns(utterances, bot=sender)
             labelled.append(([*context, reply(text)], as_label(score)))
+        utterances.append((sender, text))
     return str([text for _, text in utterances]), labelled
 
 
@@ -94,8 +98,6 @@ def saved_chat(messages, retried):
     """A reply was kept if the human went on, so the last one has no label."""
     persona = messages[: messages[0]["role"] == "system"]  # one system message or none
     turns = messages[len(persona) :]
-
-    # a reply is kept if something follows it
     ends = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
     labelled = [(messages[:end], 1) for end in ends if end < len(messages)]
 
@@ -141,8 +143,7 @@ def from_file(path):
 
 
 def from_chitchat():
-    """Yield (key, [(messages, label)]): 1 if a conversation's mean rating is 6 of 10 or more, 0 if
-    it is 4 or less."""
+    """Yield (key, [(messages, label)]): 1 for a mean rating of 6 of 10 or more, 0 for 4 or less."""
     for key, messages, rating in read(packaged()):
         if rating is not None and not 4 < rating < 6:
             if messages[-1]["role"] == "user":
@@ -168,9 +169,8 @@ def main(config):
         # a reward model learns from both labels, in both splits
         for split, (bad, good) in counts.items():
             if not (bad and good):
-                shard = f"{split}.bin would have {good:,} kept replies and {bad:,} rejected ones"
-                remedy = "more conversations with different beginnings are needed"
-                raise ValueError(f"{shard}, and needs both: {remedy}")
+                problem = f"{split}.bin would have {good:,} kept and {bad:,} rejected replies"
+                raise ValueError(f"{problem}, needs both: add chats with different beginnings")
     for split, (bad, good) in counts.items():
         n = bad + good
         n_tokens = writers[split].n_tokens  # of the finished shard

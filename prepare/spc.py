@@ -31,14 +31,11 @@ def read(path):
     for *personas, text in read_records(path, itemgetter(*COLUMNS)):
         # "User 1: ..." on each line
         utterances = re.findall(r"^User ([12]): *(.*\S)", text, re.MULTILINE)
-
-        # with each user as the bot
-        for bot, persona in zip("12", personas, strict=True):
+        for bot, persona in zip("12", personas, strict=True):  # with each user as the bot
             messages = merge_turns(utterances, bot)
             if coin.random() < 0.5 and persona.strip():  # keep the persona in half of them
                 messages.insert(0, {"role": "system", "content": persona.replace("\n", " ")})
-            # without a reply there is nothing to learn
-            if any(user == bot for user, _ in utterances):
+            if any(user == bot for user, _ in utterances):  # there is a reply to learn
                 yield text, messages
 
 

@@ -29,8 +29,7 @@ def paragraphs(source):
         raise ValueError(f"{source} has no .txt file")
     for path in paths:
         lines = []  # of the paragraph
-        # a byte order mark is dropped
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:  # drops a byte order mark
             for line in chain(file, ["\n"]):  # the end of a file ends a paragraph
                 if "\0" in line:
                     raise ValueError(f"{path} is not text: it has NUL bytes")
