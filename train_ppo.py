@@ -65,8 +65,7 @@ class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scri
         at_least(0, self, "value_coef", "lam", "kl_coef")
         at_least(0.01, self, "temperature", "clip", "kl_target")
         if self.rollouts % self.batch_size:
-            size = f"batch_size={self.batch_size}"
-            raise ValueError(f"rollouts={self.rollouts} is not a multiple of {size}")
+            raise ValueError(f"batch_size={self.batch_size} must divide rollouts={self.rollouts}")
 
 
 def main(config):
@@ -117,12 +116,12 @@ def main(config):
         run_state["mean"] = rewards.mean().item()
         run_state["std"] = max(rewards.std().item(), 1e-3)
     else:
-        run_state = {name: state[name] for name in ("best_score", "kl_coef", "mean", "std")}
+        for name in ("best_score", "kl_coef", "mean", "std"):
+            run_state[name] = state[name]
         raw_model.load_state_dict(state.pop("model"))
 
     def play(prompts, seed):
-        """Return a complete Rollout of the policy, and the means over all processes. Raises
-        ValueError if the KL is far beyond its target."""
+        """Return (Rollout, reply_means). Raises ValueError if the KL is far beyond its target."""
         rollout = ppo.roll_out(policy, tokenizer, prompts, config, seed)
         rollout.rewards = reward(rollout)
         score = (rollout.rewards - run_state["mean"]) / run_state["std"]
@@ -133,10 +132,8 @@ def main(config):
 
         metrics = ppo.reply_means(rollout, distributed)
         if not metrics["kl"] < RUNAWAY * config.kl_target:  # also for NaN
-            raise ValueError(
-                f"the KL is {metrics['kl']:.1f} nats, its target {config.kl_target}: training "
-                "diverges. Lower learning_rate or raise kl_coef"
-            )
+            text = f"training diverges: KL {metrics['kl']:.1f}, kl_target {config.kl_target}"
+            raise ValueError(f"{text}: lower learning_rate or raise kl_coef")
         return rollout, metrics
 
     # 4. the model on many devices, the optimizer, the log
@@ -182,9 +179,9 @@ def main(config):
         # 5.2 advantages, (B, R)
         kl_coef = run_state["kl_coef"]
         rewards = ppo.token_rewards(rollout, kl_coef)
-        lam = config.lam
-        advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, mask, lam)
+        advantages, returns = ppo.advantages_and_returns(rewards, rollout.values, mask, config.lam)
         advantages = ppo.whiten(advantages, mask, distributed)
+        targets = torch.stack([rollout.logprobs, rollout.values, advantages, returns])  # (4, B, R)
 
         # 5.3 the learning rate decays linearly; it is lower if the KL is beyond twice its target
         lr = config.learning_rate * (1 - it / config.max_iters)
@@ -202,10 +199,8 @@ def main(config):
             for rows in order.split(batch_size):
                 # the N reply tokens of this minibatch, (N,) each
                 tokens = mask[rows]  # (b, R)
-                old_logprobs = rollout.logprobs[rows][tokens].to(device)
-                old_values = rollout.values[rows][tokens].to(device)
-                mb_advantages = advantages[rows][tokens].to(device)
-                mb_returns = returns[rows][tokens].to(device)
+                mb_targets = targets[:, rows][:, tokens].to(device)  # (4, N)
+                old_logprobs, old_values, mb_advantages, mb_returns = mb_targets
 
                 # the loss: the mean over the tokens of all processes
                 total = distributed.sum(tokens.sum()).item()

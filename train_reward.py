@@ -1,8 +1,7 @@
 """Train a reward model on kept and rejected replies: python train_reward.py config/train_reward.py
 
-GPT-2 with a scalar head on the last token, like Chai's
-gpt2_medium_retry_and_continue_12m_reward_model, on shards of prepare/retry.py. On one device or,
-with torchrun, on many.
+Like Chai's gpt2_medium_retry_and_continue_12m_reward_model, GPT-2 with a scalar head on the last
+token; on shards of prepare/retry.py. On one device or, with torchrun, on many.
 """
 
 import math
@@ -64,8 +63,7 @@ class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scri
 
 
 def make_model(config, state, distributed):
-    """Return (RewardModel, Tokenizer): of a run to resume, from a reward model, or from a GPT,
-    replacing its LM head with a new score head."""
+    """Return (RewardModel, Tokenizer): resumed, loaded, or a GPT with a new score for its head."""
     if state is not None:
         model = RewardModel(GPTConfig(**state["config"] | {"dropout": config.dropout}))
         model.load_state_dict(state.pop("model"))
@@ -118,7 +116,6 @@ def evaluate(model, batches, loss, autocast):
 def main(config):
     # 1. the processes, the precision
     distributed = init_distributed(config, "gradient_accumulation_steps")
-    rank = distributed.rank
     world_size = distributed.world_size
     device = distributed.device
     dtype, autocast, scaler = precision(config.dtype, device)
@@ -187,13 +184,12 @@ def main(config):
         if it == config.max_iters:
             break
 
-        # read this step's micro-batches; sum the number of losses over all processes, and the stop
-        # flag rides along
+        # read this step's micro-batches; sum the number of losses, and the stop flag with it
         first = it * config.gradient_accumulation_steps
-        steps = range(rank, config.gradient_accumulation_steps, world_size)
+        steps = range(distributed.rank, config.gradient_accumulation_steps, world_size)
         batches = [train.batch(first + step, device) for step in steps]
         n = sum(len(y) // train.group_size for _, _, y in batches)  # losses
-        total, stopping = distributed.sum(torch.tensor([n, int(stop.asked)])).tolist()
+        total, stopping = distributed.sum(torch.tensor([n, stop.asked])).tolist()
         if stopping:
             training_run.save(raw_model, raw_model, iter=it, best_val_loss=best_val_loss)
             training_run.print_stopped(it)
@@ -205,7 +201,7 @@ def main(config):
             group["lr"] = lr
 
         # dropout is a function of (seed, step, rank), as the data is: there is no RNG state to save
-        torch.manual_seed(seed_for(config.seed, it, rank))
+        torch.manual_seed(seed_for(config.seed, it, distributed.rank))
 
         # the loss: the sum over the replies or pairs of all micro-batches, divided by their number
         step_loss = torch.zeros((), device=device)
@@ -224,7 +220,6 @@ def main(config):
         optimizer.zero_grad(set_to_none=True)
         # ==========================================================================================
 
-        # log
         if (it + 1) % config.log_interval == 0:
             loss = distributed.sum(step_loss).item()
             seconds = timer.seconds_per_step(it + 1)
@@ -239,10 +234,9 @@ def main(config):
                 divergence.check("gradient norm", norm.item(), it + 1)
 
     if it == config.max_iters and distributed.master:
-        print(
-            f"best validation loss {best_val_loss:.4f}, weights in {config.out_dir}; "
-            f"pick replies with them: python chat.py --best_of=8 --reward={config.out_dir}"
-        )
+        best = f"best validation loss {best_val_loss:.4f}, weights in {config.out_dir}"
+        command = f"python chat.py --best_of=8 --reward={config.out_dir}"
+        print(f"{best}; pick replies with them: {command}")
     distributed.leave()
 
 

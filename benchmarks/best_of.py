@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
@@ -73,7 +73,8 @@ def measure(config):
         t3 = time.perf_counter()
         loglikelihoods(model, prompt, candidates)
         t4 = time.perf_counter()
-        costs.append([t1 - t0, t2 - t1, t3 - t2, t4 - t3, sum(map(len, replies))])
+        n_tokens = sum(map(len, replies))
+        costs.append([t1 - t0, t2 - t1, t3 - t2, t4 - t3, n_tokens])
         print(f"{number} of {len(prompts)} prompts", file=sys.stderr)
 
     costs = torch.tensor(costs[1:]).sum(0).tolist()

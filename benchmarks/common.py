@@ -73,8 +73,7 @@ def save_random(name, model_class, directory):
 
 
 def peak_memory(device):
-    """Return the most memory used so far in MB: by tensors on CUDA, otherwise by the process, None
-    without /proc."""
+    """Return the peak memory in MB: of tensors on CUDA, else of the process; None without /proc."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     status = Path("/proc/self/status")

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import ModelConfig, load, peak_memory, run_benchmark
 from nanochatgpt.engine import Engine
@@ -44,17 +44,14 @@ def measure(config):
             engine.add(prompt, sampling, seed=row)
         engine.step()  # returns ids, so the device is done
         t1 = time.perf_counter()
-
-        # draw the other tokens
-        while engine.step():
+        while engine.step():  # draw the other tokens
             pass
         t2 = time.perf_counter()
         prompt_seconds.append(t1 - t0)
         new_seconds.append(t2 - t1)
         print(f"{repeat}: prompt {t1 - t0:.3f} s, new tokens {t2 - t1:.3f} s", file=sys.stderr)
 
-    # the first repeat was the warm-up
-    prompt = statistics.median(prompt_seconds[1:])
+    prompt = statistics.median(prompt_seconds[1:])  # the first repeat was the warm-up
     new = statistics.median(new_seconds[1:])
     steps = config.new_tokens - 1  # the prompts gave the first token
     weights = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd  # factors of a step's products

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,10 @@ def measure(config):
     reference_loss = 0.0
     block_size = model.config.block_size
     for x, y in zip(tokens[:-1].split(block_size), tokens[1:].split(block_size), strict=True):
-        p = reference(x[None])[0][0].float().log_softmax(-1)  # (T, V)
-        q = model(x[None])[0][0].float().log_softmax(-1)  # (T, V)
+        logits, _ = reference(x[None])  # (1, T, V)
+        p = logits[0].float().log_softmax(-1)  # (T, V)
+        logits, _ = model(x[None])
+        q = logits[0].float().log_softmax(-1)
         kl += F.kl_div(q, p, log_target=True, reduction="sum").item()
         n_same += (p.argmax(-1) == q.argmax(-1)).sum().item()
         reference_loss += F.nll_loss(p, y, reduction="sum").item()

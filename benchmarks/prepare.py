@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import peak_memory, run_benchmark
 from nanochatgpt.shards import open_shard
@@ -26,15 +26,13 @@ class Config:
 def measure(config):
     """Tokenize conversations into a shard, then encode at most 64 MB of their text by tiktoken."""
     conversations = []  # (id, messages)
+    texts = []
     for key, messages, _ in chitchat.read(chitchat.packaged()):
         conversations.append((key, messages))
-    texts = []
-    for _, messages in conversations:
         texts.append("\n".join(message["content"] for message in messages))
     size = sum(len(text.encode()) for text in texts) / len(texts) / 1e6  # MB per conversation
     n = round(config.megabytes / size)  # conversations
 
-    # to shards
     repeated = itertools.islice(itertools.cycle(conversations), n)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         start = time.perf_counter()

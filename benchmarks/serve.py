@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import ModelConfig, resolve, run_benchmark
 
@@ -55,8 +55,8 @@ def measure(config):
 @contextlib.contextmanager
 def running_server(config):
     """Run serve.py, yield its port, stop it."""
-    script = Path(__file__).resolve().parents[1] / "serve.py"
-    command = [sys.executable, str(script), "--port=0", f"--max_rows={config.clients}"]
+    script = Path(__file__).parents[1] / "serve.py"
+    command = [sys.executable, script, "--port=0", f"--max_rows={config.clients}"]
     command += [f"--init_from={resolve(config.init_from)}", f"--dtype={config.dtype}"]
     command += [f"--device={config.device}"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -73,8 +73,7 @@ def running_server(config):
 
 
 def drive(config, port, n_clients):
-    """Let clients ask eight times each, one request after the other; return (tokens per second,
-    seconds to the first token of each request)."""
+    """Let clients ask eight times each; return (tokens/s, [seconds to a request's first token])."""
     # random prompts, so that nothing of them is cached
     prompts = [random.choices(range(50256), k=config.prompt_len) for _ in range(8 * n_clients)]
     start = time.perf_counter()

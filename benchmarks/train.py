@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.common import ModelConfig, peak_memory, resolve, run_benchmark
 from nanochatgpt.checkpoint import load_model
-from nanochatgpt.device import keep_freed_memory, move, peak_flops, pick_device, pick_dtype
+from nanochatgpt.device import keep_freed_memory, move, peak_flops, pick_device, precision
 from nanochatgpt.fast import compiled, speed_up
 from nanochatgpt.loader import Loader
 from nanochatgpt.shards import find_shards
@@ -40,7 +40,7 @@ class Config(ModelConfig):
 def measure(config):
     """Run whole steps: batch, forward, backward, clipping, AdamW; return the median rates."""
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    _, autocast, _ = precision(config.dtype, device)
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # as in train.py
 
     # the data: a dataset, or the same random tokens in each step
@@ -52,7 +52,6 @@ def measure(config):
         shards = find_shards(config.data_dir, config.dataset, "train", shares=True)
         loader = Loader(shards, config.batch_size, T, 0, Tokenizer())
 
-    # the model
     directory = resolve(config.init_from)
     gpt, _ = load_model(directory, "meta")  # to count FLOPs
     if config.padded:
@@ -88,7 +87,7 @@ def measure(config):
         extra = move(extra, device) if loader else None
 
         # forward, backward, update
-        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+        with autocast:
             if config.padded:
                 loss = run_model(x, attention_mask=extra, labels=move(y, device)).loss
             else:
@@ -99,7 +98,8 @@ def measure(config):
         optimizer.zero_grad(set_to_none=True)
         loss = loss.item()  # waits for the device
         seconds = time.perf_counter() - start
-        steps.append([seconds, fill * y.numel(), (y != -100).sum().item(), y.numel()])
+        n_supervised = (y != -100).sum().item()
+        steps.append([seconds, fill * y.numel(), n_supervised, y.numel()])
         print(f"{step}: {seconds:.3f} s, loss {loss:.3f}", file=sys.stderr)
 
     # the first two steps were the warm-up

@@ -36,12 +36,12 @@ class ReplyDataset:
                     self.texts.append(tokens[start:stop])
                     labels.append(mask[stop - 1])  # only kept replies are supervised
 
-        self.labels = np.array(labels)  # (n,) bool: was the reply kept?
+        self.labels = np.array(labels, np.float32)  # (n,), 1: the reply was kept
         if self.labels.all() or not self.labels.any():
             raise ValueError(f"{path} lacks kept or other replies: make it with prepare/retry.py")
-        chosen = self.labels[:: self.group_size]
-        if self.group_size == 2 and not (chosen.all() and len(chosen) == (~self.labels).sum()):
+        if config.loss == "pairs" and labels != [True, False] * (len(labels) // 2):
             raise ValueError(f"{path} is not chosen and rejected replies in turn: use loss=labels")
+        self.groups = np.arange(len(labels)).reshape(-1, self.group_size)  # of replies
         lengths = [len(text) for text in self.texts]
         self.lengths = np.minimum(lengths, config.block_size)  # (n,) tokens that are scored
         self.n_batches = math.ceil(len(lengths) / config.batch_size)  # per epoch
@@ -49,31 +49,24 @@ class ReplyDataset:
 
     def batch(self, number, device):
         """Return (idx (b, T) int64, lengths (b,) int64, labels (b,) float32) of batch `number`."""
-        # every epoch has its own order
-        epoch, batch = divmod(number, self.n_batches)
-        first = self._batches(epoch)[batch] * self.group_size  # the first reply of each group
-        indices = (first[:, None] + np.arange(self.group_size)).flatten()  # (b,)
-        rows = []
-        for i in indices:
-            ids = self.texts[i].tolist()
-            rows.append(scored_ids(ids, self.tokenizer, self.config.block_size))
+        epoch, batch = divmod(number, self.n_batches)  # every epoch has its own order
+        indices = self.groups[self._batches(epoch)[batch]].flatten()  # (b,)
+        texts = [self.texts[i].tolist() for i in indices]
+        rows = [scored_ids(ids, self.tokenizer, self.config.block_size) for ids in texts]
         idx, lengths = pad(rows, device)
-        labels = torch.tensor(self.labels[indices], dtype=torch.float32, device=device)
+        labels = torch.from_numpy(self.labels[indices]).to(device)
         return idx, lengths, labels
 
     def _batches(self, epoch):
         """Return the batches of an epoch, arrays of group numbers."""
         rng = np.random.default_rng((self.config.seed, epoch))
-        longest = self.lengths.reshape(-1, self.group_size).max(1)  # tokens, of each group
-        order = rng.permutation(len(longest))
+        longest = torch.from_numpy(self.lengths[self.groups].max(1))  # tokens, of each group
+        order = torch.from_numpy(rng.permutation(len(longest)))
         size = self.config.batch_size // self.group_size  # groups per batch
 
         # sort each pool by length and cut it into batches
         batches = []
-        for start in range(0, len(order), POOL * size):
-            pool = order[start : start + POOL * size]
-            pool = pool[np.argsort(longest[pool], kind="stable")]
-            batches += np.split(pool, range(size, len(pool), size))
-
-        # the batches of all pools in random order
-        return [batches[i] for i in rng.permutation(len(batches))]
+        for pool in order.split(POOL * size):
+            pool = pool[longest[pool].argsort(stable=True)]
+            batches += pool.split(size)
+        return [batches[i].numpy() for i in rng.permutation(len(batches))]  # in random order

@@ -1,9 +1,7 @@
-"""
-PPO's formulas for a language model, with the papers' names.
+"""PPO's formulas for a language model, with the papers' names.
 
 Schulman et al. 2017 (arXiv 1707.06347); for language models Ziegler et al. 2019 (arXiv 1909.08593),
-with the details of Huang et al. 2023 (lm-human-preference-details). Unlike theirs, all means are
-over reply tokens only.
+with the details of Huang et al. 2023 (lm-human-preference-details), but means of reply tokens only.
 
 Shapes: B replies, R tokens in the longest, N tokens in all replies; mask (B, R) is true for these.
 """
@@ -13,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from nanochatgpt.generate import generate
 from nanochatgpt.sampling import Sampling
@@ -51,15 +50,13 @@ class Rollout:
 
 def roll_out(policy, tokenizer, prompts, config, seed):
     """Return the Rollout of a policy; prompt i has the seed `seed + i`."""
-    # no top_k, top_p or penalties: the log-probabilities we train must match the sampling
-    # distribution
+    # no top_k, top_p or penalties: the log-probabilities we train must be those of sampling
     sampling = Sampling(config.max_new_tokens, config.temperature)
     end = (tokenizer.eos_id,)
     replies = generate(policy, prompts, sampling, seed=seed, stop_ids=end, tokenizer=tokenizer)
 
     ended = []
     for ids in replies:
-        # a reply with a turn marker speaks for the human
         text = tokenizer.decode(ids)
         speaks_for_human = any(marker in text for marker in tokenizer.stop_strings)
         speaks_for_human |= any(stop in ids for stop in tokenizer.stop_ids)
@@ -107,16 +104,15 @@ class ActorCritic(nn.Module):
     def forward(self, idx, predicts):
         """Return (logprobs, values), (N,) float32 each, of the N reply tokens of a minibatch.
         logprobs: in nats, of the distribution that roll_out draws from."""
-        hidden = self.policy.hidden(idx)  # (b, T, C)
-        hidden = hidden[predicts].float()  # (N, C)
+        hidden = self.policy.hidden(idx)[predicts].float()  # (N, C)
         tokens = idx.roll(-1, 1)[predicts]  # (N,) the token after each position
 
         # in float32: GPT-2's logits are around -100, where 16 bits have steps of a half
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self.policy.lm_head(hidden)[:, : self.n_vocab]  # (N, n_vocab)
             values = self.value(hidden)[:, 0]
-        logprobs = (logits / self.temperature).log_softmax(-1)
-        return logprobs.gather(1, tokens[:, None])[:, 0], values
+        nll = F.cross_entropy(logits / self.temperature, tokens, reduction="none")
+        return -nll, values
 
     @torch.no_grad()
     def evaluate(self, rollout, batch_size, autocast):
@@ -129,16 +125,13 @@ class ActorCritic(nn.Module):
                 part = self(*rollout.minibatch(rows, device))
             parts.append(torch.stack(part).cpu())  # (2, N)
 
-        # from a list of tokens to a row for each reply
-        mask = rollout.mask
-        padded = torch.zeros(2, *mask.shape)  # (2, B, R)
-        padded[:, mask] = torch.cat(parts, 1)
+        padded = torch.zeros(2, *rollout.mask.shape)  # (2, B, R)
+        padded[:, rollout.mask] = torch.cat(parts, 1)
         return padded
 
 
 def reply_means(rollout, distributed):
-    """Return {reward, score, kl in nats, length in tokens, ended}: the means over the replies of
-    all processes."""
+    """Return {reward, score, kl in nats, length in tokens, ended}: means over all processes."""
     columns = {
         "reward": rollout.rewards,
         "score": rollout.score,
@@ -154,8 +147,7 @@ def reply_means(rollout, distributed):
 
 
 def token_rewards(rollout, kl_coef):
-    """Return the reward of each token (B, R): minus its share of the KL, plus the score at the last
-    token."""
+    """Return the reward of each token (B, R): minus its KL's cost; at the last, plus the score."""
     rewards = -kl_coef * rollout.kl
     last = rollout.mask.sum(1) - 1  # (B,)
     rewards[torch.arange(len(last)), last] += rollout.score
@@ -165,17 +157,12 @@ def token_rewards(rollout, kl_coef):
 def advantages_and_returns(rewards, values, mask, lam):
     """Return generalized advantage estimates (Schulman et al. 2016, arXiv 1506.02438) and the
     targets of the values, (B, R) each; the discount is 1, the value after the last token 0."""
-    advantages = torch.zeros_like(values)
-    advantage = torch.zeros(len(values))  # (B,) of token t + 1
-    next_value = torch.zeros(len(values))  # (B,)
-    for t in reversed(range(values.size(1))):
-        value = values[:, t]
-        delta = rewards[:, t] + next_value - value
-        advantage = (delta + lam * advantage) * mask[:, t]
-        next_value = value * mask[:, t]
-        advantages[:, t] = advantage
-    returns = (advantages + values) * mask
-    return advantages, returns
+    values = values * mask
+    next_values = F.pad(values[:, 1:], (0, 1))  # (B, R)
+    advantages = (rewards + next_values - values) * mask  # at first those of lam = 0
+    for t in reversed(range(values.size(1) - 1)):
+        advantages[:, t] += lam * advantages[:, t + 1]
+    return advantages, advantages + values
 
 
 def whiten(x, mask, distributed):
@@ -204,8 +191,7 @@ def value_losses(values, old_values, returns, clip):
 
 
 def adapted_kl_coef(kl_coef, kl, config):
-    """Return the KL coefficient after an iteration: higher if the KL was above its target, lower if
-    below (Ziegler et al. 2019, section 2.2)."""
+    """Return the next KL coefficient: higher for a KL above target (Ziegler et al. 2019, 2.2)."""
     error = kl / config.kl_target - 1  # relative
     error = min(max(error, -0.2), 0.2)
     return kl_coef * (1 + error * config.rollouts / config.kl_horizon)

@@ -10,8 +10,7 @@ from nanochatgpt.huggingface import NoScore
 
 
 class RewardModel(GPT):
-    """Same parameter names and arithmetic as GPT2ForSequenceClassification with one label; state
-    dicts are interchangeable."""
+    """Same parameter names and arithmetic as GPT2ForSequenceClassification with one label."""
 
     architecture = "GPT2ForSequenceClassification"
 
@@ -36,10 +35,7 @@ class RewardModel(GPT):
 
     def forward(self, idx, lengths):
         """Return the score of each row, (B,), a logit: higher means the reply is more likely kept.
-
-        idx: (B, T) int64, right-padded; padding values are ignored. lengths: (B,) int64, the tokens
-        of each row, at least 1.
-        """
+        idx: (B, T) int64, padded on the right with anything. lengths: (B,) int64, at least 1."""
         x = self.hidden(idx)  # (B, T, C)
         rows = torch.arange(len(x), device=x.device)
         last = x[rows, lengths - 1]  # (B, C), the last token of each row
@@ -54,14 +50,11 @@ class RewardModel(GPT):
 
 
 def load_reward_model(name, tokenizer, device, dtype=torch.float32, inference=False):
-    """Return the RewardModel of that name, ready to score texts of this tokenizer.
-
-    Raises ValueError if it is not a reward model or has another template.
-    """
+    """Return the RewardModel of that name, ready to score texts of this tokenizer. Raises
+    ValueError if it is not a reward model or has another template."""
+    options = {"inference": inference, "model_class": RewardModel}
     try:
-        model, trained_with = load_model(
-            name, device, dtype, inference=inference, model_class=RewardModel
-        )
+        model, trained_with = load_model(name, device, dtype, **options)
     except (FileNotFoundError, NoScore) as error:
         text = f"reward={name} is no reward model"
         raise ValueError(f"{text}: make one with train_reward.py") from error
@@ -75,10 +68,8 @@ def load_reward_model(name, tokenizer, device, dtype=torch.float32, inference=Fa
 
 def reward_losses(scores, labels, loss):
     """Return the losses in nats of replies (B,) or pairs (B / 2,) from scores and labels (B,).
-
     labels: binary cross-entropy. pairs: -log of the probability that the chosen reply is better,
-    sigmoid of the difference (Bradley and Terry 1952); the chosen reply of each pair comes first.
-    """
+    sigmoid of the difference (Bradley and Terry 1952); the chosen one of each pair comes first."""
     if loss == "pairs":
         margin = scores[::2] - scores[1::2]  # (B / 2,)
         return -F.logsigmoid(margin)

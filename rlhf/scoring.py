@@ -28,12 +28,10 @@ def pad(rows, device="cpu"):
 @torch.no_grad()
 def score_texts(model, tokenizer, texts):
     """Return the scores (n,) float32, on the CPU, of texts, lists of ids."""
+    rows = [scored_ids(ids, tokenizer, model.config.block_size) for ids in texts]
     scores = []
-    for start in range(0, len(texts), BATCH_SIZE):
-        rows = []
-        for ids in texts[start : start + BATCH_SIZE]:
-            rows.append(scored_ids(ids, tokenizer, model.config.block_size))
-        idx, lengths = pad(rows, model.score.weight.device)
+    for start in range(0, len(rows), BATCH_SIZE):
+        idx, lengths = pad(rows[start : start + BATCH_SIZE], model.score.weight.device)
         scores.append(model(idx, lengths).cpu())
     return torch.cat(scores)
 
@@ -41,10 +39,8 @@ def score_texts(model, tokenizer, texts):
 @torch.no_grad()
 def score_replies(model, tokenizer, prompt, replies):
     """Return the scores (n,) float32, on the CPU, of n replies to one prompt, which is read once.
-
-    replies: ids without the end token. If a text is too long, the beginning of the prompt is left
-    out, then the beginning of the reply.
-    """
+    replies: ids without the end token. A text that is too long loses the beginning of the prompt,
+    then of the reply."""
     # the prompt's last token begins each branch, so an empty reply has a score too
     block_size = model.config.block_size
     end = [] if tokenizer.eos_id == tokenizer.pad_id else [tokenizer.eos_id]
@@ -55,22 +51,17 @@ def score_replies(model, tokenizer, prompt, replies):
     longest = max(map(len, branches))
     context = prompt[:-1][longest - block_size :]
     hidden = hidden_of_branches(model, context, branches)  # (T, C)
-
-    # score the last token of each branch
     lengths = torch.tensor([len(ids) for ids in branches])  # (n,)
-    last = len(context) + lengths.cumsum(0) - 1
+    last = len(context) + lengths.cumsum(0) - 1  # (n,), the last token of each branch
     return model.score_of(hidden[last]).cpu()
 
 
 def best_of(engine, reward_model, tokenizer, prompt, n, sampling, seed=None):
     """Return [(score, ids)] of n replies to a prompt, the best first. The engine must be idle."""
     # the prompt is read once; the replies are decoded together and scored together
-    stops = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
-    replies = generate(
-        engine.model, [prompt] * n, sampling, seed=seed, tokenizer=tokenizer, engine=engine, **stops
-    )
+    options = {"stop_ids": tokenizer.stop_ids, "stop_strings": tokenizer.stop_strings}
+    options |= {"seed": seed, "tokenizer": tokenizer, "engine": engine}
+    replies = generate(engine.model, [prompt] * n, sampling, **options)
     scores = score_replies(reward_model, tokenizer, prompt, replies).tolist()
-
-    # highest score first; ties keep the order of their seeds
     scored = zip(scores, replies, strict=True)
-    return sorted(scored, key=lambda pair: -pair[0])
+    return sorted(scored, key=lambda pair: -pair[0])  # ties keep the order of their seeds

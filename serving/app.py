@@ -1,6 +1,4 @@
-"""
-The routes of the API, the page, and who may use them.
-"""
+"""The routes of the API, the page, and who may use them."""
 
 import asyncio
 import base64
@@ -68,7 +66,6 @@ async def chat(request: protocol.ChatRequest, http: Request):
     service = http.app.state.service
     # in a thread: a megabyte of text takes a while to render
     prompt, max_tokens = await asyncio.to_thread(service.chat_prompt, request)
-    # raises Refused before anything is generated
     options = service.sampling(request, [prompt], max_tokens)
     return await respond(service, http, request, [prompt], options)
 
@@ -84,8 +81,8 @@ async def complete(request: protocol.CompletionRequest, http: Request):
 
 @router.get("/v1/models")
 async def models(http: Request):
-    # one model per server
-    return {"object": "list", "data": [http.app.state.service.model_card()]}
+    card = http.app.state.service.model_card()  # one model per server
+    return {"object": "list", "data": [card]}
 
 
 @router.get("/v1/models/{name:path}")
@@ -101,9 +98,8 @@ async def feedback(rating: protocol.Feedback, http: Request):
     messages = protocol.conversation(rating.messages)
     if messages[-1]["role"] != "assistant":
         raise Refused(400, "messages must end with the reply that was rated", "messages")
-    # the first rating creates the folder
     path = Path(http.app.state.service.config.feedback)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)  # the first rating creates it
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"messages": messages, "label": rating.label}) + "\n")
 
@@ -135,7 +131,6 @@ def load_page():
     html = PAGE.read_text(encoding="utf-8")
     script = re.search("<script>(.*?)</script>", html, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # connect-src: the page talks to this server only
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
     policy += "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     policy += "frame-ancestors 'none'"
@@ -180,7 +175,6 @@ async def lifespan(app):
 
 def create_app(config, service):
     """Return the ASGI application."""
-    # every error becomes a JSON response in OpenAI's format
     handlers = {RequestValidationError: invalid_request, HTTPException: http_error}
     # FastAPI's pages would load scripts from a CDN
     options = {"docs_url": None, "redoc_url": None, "lifespan": lifespan}

@@ -1,5 +1,4 @@
-"""
-OpenAI's requests, responses and errors, as far as GPT-2 can serve them.
+"""OpenAI's requests, responses and errors, as far as GPT-2 can serve them.
 
 https://platform.openai.com/docs/api-reference/chat and .../completions
 """
@@ -45,8 +44,7 @@ def error_body(error):
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kinds |= {500: "server_error", 503: "server_error"}
     kind = kinds.get(error.status_code, "invalid_request_error")
-    # the library's own errors have neither param nor code
-    param = getattr(error, "param", None)
+    param = getattr(error, "param", None)  # the library's own errors have none
     code = getattr(error, "code", None)
     return {"error": {"message": error.detail, "type": kind, "param": param, "code": code}}
 
@@ -54,8 +52,7 @@ def error_body(error):
 class Strict(BaseModel):
     """Unknown fields and other types are errors; null stands for the default."""
 
-    # strict: "3" is no number
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)  # "3" is no number
 
     @model_validator(mode="before")
     @classmethod
@@ -85,16 +82,12 @@ class Options(Strict):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    # length, number, randomness
     max_tokens: MaxTokens | None = None
-    # the reply ends before any of these
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    # the same seed gives the same reply
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None  # end before any of these
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # same seed, same reply
     n: Count = 1  # replies to return per prompt
     best_of: Count | None = None  # generate this many, return the n that the reward model prefers
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_ITEMS)] = {}
-    # the response
     stream: bool = False  # send server-sent events
     stream_options: StreamOptions = StreamOptions()
     user: str = ""  # ignored: for the client's own use
@@ -117,8 +110,7 @@ class TextPart(Strict):
 
 
 class Message(Strict):
-    # developer: OpenAI's newer name for system
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]  # developer: newer name for system
     content: str | Items[TextPart]
     name: str = ""  # ignored
 
@@ -142,7 +134,6 @@ def conversation(messages):
             raise Refused(400, "system messages must come first", "messages")
     if not turns:
         raise Refused(400, "messages must include a user or assistant message", "messages")
-    # the system text is the bot's persona
     persona = "\n".join(system)
     return [{"role": "system", "content": persona}, *turns] if persona else turns
 
@@ -151,8 +142,7 @@ class ChatRequest(Options):
     messages: Items[Message]
     max_completion_tokens: MaxTokens | None = None  # OpenAI's newer name for max_tokens
     logprobs: bool = False  # return the log-probability of each token
-    # most likely tokens to list at each position, with logprobs
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0  # alternatives to list, with logprobs
     truncation: Literal["auto", "disabled"] = "disabled"  # auto: drop the oldest turns if too long
 
     @property
@@ -162,8 +152,7 @@ class ChatRequest(Options):
 
 class CompletionRequest(Options):
     prompt: str | Items[str] | Ids | Items[Ids] = ""  # texts or ids; "" is <|endoftext|>
-    # most likely tokens to list (0 = only the chosen one)
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # alternatives to list
 
     @property
     def n_logprobs(self):
@@ -218,8 +207,7 @@ class ChatFormat(ResponseFormat):
     def logprobs(self, tokens):
         content = []
         for token in tokens:
-            # the alternatives at this position, [(id, logprob)]
-            top = [self.token(*pair) for pair in token.top]
+            top = [self.token(*pair) for pair in token.top]  # pairs: (id, logprob)
             content.append(self.token(token.id, token.logprob) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
 

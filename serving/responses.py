@@ -1,6 +1,4 @@
-"""
-The replies to one request: generated together, sent all at once or as server-sent events.
-"""
+"""The replies to one request: generated together, sent all at once or as server-sent events."""
 
 import asyncio
 import functools
@@ -24,8 +22,7 @@ async def respond(service, http, request, prompts, options):
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         # the task runs at the end, also if the client left before the first event
         task = BackgroundTask(generation.end)
-        kind = "text/event-stream"
-        return StreamingResponse(events(generation), 200, headers, kind, background=task)
+        return StreamingResponse(events(generation), 200, headers, "text/event-stream", task)
 
     # generate until done or until the client disconnects, whichever comes first
     replies = asyncio.ensure_future(generation.whole())
@@ -99,10 +96,9 @@ class Generation:
         print(f"{self.format.kind}: {n_prompt} + {n_new} tokens in {seconds:.2f} s")
 
     def usage(self):
-        # each prompt counts once, however many replies it has
+        # each prompt counts once, by its first job, however many replies it has
         n_prompt = sum(map(len, self.prompts))
         n_new = sum(job.n_tokens for job in self.jobs)
-        # by the first job of each prompt
         n_cached = sum(job.n_cached for job in self.jobs[:: self.request.n_replies])
         return {
             "prompt_tokens": n_prompt,
@@ -118,8 +114,7 @@ class Generation:
             index, piece = await self.queue.get()
             # an error in one reply fails the whole request
             if piece.end == "late":
-                message = "timed out waiting in the queue, or the server is shutting down"
-                raise Refused(503, message)
+                raise Refused(503, "timed out in the queue, or the server is shutting down")
             if piece.end == "error":
                 raise Refused(500, "generation failed; see the server's log")
             n_running -= piece.end is not None  # 1 if the reply has ended

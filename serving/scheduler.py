@@ -1,9 +1,7 @@
-"""
-Many clients, one engine: jobs come and go between two decoding steps.
+"""Many clients, one engine: jobs come and go between two decoding steps.
 
-Everything that computes runs in the scheduler's thread, loading the model too. A second thread that
-used OpenMP would make OpenMP's workers sleep between matrix products, and a step would take twice
-as long.
+Everything that computes runs in the scheduler's thread, loading the model too. A second thread with
+OpenMP would make its workers sleep between matrix products: a step would take twice as long.
 """
 
 import math
@@ -55,8 +53,7 @@ class Job:
 
     def __post_init__(self):
         self.deadline = time.monotonic() + self.seconds  # on time.monotonic()'s clock
-        # turns tokens into text and finds stop strings
-        self.stream = TextStream(self.tokenizer, self.stop_strings)
+        self.stream = TextStream(self.tokenizer, self.stop_strings)  # turns tokens into text
         self.n_tokens = 0  # generated, without the end token
         self.n_cached = 0  # tokens of the prompt that the engine had in its cache
         # all pieces so far
@@ -174,7 +171,6 @@ class Scheduler:
                 job.end = "error"
                 self.changed[job] = True
                 continue
-            # the shared beginning is not computed again
             job.n_cached = self.engine.rows[row].n_reused
             self.running[row] = job
 
@@ -203,9 +199,7 @@ class Scheduler:
 
     def _deliver(self):
         """Hand over what is new at once if a job starts or ends, else collect it for a while."""
-        urgent = False
-        for job in self.changed:
-            urgent = urgent or job.end or job.n_tokens == 1
+        urgent = any(job.end or job.n_tokens == 1 for job in self.changed)
         now = time.monotonic()
         due = now > self.last_delivery + DELIVERY_INTERVAL * len(self.running)
         if urgent or (due and self.changed):

@@ -1,6 +1,4 @@
-"""
-The model that the API serves, and what a request asks of it.
-"""
+"""The model that the API serves, and what a request asks of it."""
 
 import functools
 import time
@@ -16,6 +14,8 @@ from nanochatgpt.sampling import Sampling, for_template
 from nanochatgpt.tokenizer import END_OF_TEXT, fit_context
 from serving.protocol import Refused, conversation
 from serving.scheduler import Scheduler
+
+SAMPLING = {field.name for field in fields(Sampling)}  # the names of the sampling options
 
 # for Prometheus, next to its defaults, such as the memory of the process
 REFUSED = Counter("nanochatgpt_refused", "Requests answered with an error", ["status"])
@@ -37,7 +37,6 @@ class Service:
 
     def load(self, config):
         """Load the models and return the Engine."""
-        # the model
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device, inference=True)
         model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
@@ -51,7 +50,7 @@ class Service:
             self.score = functools.partial(score_replies, reward_model, self.tokenizer)
         # the server's sampling options; the template may have its own defaults
         self.config = for_template(config, self.tokenizer.template)
-        options = {field.name: getattr(self.config, field.name) for field in fields(Sampling)}
+        options = {name: getattr(self.config, name) for name in SAMPLING}
         self.defaults = Sampling(**options)
         self.context = model.config.block_size  # tokens
         # long prompts are read in chunks, so that other replies do not stall
@@ -91,7 +90,6 @@ class Service:
         max_tokens = min(max_tokens or self.defaults.max_new_tokens, self.context // 2)
         start = 0  # turns dropped
         try:
-            # replay the conversation up to each user message
             for n, message in enumerate(messages, 1):
                 if message["role"] == "user" or n == len(messages):
                     room = self.context - max_tokens  # tokens that the prompt may have
@@ -109,8 +107,7 @@ class Service:
         encoded = []  # lists of ids
         for prompt in prompts:
             if isinstance(prompt, str):
-                # a model needs one token at least
-                prompt = self.tokenizer.encode(prompt) or [END_OF_TEXT]
+                prompt = self.tokenizer.encode(prompt) or [END_OF_TEXT]  # one token at least
             self.check_ids(prompt, "prompt")
             encoded.append(prompt)
         return encoded
@@ -125,16 +122,14 @@ class Service:
         if request.model is not None:
             self.check_model(request.model)
 
-        # the number of replies
         n_replies = request.n_replies
         if n_replies > request.n and self.score is None:
             raise Refused(400, "best_of needs a server with --reward=out/reward", "best_of")
         limit = self.config.max_rows + self.config.max_queue
         if n_replies * len(prompts) > limit:
-            message = f"too many replies: the limit is {limit}"
-            raise Refused(400, message, "best_of" if request.best_of else "n")
+            param = "best_of" if request.best_of else "n"
+            raise Refused(400, f"too many replies: the limit is {limit}", param)
 
-        # token ids and the length
         self.check_ids(request.logit_bias, "logit_bias")
         n_prompt = max(map(len, prompts))  # the longest prompt decides
         n_new = max_tokens or 1  # without max_tokens, room for one token is enough
@@ -144,8 +139,7 @@ class Service:
             raise Refused(400, message, code="context_length_exceeded")
 
         # the request's options, else the server's
-        names = {field.name for field in fields(Sampling)}
-        options = request.model_dump(include=names, exclude_none=True)
+        options = request.model_dump(include=SAMPLING, exclude_none=True)
         if max_tokens:
             options["max_new_tokens"] = max_tokens
         return replace(self.defaults, **options)

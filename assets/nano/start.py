@@ -1,10 +1,9 @@
 """Write nano's hand-set start, a GPT with heads that copy: python assets/nano/start.py
 
-To repeat a name that it was told, a transformer needs two kinds of heads (induction heads: Elhage
-et al. 2021, Olsson et al. 2022, arXiv 2209.11895). A head in layer 0 notes which token comes before
-each token. A head in layer 1 looks for the place whose note is the current token, and copies the
-token there: after "my name is Bo ... your name is", Bo. Training finds such heads by itself, but
-much later; README.md compares.
+To repeat a name it was told, a transformer needs two kinds of heads (induction heads: Elhage et al.
+2021, Olsson et al. 2022, arXiv 2209.11895). A head in layer 0 notes the token before each token. A
+head in layer 1 looks for the place whose note is the current token, and copies the token there:
+after "my name is Bo ... your name is", Bo. Training finds them too, but later; README.md compares.
 """
 
 import math
@@ -12,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
@@ -34,14 +33,15 @@ def set_induction_heads(model):
     c = model.config
     C = c.n_embd
     hs = C // c.n_head  # size of a head
+    half = hs // 2
     n_pairs = c.n_head // 3
     norm = math.sqrt(C / 2)  # of the position's and of the token's part, after a LayerNorm
 
     # embeddings of norm 1: positions as waves in hs dimensions, tokens as noise in the others
-    frequencies = 2.5 * 0.003 ** (torch.arange(hs // 2) / (hs // 2))  # (hs / 2,)
-    angles = torch.arange(c.block_size)[:, None] * frequencies  # (block_size, hs / 2)
+    frequencies = 2.5 * 0.003 ** (torch.arange(half) / half)  # (half,)
+    angles = torch.arange(c.block_size)[:, None] * frequencies  # (block_size, half)
     wpe = model.transformer.wpe.weight.zero_()  # (block_size, C)
-    wpe[:, :hs] = torch.cat([angles.cos(), angles.sin()], 1) / math.sqrt(hs / 2)
+    wpe[:, :hs] = torch.cat([angles.cos(), angles.sin()], 1) / math.sqrt(half)
     wte = model.transformer.wte.weight.normal_(std=(C - hs) ** -0.5)  # (V, C)
     wte[:, :hs] = 0
 
@@ -53,10 +53,9 @@ def set_induction_heads(model):
     def set_head(layer, head, query, key, value, output):
         """query, key, value: (C, hs); output: (hs, C)."""
         attn = model.transformer.h[layer].attn
-        start = head * hs
-        for i, weight in enumerate((query, key, value)):
-            attn.c_attn.weight[:, i * C + start : i * C + start + hs] = weight
-        attn.c_proj.weight[start : start + hs] = output
+        qkv = attn.c_attn.weight.view(C, 3, c.n_head, hs)
+        qkv[:, :, head] = torch.stack([query, key, value], 1)
+        attn.c_proj.weight.view(c.n_head, hs, C)[head] = output
 
     # layer 0: the query is the position turned back by one, the key the position, the score 40
     cos = frequencies.cos().diag()
