@@ -48,7 +48,8 @@ class Chat:
         dtype = pick_dtype(config.dtype, device, inference=True)
         at_least(1, config, "best_of")
         if (config.best_of > 1) != bool(config.reward):
-            raise ValueError("best_of and reward need each other: --best_of=8 --reward=out/reward")
+            knobs = f"best_of={config.best_of} with reward={config.reward or '(none)'}"
+            raise ValueError(f"{knobs}: try --best_of=8 --reward=out/reward, or neither")
         # the model, with the sampling defaults of its template
         self.model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
         self.config = for_template(config, self.tokenizer.template)

@@ -219,7 +219,8 @@ def main(config):
         # flag rides along
         batches = next(steps)
         counts = [(y != -100).sum().item() for _, y, _ in batches]
-        total, stopping = distributed.sum(torch.tensor([sum(counts), int(stop.asked)])).tolist()
+        sums = torch.tensor([sum(counts), int(stop.asked)])
+        total, stopping = distributed.sum(sums).tolist()
         if stopping:
             if norm is not None and not scaler.is_enabled():
                 divergence.check("gradient norm", norm.item(), it)
@@ -238,7 +239,8 @@ def main(config):
 
         # the loss: the sum over the supervised tokens of all micro-batches, divided by their number
         step_loss = torch.zeros((), device=device)
-        for (x, y, documents), n in synced_last(model, list(zip(batches, counts, strict=True))):
+        micro_batches = list(zip(batches, counts, strict=True))
+        for (x, y, documents), n in synced_last(model, micro_batches):
             x = move(x, device)  # y stays on the CPU: fast_loss indexes it without a GPU sync
             documents = move(documents, device)
             with autocast:

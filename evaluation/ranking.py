@@ -33,4 +33,5 @@ def loglikelihoods(model, context, continuations):
     logits = model.lm_head(hidden[pos]).float()  # (N, V)
     targets = torch.tensor(targets, device=hidden.device)
     nll = F.cross_entropy(logits, targets, reduction="none")  # (N,)
-    return [-part.sum().item() for part in nll.split([len(ids) for ids in continuations])]
+    lengths = [len(ids) for ids in continuations]
+    return [-part.sum().item() for part in nll.split(lengths)]

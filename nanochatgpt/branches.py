@@ -11,9 +11,14 @@ import torch.nn.functional as F
 def hidden_of_branches(model, context, continuations):
     """Return the final hidden states (T, C) of the context and, after it, of each continuation;
     T is the number of ids altogether. context: a list of ids; continuations: a list of lists of
-    ids. The context and the longest of them must fit the model's context."""
-    # branch 0 is the context; positions go on from its end in each continuation
+    ids. Raises ValueError if the context and one of them exceed the model's context."""
     n = len(context)
+    longest = n + max(map(len, continuations), default=0)
+    block_size = model.config.block_size
+    if longest > block_size:
+        raise ValueError(f"a row of {longest} tokens exceeds the context of {block_size}")
+
+    # branch 0 is the context; positions go on from its end in each continuation
     ids = list(context)
     positions = list(range(n))  # position of each id
     branch = [0] * n  # branch of each id

@@ -122,7 +122,8 @@ def fast_packed_attention(model, documents, document_ids):
             B, nh, T, hs = q.shape
             # all rows end to end (1, nh, B * T, hs), cut into documents; float32 takes 0.75 of the
             # time of bfloat16 here
-            q, k, v = (x.transpose(0, 1).reshape(1, nh, B * T, hs).float() for x in (q, k, v))
+            shape = (1, nh, B * T, hs)
+            q, k, v = (x.transpose(0, 1).reshape(shape).float() for x in (q, k, v))
             parts = []
             with torch.autocast("cpu", enabled=False):
                 for qkv in zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True):

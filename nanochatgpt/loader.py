@@ -135,7 +135,8 @@ class Loader:
 
         # a persona counts once, however many pieces repeat it
         personas = np.unique(pieces[:, :2], axis=0)
-        kept = (pieces[:, 3] - pieces[:, 2]).sum() + (personas[:, 1] - personas[:, 0]).sum()
+        kept = (pieces[:, 3] - pieces[:, 2]).sum()
+        kept += (personas[:, 1] - personas[:, 0]).sum()
         n_lost = max(0, len(shard.tokens) - kept.item())
         return PackedShard(shard, pieces, rows, max(1, round(share * len(rows))), n_lost)
 
@@ -188,13 +189,16 @@ def best_fit(lengths, block_size):
 
 def n_inputs_of(pieces):
     """Return the inputs of each piece, (n,): its tokens but the last, which is only a target."""
-    return pieces[:, 1] - pieces[:, 0] + pieces[:, 3] - pieces[:, 2] - 1
+    persona = pieces[:, 1] - pieces[:, 0]
+    rest = pieces[:, 3] - pieces[:, 2]
+    return persona + rest - 1
 
 
 def read_piece(shard, piece):
     """Return the ids (n,) int64 of a piece and which of them are supervised (n,) bool."""
     a, b, c, d = piece.tolist()  # persona [a, b), the rest [c, d)
-    ids = np.concatenate([shard.tokens[a:b], shard.tokens[c:d]]).astype(np.int64)
+    parts = [shard.tokens[a:b], shard.tokens[c:d]]
+    ids = np.concatenate(parts).astype(np.int64)
     mask = np.concatenate([shard.mask(a, b), shard.mask(c, d)])
     return ids, mask
 

@@ -49,7 +49,9 @@ class Log:
 
     def __call__(self, **record):
         # JSON cannot hold NaN or inf (a diverged loss, fp16 overflow): write null
-        finite = {k: v if v is None or math.isfinite(v) else None for k, v in record.items()}
+        finite = {}
+        for name, value in record.items():
+            finite[name] = value if value is not None and math.isfinite(value) else None
         self.file.write(json.dumps(finite) + "\n")  # flushed line by line
         # Weights & Biases can show NaN, so it gets the record as it is
         if self.wandb:
@@ -86,7 +88,7 @@ class DivergenceCheck:
             before = f", {usual:.4g} before" if usual < math.inf else ""
             remedy = "lower learning_rate or raise warmup_iters; the saved checkpoints predate this"
             problem = f"the {name} is {value:.4g} at iter {it}{before}: training diverges"
-            raise ValueError(f"{problem}\n{remedy}")
+            raise ValueError(f"{problem}; {remedy}")
         history.append(value)  # only values that passed the check
 
 

@@ -385,7 +385,7 @@ def every_batch(path, tokenizer, block_size, share):
 
 
 def every_reply(path, tokenizer, block_size):
-    config = SimpleNamespace(batch_size=2, block_size=block_size, seed=0)
+    config = SimpleNamespace(batch_size=2, block_size=block_size, seed=0, loss="labels")
     replies = ReplyDataset([(path, 1.0)], tokenizer, config)
     return [replies.batch(number, "cpu") for number in range(replies.n_batches)]
 

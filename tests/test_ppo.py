@@ -165,7 +165,7 @@ def test_losses_by_hand():
 
 
 def test_the_kl_coefficient_rises_above_the_target_and_falls_below():
-    config = train_ppo.Config(kl_target=6.0, rollouts=100, kl_horizon=1000)
+    config = train_ppo.Config(kl_target=6.0, rollouts=100, batch_size=10, kl_horizon=1000)
     assert adapted_kl_coef(0.1, 6.6, config) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
     assert adapted_kl_coef(0.1, 60.0, config) == pytest.approx(0.1 * (1 + 0.2 * 0.1))
     assert adapted_kl_coef(0.1, 0.0, config) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
