@@ -61,8 +61,9 @@ def _pieces(template, messages):
     for message in messages:
         is_reply = message["role"] == "assistant"
         end = template.end if is_reply else ""  # only a reply has an end to learn
-        # half a surrogate pair becomes U+FFFD
-        content = message["content"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        content = message["content"]
+        if not content.isascii():  # half a surrogate pair becomes U+FFFD
+            content = content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         body = template.before + content + template.after + end
         pieces += (template.openers[message["role"]], body)
         supervised += (0, is_reply)
