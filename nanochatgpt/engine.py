@@ -171,8 +171,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self):
-        """Advance every running row by one token; return the Tokens, [] when no row runs. Rows that
-        draw a stop id give none, nor do those whose prompt takes more steps (prefill_tokens)."""
+        """Advance every running row by one token; return the Tokens. Rows that draw a stop id give
+        none, nor do those whose prompt takes more steps (prefill_tokens)."""
         logits = self._prefill() | self._decode()  # {row: (V,)}
 
         # draw for all rows with the same options at once
@@ -221,16 +221,21 @@ class Engine:
         rows = [row for row in self.rows if row.running and row.n_missing == 1]
         if not rows:
             return {}
-        # idle rows among them ride along; they write past their cached tokens, which is never read
-        n = rows[-1].index + 1
-        inputs = [(0, row.n_cached) for row in self.rows[:n]]
+        # idle rows among them ride along; they write past their cached tokens, which is never read.
+        # A CUDA graph always reads the same memory, so there the first row is always row 0
+        first = rows[0].index if self.exact_length else 0
+        stop = rows[-1].index + 1
+        inputs = [(0, row.n_cached) for row in self.rows[first:stop]]
         for row in rows:
-            inputs[row.index] = (row.ids[-1], row.n_cached)
-            row.n_cached += 1
+            inputs[row.index - first] = (row.ids[-1], row.n_cached)
+        n = len(inputs)
         self.inputs[:, :n] = torch.tensor(inputs).T
         length = max(position for _, position in inputs) + 1
-        logits = self.run_step(self.inputs[:, :n], self._cache(slice(n), length))  # (n, V)
-        return {row: logits[row.index] for row in rows}
+        cache = self._cache(slice(first, stop), length)
+        logits = self.run_step(self.inputs[:, :n], cache)  # (n, V)
+        for row in rows:
+            row.n_cached += 1
+        return {row: logits[row.index - first] for row in rows}
 
     def _cache(self, rows, length):
         """Return a slice of rows of the cache, up to a length rounded up to whole chunks. It is a
@@ -249,6 +254,7 @@ class Engine:
             hidden = self._compute(batch)  # (B, T, C)
             for i, (row, n) in enumerate(batch):
                 budget -= n
+                row.n_cached += n
                 if row.n_missing == 0:
                     last[row] = hidden[i, n - 1]
         if not last:
@@ -301,7 +307,6 @@ class Engine:
         for i, (row, n) in enumerate(batch):
             idx[i, :n] = torch.tensor(row.ids[row.n_cached : row.n_cached + n])
             starts[i] = row.n_cached
-            row.n_cached += n
         positions = (starts + torch.arange(T)).clamp(max=self.size - 1)  # (B, T)
         first = batch[0][0].index
         kv = self._cache(slice(first, first + B), positions.max().item() + 1)

@@ -297,6 +297,43 @@ def test_in_pieces_the_prompt_that_came_first_is_done_first(model):
     assert {token.row for token in engine.step()} == {long, short}
 
 
+@pytest.mark.parametrize("n_good", [0, 1])
+def test_what_an_error_left_uncomputed_is_not_reused(model, monkeypatch, n_good):
+    engine = Engine(model, rows=2, record=False)
+    hidden = model.hidden
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > n_good:  # the prompt, then the first decoding step
+            raise RuntimeError("out of memory")
+        return hidden(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "hidden", fail)
+        index = engine.add(PROMPTS[2], greedy(5))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            while engine.running:
+                engine.step()
+    continued = list(engine.rows[index].ids)
+    engine.end(index)
+    engine.add([*continued, 3, 4], greedy(5))
+    assert list(finish(engine).values()) == [plain(model, [*continued, 3, 4], 5)]
+
+
+def test_a_row_that_runs_alone_is_computed_alone(model, monkeypatch):
+    engine = Engine(model, rows=4, record=False)
+    rows = []
+    step = engine.run_step
+    monkeypatch.setattr(
+        engine, "run_step", lambda inputs, kv: rows.append(kv.size(2)) or step(inputs, kv)
+    )
+    for prompt in ([1, 2], [3, 4], [5, 6], [7, 8]):  # each goes to the row that is still empty
+        engine.add(prompt, greedy(4))
+        assert list(finish(engine).values()) == [plain(model, prompt, 4)]
+    assert set(rows) == {1}
+
+
 # --- recorded and compiled steps, compaction ----------------------------------------------------
 
 
