@@ -210,6 +210,8 @@ def test_any_config_file_and_any_arguments(folder, content, before, after):
     argv = [*before, str(path), *after]
     # an argument is named by its first line, an empty one as a config file
     names = [(arg.splitlines() or [""])[0][:100] or "config file" for arg in argv]
+    # a value out of range is named by its knob
+    names += [f"{name}=" for name in train.Config.__dataclass_fields__]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         config = returned(lambda: parse(train.Config, argv), *names)
