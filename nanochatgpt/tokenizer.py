@@ -140,19 +140,21 @@ class Tokenizer:
 
     def render(self, messages, add_generation_prompt=False):
         """Return (ids, mask) of a conversation; mask is 1 for each reply and its end token, else 0.
-        With `add_generation_prompt` the ids end with the opener of a reply. Messages are encoded
-        one by one, so the ids of a prompt are a prefix of the ids of the whole conversation."""
+        A reply with "weight": 0 is only context: its mask is 0. With `add_generation_prompt` the
+        ids end with the opener of a reply. Messages are encoded one by one, so the ids of a prompt
+        are a prefix of the ids of the whole conversation."""
         ids = []
         mask = []
         for message in messages:
             opener = (self._later if ids else self._first)[message["role"]]
             text = self._template.before + message["content"] + self._template.after
             body = self._escape_markers(self.encode(text))
-            supervised = message["role"] == "assistant"
-            if supervised:
+            weight = 0
+            if message["role"] == "assistant":
                 body = [*body, self.eos_id]
+                weight = message.get("weight", 1)
             ids += opener + body
-            mask += [0] * len(opener) + [int(supervised)] * len(body)
+            mask += [0] * len(opener) + [weight] * len(body)
 
         if add_generation_prompt:
             opener = (self._later if ids else self._first)["assistant"]

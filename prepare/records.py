@@ -1,5 +1,6 @@
 """Read files of records, one record in memory at a time, and check the conversations in them."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -13,6 +14,13 @@ import ijson
 from nanochatgpt.hub import hub_file
 from prepare.corpus import divide, existing
 
+FOREIGN = {  # first bytes -> what to do about it
+    codecs.BOM_UTF16_LE: "it is UTF-16: save it as UTF-8",
+    codecs.BOM_UTF16_BE: "it is UTF-16: save it as UTF-8",
+    b"PAR1": "it is Parquet: write it as JSON Lines, with to_json of pandas or datasets",
+    b"\x28\xb5\x2f\xfd": "it is compressed by zstd: unpack it with `zstd -d`",
+    b"PK\x03\x04": "it is a zip file: unpack it",
+}
 DAMAGE = (ijson.JSONError, csv.Error, gzip.BadGzipFile, zlib.error, EOFError, RecursionError)
 
 
@@ -36,40 +44,62 @@ def published(source, repo, files, read):
             yield split, example
 
 
+def open_bytes(path):
+    """Return a file of UTF-8 text, maybe gzipped, opened for bytes, without a byte-order mark.
+    Raises ValueError that names what else it is."""
+    file = open(path, "rb")  # noqa: SIM115
+    if file.peek(4)[:2] == b"\x1f\x8b":
+        file = gzip.open(file)  # noqa: SIM115
+    head = file.peek(4)[:4]
+    for magic, problem in FOREIGN.items():
+        if head.startswith(magic):
+            raise ValueError(problem)
+    if head.startswith(codecs.BOM_UTF8):
+        file.read(3)
+    return file
+
+
 def read_records(path, parse, list_name=""):
     """Yield parse(record) for each record of a file, also gzipped: a .csv with column names, a JSON
     list, or one JSON object per line. list_name: read this list of a JSON object instead.
     Records for which `parse` returns None are left out and counted. Raises ValueError that names
     the first record that is damaged or that `parse` cannot use."""
-    number = 1  # of the current record
+    number = 1  # of the current record or line
+    unit = "record"
+    n_records = 0
     n_left_out = 0
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with open_bytes(path) as file:
             # choose the reader
-            if path.name.removesuffix(".gz").endswith(".csv"):
-                text = io.TextIOWrapper(file, "utf-8", "replace", newline="")
+            if path.name.lower().removesuffix(".gz").endswith(".csv"):
+                text = io.TextIOWrapper(file, "utf-8", newline="")
                 records = csv.DictReader(text, restval="")  # of a short row
             elif list_name:
                 records = ijson.items(file, f"{list_name}.item", use_float=True)
             elif file.peek(1).lstrip()[:1] == b"[":
                 records = ijson.items(file, "item", use_float=True)
             else:
-                records = (json.loads(line) for line in file if line.strip())  # one per line
+                unit = "line"
+                records = (json.loads(line) if line.strip() else "" for line in file)
             for record in records:  # one in memory at a time
+                if record == "" and unit == "line":  # a blank one
+                    number += 1
+                    continue
                 if not isinstance(record, dict):
                     raise ValueError(f"it is not an object: {record!r:.40}")
                 example = parse(record)
+                n_records += 1
                 if example is None:
                     n_left_out += 1
                 else:
                     yield example
                 number += 1
             if n_left_out:
-                print(f"{path}: {n_left_out:,} of {number - 1:,} records left out")
+                print(f"{path}: {n_left_out:,} of {n_records:,} records left out")
     except (*DAMAGE, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         reason = reason.partition("\n")[0]  # ijson draws a picture below it
-        place = f"record {number:,} of {list_name}" if list_name else f"record {number:,}"
+        place = f"{unit} {number:,}" + (f" of {list_name}" if list_name else "")
         raise ValueError(f"{path}, {place}: {reason}") from error
 
 

@@ -28,17 +28,21 @@ def _render_chunk(tokenizer, conversations):
     specials = markers & tokenizer.special_ids.keys()
     all_ids = []  # an array per conversation
     piece_sizes = []  # bytes of each opener and each body
-    supervised = []  # 1 for the body of a reply, else 0
+    weights = []  # 1 for the body of a reply that is learned, else 0
     for messages in conversations:
         # the size of each piece in bytes tells later which tokens it has
-        pieces, is_reply = _pieces(template, messages)
+        pieces = _pieces(template, messages)
         piece_sizes += [len(piece.encode()) for piece in pieces]
-        supervised += is_reply
+        n_ends = 0  # replies
+        for message in messages:
+            is_reply = message["role"] == "assistant"
+            n_ends += is_reply
+            weights += (0, message.get("weight", 1) if is_reply else 0)
 
         # `render` knows what to do if somebody typed a marker or very much white space
         text = "".join(pieces)
         n_markers = sum([text.count(marker.strip()) for marker in markers])
-        if n_markers == len(messages) + sum(is_reply) and len(text) < LONG_SPACE:
+        if n_markers == len(messages) + n_ends and len(text) < LONG_SPACE:
             ids = tokenizer._bpe.encode_to_numpy(
                 text, allowed_special=specials, disallowed_special=()
             )
@@ -49,27 +53,24 @@ def _render_chunk(tokenizer, conversations):
     # tokens know their size in bytes, which gives the number of tokens in each piece
     token_ends = np.cumsum(_token_sizes(tokenizer._bpe)[np.concatenate(all_ids)])
     piece_ends = token_ends.searchsorted(np.cumsum(piece_sizes), side="right")
-    mask = np.repeat(np.array(supervised, np.uint8), np.diff(piece_ends, prepend=0))
+    mask = np.repeat(np.array(weights, np.uint8), np.diff(piece_ends, prepend=0))
     borders = np.cumsum([len(ids) for ids in all_ids])[:-1]  # between conversations
     return list(zip(all_ids, np.split(mask, borders), strict=True))
 
 
 def _pieces(template, messages):
-    """Return the texts of a conversation, an opener and a body in turn, and their masks."""
-    pieces = []  # texts
-    supervised = []
+    """Return the texts of a conversation, an opener and a body in turn."""
+    pieces = []
     for message in messages:
-        is_reply = message["role"] == "assistant"
-        end = template.end if is_reply else ""  # only a reply has an end to learn
+        end = template.end if message["role"] == "assistant" else ""
         content = message["content"]
         if not content.isascii():  # half a surrogate pair becomes U+FFFD
             content = content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         body = template.before + content + template.after + end
         pieces += (template.openers[message["role"]], body)
-        supervised += (0, is_reply)
     if pieces:
         pieces[0] = pieces[0].removeprefix("\n")  # it separates an opener from the turn before
-    return pieces, supervised
+    return pieces
 
 
 @functools.cache

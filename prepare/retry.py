@@ -4,7 +4,8 @@ PATH is a file of records: .jsonl, .json (a list) or .csv, also with .gz. A reco
 
     {"input_text" or "text": ..., "labels" or "label": 0 or 1}      1: the reply at its end was kept
     {"messages": [...], "label": 0 or 1}                            the same, as serve.py keeps it
-    {"prompt": text or messages, "chosen": text, "rejected": text}  a pair
+    {"prompt": ..., "chosen": ..., "rejected": ...}                 a pair, of texts or messages
+    {"chosen": ..., "rejected": ...}            whole conversations: messages, or Anthropic's texts
     {"messages": [...], "retried": [...]}                           what /save in chat.py writes
     DailyDialog++'s contexts with good and adversarial replies
     ConvAI2's wild chats with scores of utterances
@@ -14,6 +15,7 @@ supervised if the reply was kept, the chosen reply of a pair first. Equal contex
 """
 
 import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from nanochatgpt.configurator import run
 from nanochatgpt.tokenizer import Tokenizer
 from prepare.chitchat_package import packaged, read
 from prepare.corpus import Config, divide, existing, output_folder, shard_writers
+from prepare.formats import as_turns, conversation
 from prepare.records import check_messages, merge_turns, read_records
 
 
@@ -57,13 +60,24 @@ def examples(record):
 
 
 def pair(record):
-    """A chosen and a rejected reply to a prompt."""
-    context = record["prompt"]
-    if isinstance(context, str):
-        context = [{"role": "user", "content": context}]
-    chosen = [*context, reply(record["chosen"])]
-    rejected = [*context, reply(record["rejected"])]
-    return beginning(context), [(chosen, 1), (rejected, 0)]
+    """A chosen and a rejected reply to a prompt; none if they are equal."""
+    chosen = whole(record.get("prompt"), record["chosen"])
+    rejected = whole(record.get("prompt"), record["rejected"])
+    labelled = [(chosen, 1), (rejected, 0)] if chosen != rejected else []
+    return beginning(chosen[:-1]), labelled
+
+
+def whole(prompt, reply):
+    """Return the messages of a prompt and a reply, texts or messages each; or of a text in the form
+    of Anthropic's hh-rlhf."""
+    if prompt is None and isinstance(reply, str):
+        _, *parts = re.split(r"\n\n(Human|Assistant):", reply)  # speaker, text, speaker, text, ...
+        turns = []
+        for speaker, text in zip(parts[::2], parts[1::2], strict=True):
+            turns.append({"from": speaker, "value": text})
+    else:
+        turns = as_turns(prompt or [], "user") + as_turns(reply, "assistant")
+    return conversation({"messages": turns})[1]
 
 
 def dailydialog(record):

@@ -175,7 +175,7 @@ def n_tokens(text):
 
 
 def test_the_report_counts_what_was_written(prepare, tmp_path):
-    conversations = [*small_talk(5), exchange("the longest", "comes first " * 200)]
+    conversations = [*small_talk(5), exchange("the longest", "comes first" + " comes first" * 199)]
     conversations += small_talk(1500, seed=3)
     source = write_jsonl(tmp_path / "talk.jsonl", conversations)
     report = prepare(jsonl, source=source).stdout.splitlines()
@@ -199,7 +199,8 @@ def test_the_example_is_marked_exactly_around_what_is_learned(prepare, tmp_path)
     messages = [persona, *exchange("hi", "ahoy"), *exchange("ho !", "aye .")]
     source = write_jsonl(tmp_path / "talk.jsonl", [exchange("first", "held out"), messages])
     _, _, heading, shown = prepare(jsonl, source=source).stdout.split("\n", 3)
-    assert shown == spelled(messages, "«", "»") + "\n"
+    shown, report = shown.rsplit("\n", 2)[:2]
+    assert shown == spelled(messages, "«", "»") and "2 records with messages" in report
     assert f" {n_tokens(spelled(messages))} tokens" in heading
 
 
@@ -207,8 +208,9 @@ def test_a_long_example_is_cut(prepare, tmp_path):
     long = exchange("why ?", "word " * 5000)
     source = write_jsonl(tmp_path / "talk.jsonl", [exchange("first", "held out"), long])
     shown = prepare(jsonl, source=source).stdout.split("\n", 3)[3]
+    shown = shown.rsplit("\n", 2)[0]
     assert 1400 < len(shown) < 1600
-    assert shown.rstrip().endswith("...")
+    assert shown.endswith("...")
 
 
 def test_a_terminal_that_lacks_a_character_shows_another(prepared, tmp_path, monkeypatch):
@@ -241,7 +243,7 @@ def test_an_error_overwrites_the_progress(prepare, broken, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress, error = prepare(jsonl, source=broken).stderr.split("\r")
     assert "M tokens, " in progress
-    assert "record 1,501" in error and len(error) > len(progress)
+    assert "line 1,501" in error and len(error) > len(progress)
 
 
 @pytest.mark.parametrize("room", [2_000, 20_000, -10])
@@ -425,7 +427,6 @@ def test_every_conversation_comes_back_with_its_persona_and_any_text(prepared, t
         [{"role": "system", "content": odd}, *exchange(odd, odd)],
         [{"role": "assistant", "content": "i begin"}, *exchange("and", "i end")],
         [{"role": "user", "content": "one"}, *exchange("two", "three"), *exchange("four", "5")[:1]],
-        exchange("", ""),
     ]
     source = [exchange("first", "held out"), *conversations]
     splits = prepared(jsonl, source=write_jsonl(tmp_path / "talk.jsonl", source))
@@ -486,17 +487,11 @@ BAD_LINES = {
     "list": "[1, 2]",
     "null": "null",
     "other field": '{"text": "hi"}',
-    "no messages": '{"messages": []}',
     "messages text": '{"messages": "hi"}',
     "message text": '{"messages": ["hi"]}',
-    "no content": '{"messages": [{"role": "assistant"}]}',
-    "content null": GOOD.replace('"hello"', "null"),
-    "content parts": GOOD.replace('"hello"', '[{"type": "text", "text": "hello"}]'),
     "no role": GOOD.replace('"role": "user", ', ""),
     "role list": GOOD.replace('"user"', '["user"]'),
     "other role": GOOD.replace("user", "tool"),
-    "late system": GOOD.replace("]", ', {"role": "system", "content": "i am late"}]'),
-    "no reply": GOOD.replace("assistant", "user"),
 }
 
 
@@ -504,7 +499,7 @@ BAD_LINES = {
 def test_a_bad_line_is_named(refused, tmp_path, line):
     path = tmp_path / "mine.jsonl"
     path.write_text(f"{GOOD}\n\n{GOOD}\n{line}\n{GOOD}\n", "utf-8", errors="surrogateescape")
-    refused(jsonl, path, "record 3", source=path)
+    refused(jsonl, path, "line 4", source=path)
 
 
 def test_a_damaged_gz_is_named(refused, tmp_path):
@@ -1021,7 +1016,6 @@ BAD_FILES = {
     "damaged.json.gz": PACKED[:500] + bytes(200) + PACKED[700:],
     "html.json.gz": b"<!DOCTYPE html><html></html>",
     "html.json": b"<!DOCTYPE html><html></html>",
-    "packed.json": PACKED,
     "cut.json": json.dumps(questions(5)).encode()[:-40],
     "not_utf8.json": b'[{"q_id": "\xff"}]',
     "object.json": json.dumps({"train": questions(5)}).encode(),

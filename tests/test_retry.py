@@ -282,7 +282,6 @@ DIALOG = {"context": ["a"], "positive_responses": ["b"], "adversarial_negative_r
         ({"text": 5, "label": 1}, "5"),
         (PAIR | {"chosen": 5}, "message 2"),
         (PAIR | {"prompt": [{"role": "user"}]}, "content"),
-        (PAIR | {"prompt": [HI, {"role": "system", "content": "a"}]}, "system"),
         (PAIR | {"prompt": 5}, ""),
         ({"messages": [{"role": "bot", "content": "a"}]}, "'bot'"),
         (CHAT | {"retried": [{"content": "a"}]}, "before"),
@@ -298,17 +297,17 @@ DIALOG = {"context": ["a"], "positive_responses": ["b"], "adversarial_negative_r
 )
 def test_a_bad_record_is_named_by_its_line(prepare, tmp_path, record, word):
     path = write(tmp_path / "r.jsonl", [*labelled(2), record])
-    assert_refused(prepare(source=path), "r.jsonl, record 3", word)
+    assert_refused(prepare(source=path), "r.jsonl, line 3", word)
     assert not list(tmp_path.rglob("*.bin*"))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "word"),
     [
-        ("r.jsonl", b'{"text": "a", "label": 1}\n{"text"\n', "record 2"),
+        ("r.jsonl", b'{"text": "a", "label": 1}\n{"text"\n', "line 2"),
         ("r.json", b'[{"text": "a", "label": 1}, {"text"', "record 2"),
         ("r.jsonl.gz", b"\x1f\x8b no", ""),
-        ("r.txt", b"hi\n", "record 1"),
+        ("r.txt", b"hi\n", "line 1"),
     ],
 )
 def test_a_damaged_file_is_refused_with_the_place(prepare, tmp_path, name, content, word):
@@ -339,3 +338,35 @@ def test_both_splits_need_kept_and_rejected_replies(prepare, tmp_path, records):
 )
 def test_bad_knobs_are_refused(prepare, knobs, word):
     assert_refused(prepare(**knobs), word)
+
+
+# ---- preference pairs, as trl and hh-rlhf have them
+
+ASK = [{"role": "user", "content": "hi"}]
+GOOD = {"role": "assistant", "content": "hello"}
+BAD = {"role": "assistant", "content": "go away"}
+HH = "\n\nHuman: hi\n\nAssistant: "
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "hi", "chosen": "hello", "rejected": "go away"},
+        {"prompt": ASK, "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": [*ASK, GOOD], "rejected": [*ASK, BAD]},
+        {"chosen": HH + "hello", "rejected": HH + "go away\n"},
+        {"prompt": None, "chosen": [*ASK, GOOD], "rejected": [*ASK, BAD], "score_chosen": 7.0},
+    ],
+)
+def test_pairs_in_every_form_are_the_same_pair(record):
+    assert retry.examples(record)[1] == [([*ASK, GOOD], 1), ([*ASK, BAD], 0)]
+
+
+def test_a_pair_of_equal_replies_is_left_out_and_counted(prepare, tmp_path):
+    pairs = [{"prompt": f"hi {i}", "chosen": "hello", "rejected": "go away"} for i in range(40)]
+    pairs[7]["rejected"] = " hello"
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    done = prepare(source=source)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 40 records left out" in done.stdout

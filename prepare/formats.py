@@ -1,0 +1,121 @@
+"""The formats that people have conversations in, recognised by their fields:
+
+messages       OpenAI's fine-tuning format: role, content (text or parts), weight
+conversations  ShareGPT: from and value
+instruction    Alpaca: instruction, input, output, history
+prompt         prompt and completion, texts or messages
+
+A "system" next to these is the persona. A reply with weight 0, or train or training false, is
+context and not learned.
+"""
+
+ROLES = {  # name -> role
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model", "chatbot"), "assistant"),
+}
+TOOLS = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
+
+
+def conversation(record):
+    """Return (format, messages, number of blank replies) of a record. A message has role, content
+    and, if it is a reply that is not learned, weight 0. Text is stripped, blank messages are
+    dropped, and all that the system says comes first. Raises ValueError that names what cannot be
+    used."""
+    turns = None
+    for name in ("messages", "conversations", "conversation"):
+        if isinstance(record.get(name), list):
+            turns = record[name]
+            break
+    if turns is None and "instruction" in record:
+        name = "instruction"
+        turns = alpaca(record)
+    elif turns is None and "completion" in record:
+        name = "prompt"
+        turns = as_turns(record.get("prompt"), "user")
+        turns += as_turns(record["completion"], "assistant")
+    elif turns is None:
+        fields = ", ".join(map(str, record)) or "none"
+        raise ValueError(f"no conversation in the fields {fields}; see --help for the formats")
+
+    # the persona first, then the turns
+    personas = [as_text(record.get("system"), "system")]
+    messages = []
+    n_blank = 0  # replies
+    for number, turn in enumerate(turns, 1):  # messages count from 1 in the report
+        message = as_message(turn, number)
+        if message["role"] == "system":
+            personas.append(message["content"])
+        elif message["content"]:
+            messages.append(message)
+        else:
+            n_blank += message["role"] == "assistant"
+    persona = "\n".join(dict.fromkeys(filter(None, personas)))  # each text once
+    if persona:
+        messages.insert(0, {"role": "system", "content": persona})
+    return name, messages, n_blank
+
+
+def n_learned(messages):
+    """Return the number of replies that a model learns from."""
+    replies = [message for message in messages if message["role"] == "assistant"]
+    return sum(message.get("weight", 1) != 0 for message in replies)
+
+
+def as_message(turn, number):
+    """Return a turn of any format as a message."""
+    if not isinstance(turn, dict):
+        raise ValueError(f"message {number} is not an object: {turn!r:.40}")
+    name = turn.get("role", turn.get("from"))
+    if name in TOOLS or turn.get("tool_calls") or turn.get("function_call"):
+        raise ValueError(f"message {number} calls a tool, which GPT-2 cannot learn here")
+    if not isinstance(name, str) or name.lower() not in ROLES:
+        raise ValueError(f"message {number} has role {name!r}, not system, user or assistant")
+    role = ROLES[name.lower()]
+    if "content" not in turn and "value" not in turn:
+        raise ValueError(f"message {number} has no content")
+    content = turn.get("content", turn.get("value"))
+    message = {"role": role, "content": as_text(content, f"message {number}")}
+
+    # context, not learned
+    flags = [turn.get("train"), turn.get("training")]
+    weight = turn.get("weight")
+    if weight not in (None, 0, 1):
+        raise ValueError(f"message {number} has weight {weight!r}, not 0 or 1")
+    if role == "assistant" and (weight == 0 or False in flags):
+        message["weight"] = 0
+    return message
+
+
+def as_text(content, name):
+    """Return a text or its parts, stripped; null is empty."""
+    if content is None:
+        return ""
+    parts = [content] if isinstance(content, str | dict) else content
+    if not isinstance(parts, list):
+        raise ValueError(f"{name} is not a text: {content!r:.40}")
+    text = ""
+    for part in parts:
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise ValueError(f"{name} has a part of type {part['type']!r}, which is not text")
+        part = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(part, str):
+            raise ValueError(f"{name} is not a text: {part!r:.40}")
+        text += part
+    return text.strip()
+
+
+def as_turns(value, role):
+    """Return a text or messages as messages."""
+    return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+def alpaca(record):
+    """Return the messages of a record: the history, then the instruction with its input, the
+    output."""
+    turns = []
+    for question, answer in record.get("history") or ():
+        turns += as_turns(question, "user") + as_turns(answer, "assistant")
+    parts = [as_text(record[name], name) for name in ("instruction", "input") if name in record]
+    turns += as_turns("\n".join(filter(None, parts)), "user")
+    return turns + as_turns(record.get("output"), "assistant")
