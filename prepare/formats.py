@@ -2,13 +2,22 @@
 
 messages       OpenAI's fine-tuning format: role, content (text or parts), weight
 conversations  ShareGPT: from and value
-instruction    Alpaca: instruction, input, output, history
+dialog, data   DailyDialog, UltraChat: texts, the user's first
+instruction    Alpaca: input, output, history; Dolly: context, response
 prompt         prompt and completion, texts or messages
 
 A "system" next to these is the persona. A reply with weight 0, or train or training false, is
 context and not learned.
 """
 
+FORMATS = {  # field that tells a format -> its name in the report
+    "messages": "OpenAI's messages",
+    "conversations": "ShareGPT's conversations",
+    "conversation": "ShareGPT's conversations",
+    "dialog": "dialogs of texts",
+    "instruction": "Alpaca's instructions",
+    "prompt": "prompts with completions",
+}
 ROLES = {  # name -> role
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
@@ -34,6 +43,11 @@ def conversation(record):
         name = "prompt"
         turns = as_turns(record.get("prompt"), "user")
         turns += as_turns(record["completion"], "assistant")
+    elif turns is None and ("dialog" in record or "data" in record):
+        name = "dialog"
+        turns = []
+        for text in record.get("dialog", record.get("data")):
+            turns += as_turns(text, "assistant" if len(turns) % 2 else "user")
     elif turns is None:
         fields = ", ".join(map(str, record)) or "none"
         raise ValueError(f"no conversation in the fields {fields}; see --help for the formats")
@@ -53,7 +67,7 @@ def conversation(record):
     persona = "\n".join(dict.fromkeys(filter(None, personas)))  # each text once
     if persona:
         messages.insert(0, {"role": "system", "content": persona})
-    return name, messages, n_blank
+    return FORMATS[name], messages, n_blank
 
 
 def n_learned(messages):
@@ -111,11 +125,12 @@ def as_turns(value, role):
 
 
 def alpaca(record):
-    """Return the messages of a record: the history, then the instruction with its input, the
+    """Return the messages of a record: the history, then the instruction with its input, then the
     output."""
     turns = []
     for question, answer in record.get("history") or ():
         turns += as_turns(question, "user") + as_turns(answer, "assistant")
-    parts = [as_text(record[name], name) for name in ("instruction", "input") if name in record]
+    texts = [record["instruction"], record.get("input", record.get("context"))]
+    parts = [as_text(text, "instruction") for text in texts]
     turns += as_turns("\n".join(filter(None, parts)), "user")
-    return turns + as_turns(record.get("output"), "assistant")
+    return turns + as_turns(record.get("output", record.get("response")), "assistant")

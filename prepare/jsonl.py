@@ -24,26 +24,29 @@ from prepare.formats import conversation, n_learned
 from prepare.records import read_records
 
 
-def parse(record, counts=None):
-    """Return (key, messages), None if there is nothing to learn. Equal conversations have equal
-    keys, whatever other fields differ. counts: a Counter of formats and blank replies."""
-    name, messages, n_blank = conversation(record)
-    if counts is not None:
+def read(source):
+    """Yield (key, messages) of a file's conversations, then print what they were. Equal ones have
+    equal keys, whatever other fields differ; those without a reply to learn are left out."""
+    counts = Counter()  # records of each format
+    n_blank = 0  # replies
+
+    def parse(record):
+        nonlocal n_blank
+        name, messages, n = conversation(record)
         counts[name] += 1
-        counts["blank"] += n_blank
-    turns = [(message["role"], message["content"]) for message in messages]
-    return (json.dumps(turns), messages) if n_learned(messages) else None
+        n_blank += n
+        turns = [(message["role"], message["content"]) for message in messages]
+        return (json.dumps(turns), messages) if n_learned(messages) else None
+
+    yield from read_records(source, parse)
+    formats = ", ".join(f"{n:,} of {name}" for name, n in counts.items()) or "none"
+    print(f"{source}: records recognised: {formats}; {n_blank:,} blank replies left out")
 
 
 def main(config):
     if not config.source:
         raise ValueError("--source=FILE.jsonl is needed: your conversations")
-    source = existing(config.source)
-    counts = Counter()
-    prepare(config, "jsonl", divide(read_records(source, lambda record: parse(record, counts))))
-    n_blank = counts.pop("blank")
-    formats = ", ".join(f"{n:,} records with {name}" for name, n in counts.items())
-    print(f"{source}: {formats}; {n_blank:,} blank replies left out")
+    prepare(config, "jsonl", divide(read(existing(config.source))))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Read files of records, one record in memory at a time, and check the conversations in them."""
+"""Read text and files of records, one line or record in memory at a time."""
 
 import codecs
 import csv
 import gzip
-import io
 import itertools
 import json
 import zlib
@@ -18,8 +17,12 @@ FOREIGN = {  # first bytes -> what to do about it
     codecs.BOM_UTF16_LE: "it is UTF-16: save it as UTF-8",
     codecs.BOM_UTF16_BE: "it is UTF-16: save it as UTF-8",
     b"PAR1": "it is Parquet: write it as JSON Lines, with to_json of pandas or datasets",
+    b"ARROW1": "it is Arrow: write it as JSON Lines, with to_json of datasets",
     b"\x28\xb5\x2f\xfd": "it is compressed by zstd: unpack it with `zstd -d`",
+    b"\xfd7zXZ": "it is compressed by xz: unpack it with `xz -d`",
+    b"BZh": "it is compressed by bzip2: unpack it with `bzip2 -d`",
     b"PK\x03\x04": "it is a zip file: unpack it",
+    b"version https://git-lfs": "it is a Git LFS pointer: fetch the file with `git lfs pull`",
 }
 DAMAGE = (ijson.JSONError, csv.Error, gzip.BadGzipFile, zlib.error, EOFError, RecursionError)
 
@@ -44,26 +47,44 @@ def published(source, repo, files, read):
             yield split, example
 
 
+class NotText(ValueError):
+    """A file is not UTF-8 text; the message names the place and the remedy."""
+
+
 def open_bytes(path):
     """Return a file of UTF-8 text, maybe gzipped, opened for bytes, without a byte-order mark.
-    Raises ValueError that names what else it is."""
+    Raises NotText that names what else it is."""
     file = open(path, "rb")  # noqa: SIM115
-    if file.peek(4)[:2] == b"\x1f\x8b":
+    if file.peek(2).startswith(b"\x1f\x8b"):
         file = gzip.open(file)  # noqa: SIM115
-    head = file.peek(4)[:4]
+    head = file.peek(64)
     for magic, problem in FOREIGN.items():
         if head.startswith(magic):
-            raise ValueError(problem)
+            raise NotText(f"{path}: {problem}")
     if head.startswith(codecs.BOM_UTF8):
         file.read(3)
     return file
 
 
+def text_lines(file, name):
+    """Yield the lines of a file of bytes as text. Raises NotText."""
+    for number, line in enumerate(file, 1):
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            place = f"line {number:,}, byte {error.start + 1} (0x{line[error.start]:02x})"
+            remedy = "save it as UTF-8, such as with `iconv -f latin1 -t utf-8`"
+            raise NotText(f"{name}, {place}: it is not UTF-8; {remedy}") from error
+        if "\0" in text:
+            raise NotText(f"{name}, line {number:,}: it is not text, it has a NUL byte")
+        yield text
+
+
 def read_records(path, parse, list_name=""):
     """Yield parse(record) for each record of a file, also gzipped: a .csv with column names, a JSON
-    list, or one JSON object per line. list_name: read this list of a JSON object instead.
-    Records for which `parse` returns None are left out and counted. Raises ValueError that names
-    the first record that is damaged or that `parse` cannot use."""
+    list, or JSON objects, one per line or pretty-printed. list_name: read this list of a JSON
+    object instead. Records for which `parse` returns None are left out and counted. Raises
+    ValueError that names the first record that is damaged or that `parse` cannot use."""
     number = 1  # of the current record or line
     unit = "record"
     n_records = 0
@@ -71,16 +92,20 @@ def read_records(path, parse, list_name=""):
     try:
         with open_bytes(path) as file:
             # choose the reader
+            head = file.peek(1).lstrip()
+            first_line, newline, _ = head.partition(b"\n")
             if path.name.lower().removesuffix(".gz").endswith(".csv"):
-                text = io.TextIOWrapper(file, "utf-8", newline="")
-                records = csv.DictReader(text, restval="")  # of a short row
+                records = csv.DictReader(text_lines(file, path), restval="")  # of a short row
             elif list_name:
                 records = ijson.items(file, f"{list_name}.item", use_float=True)
-            elif file.peek(1).lstrip()[:1] == b"[":
+            elif head.startswith(b"["):
                 records = ijson.items(file, "item", use_float=True)
+            elif head.startswith(b"{") and newline and not first_line.rstrip().endswith(b"}"):
+                records = ijson.items(file, "", use_float=True, multiple_values=True)
             else:
                 unit = "line"
-                records = (json.loads(line) if line.strip() else "" for line in file)
+                lines = text_lines(file, path)
+                records = (json.loads(line) if line.strip() else "" for line in lines)
             for record in records:  # one in memory at a time
                 if record == "" and unit == "line":  # a blank one
                     number += 1
@@ -96,30 +121,15 @@ def read_records(path, parse, list_name=""):
                 number += 1
             if n_left_out:
                 print(f"{path}: {n_left_out:,} of {n_records:,} records left out")
+    except NotText:
+        raise
     except (*DAMAGE, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        if reason.startswith("b'"):  # ijson, of bytes that are not UTF-8
+            reason = error.args[0].decode("utf-8", "replace")
         reason = reason.partition("\n")[0]  # ijson draws a picture below it
         place = f"{unit} {number:,}" + (f" of {list_name}" if list_name else "")
         raise ValueError(f"{path}, {place}: {reason}") from error
-
-
-def check_messages(messages):
-    """Return messages. Raises ValueError if they are no conversation a model can learn from."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError('not {"messages": [...]} with one message or more')
-    # each message by itself; messages count from 1 in the report
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {number} is not {{'role': ..., 'content': text}}")
-        role = message.get("role")
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"message {number} has role {role!r}, not system, user or assistant")
-        if role == "system" and number > 1:  # the persona opens the conversation
-            raise ValueError(f"message {number} is a system message, which can only come first")
-    # training supervises the assistant's messages only
-    if all(message["role"] != "assistant" for message in messages):
-        raise ValueError("no message is the assistant's, so there is nothing to learn")
-    return messages
 
 
 def merge_turns(utterances, bot):

@@ -3,9 +3,11 @@
 PATH is a file of records: .jsonl, .json (a list) or .csv, also with .gz. A record is one of
 
     {"input_text" or "text": ..., "labels" or "label": 0 or 1}      1: the reply at its end was kept
-    {"messages": [...], "label": 0 or 1}                            the same, as serve.py keeps it
-    {"prompt": ..., "chosen": ..., "rejected": ...}                 a pair, of texts or messages
-    {"chosen": ..., "rejected": ...}            whole conversations: messages, or Anthropic's texts
+    {"messages": [...], "label": 0 or 1}, {"prompt": ..., "completion": ..., "label": true or false}
+    {"prompt": ..., "chosen": ..., "rejected": ...}         a pair, of texts or messages
+    {"chosen": ..., "rejected": ...}            the same, where the prompt is what both begin with;
+                                                messages, or texts as in Anthropic's hh-rlhf
+    {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}
     {"messages": [...], "retried": [...]}                           what /save in chat.py writes
     DailyDialog++'s contexts with good and adversarial replies
     ConvAI2's wild chats with scores of utterances
@@ -15,6 +17,7 @@ supervised if the reply was kept, the chosen reply of a pair first. Equal contex
 """
 
 import itertools
+import os
 import re
 import sys
 from pathlib import Path
@@ -26,58 +29,72 @@ from nanochatgpt.tokenizer import Tokenizer
 from prepare.chitchat_package import packaged, read
 from prepare.corpus import Config, divide, existing, output_folder, shard_writers
 from prepare.formats import as_turns, conversation
-from prepare.records import check_messages, merge_turns, read_records
+from prepare.records import merge_turns, read_records
 
 
 def examples(record):
     """Return (key, [(text or messages, label)]) of a record; equal keys share a split."""
-    if "chosen" in record:
-        key, labelled = pair(record)
-    elif "positive_responses" in record:
-        key, labelled = dailydialog(record)
-    elif "dialog" in record:
-        key, labelled = convai2(record)
-    elif "messages" in record:
-        messages = check_messages(record["messages"])
-        if "label" in record:  # of the reply at its end
-            key = beginning(messages[:-1])
-            labelled = [(messages, as_label(record["label"]))]
-        else:
-            key, labelled = saved_chat(messages, record.get("retried", []))
-    else:
-        text = record.get("input_text", record.get("text", record.get("input_ids")))
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"there is no text: {text!r:.40}")
-        label = as_label(record.get("labels", record.get("label")))
-        return text.strip().partition("\n")[0], [(text, label)]  # the key is the first line
+    label = record.get("labels", record.get("label"))
+    if "chosen" in record or "preferred_output" in record:
+        return pair(record)
+    if "positive_responses" in record:
+        return dailydialog(record)
+    if "dialog" in record:
+        return convai2(record)
+    if ("messages" in record or "completion" in record) and label is not None:
+        messages = ending_in_reply(record)
+        return beginning(messages[:-1]), [(messages, as_label(label))] if messages else []
+    if "messages" in record:
+        return saved_chat(record)
 
-    # each conversation must be one, and end with the reply that has the label
-    for messages, _ in labelled:
-        check_messages(messages)
-        if messages[-1]["role"] != "assistant":
-            raise ValueError("messages do not end with the reply that has the label")
-    return key, labelled
+    text = record.get("input_text", record.get("text", record.get("input_ids")))
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"there is no text: {text!r:.40}")
+    return text.strip().partition("\n")[0], [(text, as_label(label))]  # the key is the first line
+
+
+def ending_in_reply(record):
+    """Return the messages of a record, [] if the reply at their end is blank. Raises ValueError if
+    there is no reply."""
+    _, messages, n_blank = conversation(record)
+    if messages and messages[-1]["role"] == "assistant":
+        return messages
+    if n_blank:
+        return []
+    raise ValueError("the messages do not end with a reply")
 
 
 def pair(record):
-    """A chosen and a rejected reply to a prompt; none if they are equal."""
-    chosen = whole(record.get("prompt"), record["chosen"])
-    rejected = whole(record.get("prompt"), record["rejected"])
-    labelled = [(chosen, 1), (rejected, 0)] if chosen != rejected else []
-    return beginning(chosen[:-1]), labelled
+    """A chosen and a rejected reply to a prompt; none if they are equal, or one is blank."""
+    prompt = record.get("prompt") or ""
+    replies = [record.get("chosen"), record.get("rejected")]
+    if "preferred_output" in record:  # OpenAI's
+        prompt = record["input"]["messages"]
+        replies = [record["preferred_output"], record["non_preferred_output"]]
+    elif not prompt and all(isinstance(reply, str) for reply in replies):
+        # the prompt is what both begin with, up to a space
+        prompt, _, _ = os.path.commonprefix(replies).rpartition(" ")  # noqa: RUF071
+        replies = [reply.removeprefix(prompt) for reply in replies]
+
+    dialogs = []
+    for reply in replies:
+        turns = as_dialog(prompt, reply)
+        dialogs.append(ending_in_reply({"messages": turns, "system": record.get("system")}))
+    chosen, rejected = dialogs
+    if not chosen or not rejected or chosen == rejected:
+        return "", []
+    return beginning(chosen[:-1]), [(chosen, 1), (rejected, 0)]
 
 
-def whole(prompt, reply):
-    """Return the messages of a prompt and a reply, texts or messages each; or of a text in the form
-    of Anthropic's hh-rlhf."""
-    if prompt is None and isinstance(reply, str):
-        _, *parts = re.split(r"\n\n(Human|Assistant):", reply)  # speaker, text, speaker, text, ...
-        turns = []
-        for speaker, text in zip(parts[::2], parts[1::2], strict=True):
-            turns.append({"from": speaker, "value": text})
-    else:
-        turns = as_turns(prompt or [], "user") + as_turns(reply, "assistant")
-    return conversation({"messages": turns})[1]
+def as_dialog(prompt, reply):
+    """Return the turns of a prompt and a reply, texts or messages each. Texts may be in the form of
+    Anthropic's hh-rlhf."""
+    if isinstance(prompt, str) and isinstance(reply, str):
+        _, *parts = re.split(r"\n\n(Human|Assistant):", prompt + reply)
+        pairs = zip(parts[::2], parts[1::2], strict=True)  # speaker, text
+        if parts:
+            return [{"from": speaker, "value": text} for speaker, text in pairs]
+    return as_turns(prompt, "user") + as_turns(reply, "assistant")
 
 
 def dailydialog(record):
@@ -87,9 +104,10 @@ def dailydialog(record):
     positive = record["positive_responses"]
     negative = record["adversarial_negative_responses"]
     labelled = []
-    for good, bad in zip(positive, negative, strict=False):
-        labelled.append(([*context, reply(good)], 1))
-        labelled.append(([*context, reply(bad)], 0))
+    for texts in zip(positive, negative, strict=False):
+        good, bad = [ending_in_reply({"messages": [*context, reply(text)]}) for text in texts]
+        if good and bad:
+            labelled += [(good, 1), (bad, 0)]
     return beginning(context), labelled
 
 
@@ -103,22 +121,30 @@ def convai2(record):
         score = utterance["evaluation_score"]
         if score is not None:
             context = merge_turns(utterances, bot=sender)
-            labelled.append(([*context, reply(text)], as_label(score)))
+            messages = ending_in_reply({"messages": [*context, reply(text)]})
+            if messages:
+                labelled.append((messages, as_label(score)))
         utterances.append((sender, text))
     return str([text for _, text in utterances]), labelled
 
 
-def saved_chat(messages, retried):
+def saved_chat(record):
     """A reply was kept if the human went on, so the last one has no label."""
+    conversation(record)  # raises ValueError
+    messages = record["messages"]  # with blank replies, which `before` counts
     persona = messages[: messages[0]["role"] == "system"]  # one system message or none
     turns = messages[len(persona) :]
     ends = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
-    labelled = [(messages[:end], 1) for end in ends if end < len(messages)]
+    if not ends:
+        raise ValueError("no message is the assistant's, so there is nothing to learn")
+    kept = [ending_in_reply({"messages": messages[:end]}) for end in ends if end < len(messages)]
+    labelled = [(talk, 1) for talk in kept if talk]
 
     # a retried reply is rejected
-    for attempt in retried:
-        rejected = [*persona, *turns[: attempt["before"]], reply(attempt["content"])]
-        if (rejected, 1) not in labelled:  # the same reply may have come again and been kept
+    for attempt in record.get("retried", []):
+        attempted = [*persona, *turns[: attempt["before"]], reply(attempt["content"])]
+        rejected = ending_in_reply({"messages": attempted})
+        if rejected and rejected not in kept:  # the same reply may have come again and been kept
             labelled.append((rejected, 0))
     return str(messages[: ends[0]]), labelled
 

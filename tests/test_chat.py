@@ -23,7 +23,6 @@ from nanochatgpt import configurator, engine
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.tokenizer import Tokenizer
 from prepare import jsonl
-from prepare.records import read_records
 
 TOKENS = {Tokenizer().token_bytes(i): i for i in range(50256)}
 COMMANDS = ("/help", "/reset", "/persona", "/retry", "/save", "/quit")
@@ -393,7 +392,7 @@ def test_saved_conversations_are_lines_that_prepare_reads(at_terminal):
         "hello ☕", "/save talk.jsonl", "bye", "/save  talk.jsonl", persona="i like tea."
     )
     assert shown.count("saved to talk.jsonl") == 2
-    (_, first), (_, second) = read_records(Path("talk.jsonl"), jsonl.parse)
+    (_, first), (_, second) = jsonl.read(Path("talk.jsonl"))
     assert [message["content"] for message in first[:2]] == ["i like tea.", "hello ☕"]
     roles = " ".join(message["role"] for message in second)
     assert roles == "system user assistant user assistant"
@@ -403,7 +402,7 @@ def test_saved_conversations_are_lines_that_prepare_reads(at_terminal):
 @pytest.mark.parametrize("persona", ["", "i like tea."])
 def test_a_conversation_that_has_not_begun_is_not_saved(persona, at_terminal):
     at_terminal("/save talk.jsonl", "hello", "/save talk.jsonl", persona=persona)
-    assert len(list(read_records(Path("talk.jsonl"), jsonl.parse))) == 1
+    assert len(list(jsonl.read(Path("talk.jsonl")))) == 1
 
 
 def test_a_file_that_cannot_be_written_does_not_end_the_chat(at_terminal):
@@ -462,7 +461,7 @@ def test_a_reply_streams_ctrl_c_cuts_it_short_the_chat_goes_on_and_ctrl_d_ends_i
         assert len(Tokenizer().encode(rest)) < 3000  # 4000 would be whole
     terminal.type("/save talk.jsonl\n")
     terminal.until("saved to talk.jsonl")
-    ((_, messages),) = read_records(Path("talk.jsonl"), jsonl.parse)
+    ((_, messages),) = jsonl.read(Path("talk.jsonl"))
     assert [messages[i]["content"] for i in (0, 2)] == ["hello", "and then?"]
     assert messages[-1]["content"].startswith(first_word.strip())
     terminal.until("You: ")

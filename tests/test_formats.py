@@ -117,7 +117,7 @@ def test_what_the_system_says_comes_first_and_once():
         ({"messages": [message("narrator", "x")]}, ["message 1", "narrator"]),
         ({"messages": [message("assistant", "x", weight=0.5)]}, ["message 1", "0.5"]),
         ({"messages": [message("user", 7)]}, ["message 1", "7"]),
-        ({"messages": ["hi"]}, ["message 1", "hi"]),
+        ({"messages": [["hi"]]}, ["message 1", "hi"]),
         ({"text": "hi"}, ["text"]),
         ({}, ["no conversation"]),
     ],
@@ -179,7 +179,7 @@ def test_blank_replies_are_left_out_and_counted(prepared):
     assert done.returncode == 0, done.stderr
     assert "«<|endoftext|>»" not in text and text.count("« hello<|endoftext|>»") == 2
     assert "1 of 4 records left out" in done.stdout
-    assert "2 blank replies" in done.stdout and "3 records with messages" in done.stdout
+    assert "2 blank replies" in done.stdout and "3 of OpenAI's messages" in done.stdout
 
 
 RECORDS = [{"messages": talk(n)} for n in range(3)]

@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 import pytest
 
 from prepare import jsonl
-from prepare.records import read_records
 
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
@@ -240,7 +239,7 @@ def saved(page, name, folder):
     with page.expect_download() as download:
         press(page, name)
     download.value.save_as(folder / "saved.jsonl")
-    return [messages for _, messages in read_records(folder / "saved.jsonl", jsonl.parse)]
+    return [messages for _, messages in jsonl.read(folder / "saved.jsonl")]
 
 
 def import_file(page, path):

@@ -283,7 +283,7 @@ DIALOG = {"context": ["a"], "positive_responses": ["b"], "adversarial_negative_r
         (PAIR | {"chosen": 5}, "message 2"),
         (PAIR | {"prompt": [{"role": "user"}]}, "content"),
         (PAIR | {"prompt": 5}, ""),
-        ({"messages": [{"role": "bot", "content": "a"}]}, "'bot'"),
+        ({"messages": [{"role": "narrator", "content": "a"}]}, "'narrator'"),
         (CHAT | {"retried": [{"content": "a"}]}, "before"),
         (CHAT | {"retried": [{"before": "q", "content": "a"}]}, ""),
         (CHAT | {"retried": None}, ""),
