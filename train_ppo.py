@@ -8,6 +8,7 @@ with torchrun, on many. The formulas, with their sources, are in rlhf/ppo.py.
 import copy
 import itertools
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +115,14 @@ def main(config):
         rollout = ppo.roll_out(policy, tokenizer, prompts, config, config.seed)
         rewards = reward(rollout)  # (NORMALIZE_ON,)
         run_state["mean"] = rewards.mean().item()
-        run_state["std"] = max(rewards.std().item(), 1e-3)
+        run_state["std"] = rewards.std().item()
+        if run_state["std"] < 1e-6:  # rounding
+            run_state["std"] = 1.0
+            problem = f"all {NORMALIZE_ON} replies of the initial model have the same reward"
+            print(
+                f"warning: {problem}, {rewards[0]:.3f}: there may be nothing to learn",
+                file=sys.stderr,
+            )
     else:
         for name in ("best_score", "kl_coef", "mean", "std"):
             run_state[name] = state[name]

@@ -25,6 +25,7 @@ HEADER = struct.Struct("<8sIIQQ32s")  # the fields in the order above
 FOREIGN = {  # first bytes -> what it is
     (20240520).to_bytes(4, "little"): "an llm.c file",
     (20240801).to_bytes(4, "little"): "an llm.c file",
+    b"\x93NUMPY": "a NumPy file",
     b"\x1f\x8b\x08": "a gzip file",
     b"PK\x03\x04": "a zip file",
 }
@@ -164,12 +165,19 @@ def open_shard(path, max_conversations=0):
 def open_headerless(path, size, head):
     """Return a nanoGPT .bin, a raw array of uint16, as one long conversation. Raises ValueError for
     what is plainly something else."""
-    remedy = "not tokens: make shards with the scripts in prepare/"
+    prepare = "make shards with the scripts in prepare/"
+    remedy = f"not tokens: {prepare}"
     for magic, name in FOREIGN.items():
         if head.startswith(magic):
             raise ValueError(f"{path} is {name}, {remedy}")
     if size < 4 or size % 2:  # not a whole number of uint16, or too few to train on
         raise ValueError(f"{path} has no header and {size} bytes, {remedy}")
+    if path.with_name("meta.pkl").exists():  # nanoGPT's character-level data sets
+        raise ValueError(f"{path} has the vocabulary of the meta.pkl next to it: {prepare}")
+    # the upper half of a 32-bit token is near 0; no text is made of !, ", # and $ by half
+    upper = np.frombuffer(head[: len(head) // 4 * 4], "<u2")[1::2]
+    if len(upper) > 2 and upper.min() == 0 and upper.max() < 4:
+        raise ValueError(f"{path} has tokens of 32 bits, GPT-2's have 16: {prepare}")
     if min(head) > 8:  # half of a token file's bytes are small; text has none below tab
         raise ValueError(f"{path} looks like text, {remedy}")
     tokens = np.memmap(path, "<u2", "r")

@@ -15,7 +15,7 @@ import numpy as np
 
 from nanochatgpt.files import replacing
 from nanochatgpt.shards import ShardWriter
-from nanochatgpt.tokenizer import Tokenizer
+from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer
 from prepare.render import render_batch
 
 
@@ -123,8 +123,8 @@ def shard_writers(folder, tokenizer):
 
 
 def prepare_text(config, name, texts):
-    """Write (split, text) pairs as nanoGPT's .bin files, tokens end to end, all supervised. Raises
-    ValueError, and writes nothing, for an empty split."""
+    """Write (split, text) pairs as nanoGPT's .bin files, tokens end to end, all supervised. None
+    ends a document. Raises ValueError, and writes nothing, for an empty split."""
     tokenizer = Tokenizer()
     n_tokens = {"train": 0, "val": 0}  # per split
     with (
@@ -136,7 +136,8 @@ def prepare_text(config, name, texts):
         with open(train_path, "wb") as train, open(val_path, "wb") as val:
             files = {"train": train, "val": val}
             for split, text in texts:
-                tokens = np.array(tokenizer.encode(text), "<u2")  # (n,) uint16, little-endian
+                ids = [END_OF_TEXT] if text is None else tokenizer.encode(text)
+                tokens = np.array(ids, "<u2")  # (n,) uint16, little-endian
                 files[split].write(tokens.tobytes())
                 n_tokens[split] += len(tokens)
         if not all(n_tokens.values()):

@@ -1,8 +1,9 @@
 """Questions from "explain like I'm five", with answers: python prepare/eli5.py [--source=PATH]
 
 Without --source, eli5_category's train and validation-1 splits are downloaded (67 MB). --source is
-a folder with these two files, or one file, .json.gz or .json, which is then divided 95 to 5. With
---mask=all, the answers are plain text, end to end, as gpt2-finetuned-eli5 was trained on.
+a folder with these two files, or one file, a JSON list or JSON Lines, also gzipped, which is then
+divided 95 to 5. With --mask=all, the answers are plain text, end to end, as gpt2-finetuned-eli5 was
+trained on.
 """
 
 import itertools
@@ -37,23 +38,30 @@ class Config(CorpusConfig):
 def as_messages(question):
     """Return (id, a question and its best answer as messages), None if no answer is left. Deleted
     answers are left out, and those with a link, which the corpus replaces by URL_0."""
-    answers = question["answers"]  # {"score": [...], "text": [...], ...}
-    # best score first
-    ranked = sorted(zip(answers["score"], answers["text"], strict=True), key=lambda a: -a[0])
-    # the title and the text below it; either may be empty
-    text = (question["title"].strip() + "\n" + question["selftext"].strip()).strip()
+    answers = question["answers"] or {"score": [], "text": []}  # null: none
+    texts = answers["text"] or []
+    scores = answers["score"] or [0] * len(texts)
+    # best score first; null is 0
+    ranked = sorted(zip(scores, texts, strict=True), key=lambda a: -(a[0] or 0))
+    # the title and the text below it; either may be empty or null
+    title = question["title"] or ""
+    selftext = question["selftext"] or ""
+    text = (title.strip() + "\n" + selftext.strip()).strip()
+    if not text:
+        return None
     for _, answer in ranked:  # take the best answer that is usable
-        answer = answer.strip()
+        answer = (answer or "").strip()
         if answer not in ("", "[deleted]", "[removed]") and not re.search(r"\bURL_\d", answer):
             user = {"role": "user", "content": text}
-            return question["q_id"], [user, {"role": "assistant", "content": answer}]
+            return str(question["q_id"] or text), [user, {"role": "assistant", "content": answer}]
     return None
 
 
 def as_text(question):
     """Return (id, all answers as one text), as Hugging Face's language modeling tutorial does."""
-    text = " ".join(question["answers"]["text"])
-    return (question["q_id"], text) if text else None
+    answers = question["answers"] or {"text": []}
+    text = " ".join(filter(None, answers["text"] or []))
+    return (str(question["q_id"] or text), text) if text else None
 
 
 def questions(config, parse):

@@ -1,43 +1,70 @@
 """ParlAI's line format, in which PersonaChat and ConvAI2 are published."""
 
-import io
 import re
 import tarfile
 import zlib
 from pathlib import Path
 
+from prepare.records import open_bytes, text_lines
+
 
 def dialogs(lines, name):
     """Yield (persona, exchanges) of each dialog: [sentence], [(utterance, reply, [candidate])].
 
-    Lines are "N your persona: ..." and "N utterance<TAB>reply[<TAB><TAB>candidate|candidate...]";
-    N is 1 where a dialog begins. Raises ValueError that names the line if it is neither.
+    A line is "N text" or "N text<TAB>reply[<TAB><TAB>candidate|candidate...]", where N is 1 if a
+    dialog begins, or "text:...<TAB>labels:...", as ParlAI's scripts write it. The text is "your
+    persona: ...", an utterance, or both with escaped newlines between them. Raises ValueError that
+    names the line if it is something else.
     """
     persona = []  # sentences
     exchanges = []  # (utterance, reply, [candidate])
+    ended = False  # whether the dialog ended with the line before
     for number, line in enumerate(lines, 1):
-        count, _, text = line.rstrip("\n").partition(" ")
-        if count == "1":  # ends the dialog before
+        text, *fields = line.rstrip("\r\n").split("\t")
+        if not line.strip():  # ParlAI's scripts write a blank line after a dialog
+            ended = True
+            continue
+        known = True  # whether the line has one of the two forms
+        if text.startswith("text:"):
+            values = dict(field.partition(":")[::2] for field in [text, *fields])
+            begins = ended
+            ended = "episode_done" in values
+            text = values["text"]
+            label, _, _ = values.get("labels", "").partition("|")  # the first of several
+            fields = [label, values.get("label_candidates", "")]
+        else:
+            count, space, text = text.partition(" ")
+            begins = count == "1"
+            known = space and count.isdigit()
+        if begins:  # ends the dialog before
             if exchanges:
                 yield persona, exchanges
             persona = []
             exchanges = []
 
-        # a sentence of a persona, or an exchange
-        match = re.fullmatch("(your|partner's) persona: (.*)", text)
-        if not count.isdigit() or not (match or "\t" in text):
+        # sentences of a persona, then what is said
+        spoken = []
+        for part in unescape(text).split("\n"):
+            match = re.fullmatch("(your|partner's) persona: (.*)", part)
+            if match is None:
+                spoken.append(part)
+            elif match[1] == "your":  # the partner's persona is not the bot's
+                persona.append(match[2])
+        if not known or (spoken and not fields):
             expected = "'N your persona: ...' or 'N utterance<TAB>reply'"
             raise ValueError(f"{name}, line {number} is not {expected}: {line[:60]!r}")
-        if match is None:
-            utterance, reply, *rest = (field.strip() for field in text.split("\t"))
-            if utterance == "__SILENCE__":  # ConvAI2: the bot begins
-                utterance = ""
+        if fields:
+            reply, *rest = map(unescape, fields)
             candidates = rest[-1].split("|") if rest else []
-            exchanges.append((utterance, reply, list(filter(None, candidates))))
-        elif match[1] == "your":  # the partner's persona is not the bot's
-            persona.append(match[2])
+            exchanges.append(("\n".join(spoken), reply, list(filter(None, candidates))))
     if exchanges:  # the last dialog
         yield persona, exchanges
+
+
+def unescape(text):
+    """Return a field with the characters that ParlAI's scripts escape; silence is no text."""
+    text = text.replace("\\n", "\n").replace("\\t", "\t").replace("__PIPE__", "|").strip()
+    return "" if text == "__SILENCE__" else text
 
 
 def messages(exchanges):
@@ -53,8 +80,8 @@ def files(source, names=r"(train|valid)_self_original(_no_cands)?\.txt"):
     """Yield (split, name, lines) of the files with these names in an archive or a folder, or of
     `source` if it is such a file. split is "train", "val", or "" if there is only one file."""
     if source.is_file() and not tarfile.is_tarfile(source):
-        with open(source, encoding="utf-8", errors="replace") as lines:
-            yield "", source.name, lines
+        with open_bytes(source) as file:
+            yield "", source.name, text_lines(file, source)
         return
 
     # list an archive, which reads it to the end and so finds damage, or a folder
@@ -72,8 +99,6 @@ def files(source, names=r"(train|valid)_self_original(_no_cands)?\.txt"):
     if not path_of:
         raise FileNotFoundError(f"{source} has no file like valid_self_original.txt")
     for split, path in path_of.items():
-        with archive.extractfile(path) if archive else open(path, "rb") as file:
-            # bytes -> text; damaged characters become U+FFFD
-            lines = io.TextIOWrapper(file, "utf-8", "replace")
+        with archive.extractfile(path) if archive else open_bytes(path) as file:
             name = f"{source}, {path}" if archive else path
-            yield split if len(path_of) == 2 else "", name, lines
+            yield split if len(path_of) == 2 else "", name, text_lines(file, name)

@@ -1,18 +1,21 @@
 """Plain text, to learn a language from: python prepare/text.py --source=PATH
 
 PATH is a .txt file or a folder of them, such as books of Project Gutenberg or TinyStories. A blank
-line ends a paragraph; paragraphs are divided 95 to 5.
+line ends a paragraph; a document ends with its file, or at <|endoftext|>. Paragraphs are divided 95
+to 5, and a token between documents says where one ends.
 """
 
 import sys
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanochatgpt.configurator import run
 from prepare.corpus import divide, existing, prepare_text
+from prepare.records import open_bytes, text_lines
+
+END = "<|endoftext|>"
 
 
 @dataclass
@@ -21,30 +24,53 @@ class Config:
     out_dir: str = ""  # where train.bin and val.bin go; by default data/text
 
 
-def paragraphs(source):
-    """Yield (text, text) for each paragraph: a blank line, then its lines joined by spaces."""
+def lines_of(source):
+    """Yield the lines of the text files, with END as a line after each document."""
     # sorted, so that the shards are the same on every machine
     paths = sorted(source.rglob("*.txt")) if source.is_dir() else [source]
     if not paths:
         raise ValueError(f"{source} has no .txt file")
     for path in paths:
-        lines = []  # of the paragraph
-        with open(path, encoding="utf-8-sig", errors="replace") as file:  # drops a byte order mark
-            for line in chain(file, ["\n"]):  # the end of a file ends a paragraph
-                if "\0" in line:
-                    raise ValueError(f"{path} is not text: it has NUL bytes")
-                if line.strip() not in ("", "<|endoftext|>"):  # which TinyStories has
-                    lines.append(line.strip())
-                elif lines:
-                    text = "\n\n" + " ".join(lines)  # paragraphs join with a blank line
-                    yield text, text  # the text is its own key
-                    lines = []
+        with open_bytes(path) as file:
+            for line in text_lines(file, path):
+                yield from line.strip().replace(END, f"\n{END}\n").split("\n")
+        yield END
+
+
+def paragraphs(lines):
+    """Yield (text, (document, text)) for each paragraph: its lines joined by spaces, and the number
+    of its document."""
+    document = 0
+    paragraph = []  # its lines so far
+    for line in lines:
+        if line.strip() not in ("", END):
+            paragraph.append(line.strip())
+            continue
+        if paragraph:
+            text = " ".join(paragraph)
+            yield text, (document, text)  # the text is its own key
+            paragraph = []
+        document += line == END
+
+
+def joined(paragraphs):
+    """Yield (split, text) from (split, (document, text)): a blank line goes before each paragraph
+    but a document's first, and None between documents."""
+    last = {}  # split -> its latest document
+    for split, (document, text) in paragraphs:
+        if last.get(split) == document:
+            text = "\n\n" + text
+        elif split in last:
+            yield split, None
+        last[split] = document
+        yield split, text
 
 
 def main(config):
     if not config.source:
         raise ValueError("--source=PATH is needed: a .txt file or a folder of them")
-    prepare_text(config, "text", divide(paragraphs(existing(config.source))))
+    lines = lines_of(existing(config.source))
+    prepare_text(config, "text", joined(divide(paragraphs(lines))))
 
 
 if __name__ == "__main__":

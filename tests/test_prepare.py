@@ -22,7 +22,7 @@ from conftest import assert_refused, largest_file, small_talk, write_jsonl
 
 from nanochatgpt.configurator import run
 from nanochatgpt.shards import open_shard
-from nanochatgpt.tokenizer import Tokenizer, gpt2_encoding
+from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer, gpt2_encoding
 from prepare import (
     chitchat,
     chitchat_package,
@@ -31,8 +31,10 @@ from prepare import (
     eli5,
     jsonl,
     personachat,
+    retry,
     spc,
 )
+from prepare import parlai as parlai_format
 from prepare import text as plain_text
 from prepare.records import read_records
 
@@ -178,7 +180,8 @@ def test_the_report_counts_what_was_written(prepare, tmp_path):
     conversations = [*small_talk(5), exchange("the longest", "comes first" + " comes first" * 199)]
     conversations += small_talk(1500, seed=3)
     source = write_jsonl(tmp_path / "talk.jsonl", conversations)
-    report = prepare(jsonl, source=source).stdout.splitlines()
+    recognised, *report = prepare(jsonl, source=source).stdout.splitlines()
+    assert f"{len(conversations):,} of OpenAI's messages" in recognised
     splits = read_back("data/jsonl")
     assert everything(splits) == sorted(conversations, key=str)
     for line, split in zip(report, ("train", "val"), strict=False):
@@ -198,19 +201,17 @@ def test_the_example_is_marked_exactly_around_what_is_learned(prepare, tmp_path)
     persona = {"role": "system", "content": "i am a pirate ."}
     messages = [persona, *exchange("hi", "ahoy"), *exchange("ho !", "aye .")]
     source = write_jsonl(tmp_path / "talk.jsonl", [exchange("first", "held out"), messages])
-    _, _, heading, shown = prepare(jsonl, source=source).stdout.split("\n", 3)
-    shown, report = shown.rsplit("\n", 2)[:2]
-    assert shown == spelled(messages, "«", "»") and "2 records with messages" in report
+    _, _, _, heading, shown = prepare(jsonl, source=source).stdout.split("\n", 4)
+    assert shown == spelled(messages, "«", "»") + "\n"
     assert f" {n_tokens(spelled(messages))} tokens" in heading
 
 
 def test_a_long_example_is_cut(prepare, tmp_path):
     long = exchange("why ?", "word " * 5000)
     source = write_jsonl(tmp_path / "talk.jsonl", [exchange("first", "held out"), long])
-    shown = prepare(jsonl, source=source).stdout.split("\n", 3)[3]
-    shown = shown.rsplit("\n", 2)[0]
+    shown = prepare(jsonl, source=source).stdout.split("\n", 4)[4]
     assert 1400 < len(shown) < 1600
-    assert shown.endswith("...")
+    assert shown.rstrip().endswith("...")
 
 
 def test_a_terminal_that_lacks_a_character_shows_another(prepared, tmp_path, monkeypatch):
@@ -531,7 +532,7 @@ def test_a_conversation_is_in_one_split_however_its_lines_are_written(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(lines))
     splits = {}
-    for split, messages in corpus.divide(read_records(path, jsonl.parse)):
+    for split, messages in corpus.divide(jsonl.read(path)):
         splits.setdefault(messages[0]["content"], set()).add(split)
     assert len(splits) == 301
     assert [question for question, names in splits.items() if len(names) > 1] == []
@@ -798,7 +799,7 @@ def test_the_two_sides_of_a_dialog_share_a_split(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["hello there", "3 no reply", "x hi\tthere", "", "<html>\t</html>", "\tx", "3\thi\tthere"],
+    ["hello there", "3 no reply", "x hi\tthere", "<html>\t</html>", "\tx", "3\thi\tthere"],
 )
 def test_a_line_that_is_not_parlais_is_named_with_its_file(refused, tmp_path, line):
     name = "train_self_original.txt"
@@ -807,6 +808,39 @@ def test_a_line_that_is_not_parlais_is_named_with_its_file(refused, tmp_path, li
     refused(personachat, name, "line 3", source=name)
     path = archive(tmp_path / "personachat.tgz", PERSONACHAT | {name: bad})
     refused(personachat, name, "line 3", source=path)
+
+
+ESCAPED = (
+    "1 your persona: i like tea.\\nyour persona: i have a cat.\\nhi\tthere\n"
+    "2 how\\nare you ?\tfine\\tthanks\n"
+)
+SILENT = (
+    "1 your persona: i like tea.\n2 your persona: i have a cat.\n"
+    "3 __SILENCE__\tthere\n4 hi\t__SILENCE__\n5 bye\tgood night\t\tno .|good night\n"
+)
+PARLAIS_OWN = (
+    "text:your persona: i like tea.\\nyour persona: i have a cat.\\nhi\tlabels:there"
+    "\tlabel_candidates:no|there\n"
+    "text:how\\nare you ?\tlabels:fine\\tthanks\tepisode_done:True\n\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("dialog", "expected"),
+    [
+        (ESCAPED, [("hi", "there"), ("how\nare you ?", "fine\tthanks")]),
+        (SILENT, [("", "there"), ("hi", ""), ("bye", "good night")]),
+        (PARLAIS_OWN, [("hi", "there"), ("how\nare you ?", "fine\tthanks")]),
+    ],
+)
+def test_what_parlais_scripts_write_is_read(dialog, expected):
+    lines = (dialog * 3).splitlines(keepends=True)
+    for persona, exchanges in parlai_format.dialogs(lines, "dump.txt"):
+        assert persona == ["i like tea.", "i have a cat."]
+        assert [exchange[:2] for exchange in exchanges] == expected
+    turns = [text for exchange in expected for text in exchange if text]
+    read = [without_persona(messages) for messages in read_parlai(lines)]
+    assert [[message["content"] for message in messages] for messages in read] == [turns] * 3
 
 
 def test_a_source_without_the_files_is_named_with_what_it_lacks(refused, tmp_path):
@@ -1034,14 +1068,10 @@ def test_a_damaged_or_other_file_is_refused(refused, tmp_path, name):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"title": None},
         {"selftext": ["why ?"]},
-        {"answers": None},
         {"answers": {"text": ["so"]}},
-        {"answers": {"text": [None], "score": [1]}},
         {"answers": {"text": "so", "score": 1}},
         {"answers": {"text": ["so", "or so"], "score": [1]}},
-        {"answers": {"text": ["so", "or so"], "score": [1, None]}},
         {"answers": {"text": ["so", "or so"], "score": ["1", "2"]}},
     ],
     ids=str,
@@ -1067,6 +1097,30 @@ def text_shards(folder):
     shards = [open_shard(f"{folder}/{split}.bin") for split in ("train", "val")]
     assert all(shard.mask(0, len(shard.tokens)).all() for shard in shards)
     return [Tokenizer().decode(shard.tokens.tolist()) for shard in shards]
+
+
+@pytest.mark.parametrize("form", ["list", "lines"])
+def test_nulls_are_empty_in_a_list_and_in_lines(prepared, tmp_path, form):
+    records = questions(60)
+    fields = [
+        {"selftext": None},
+        {"title": None, "selftext": "why ?"},
+        {"title": None, "selftext": None},  # left out
+        {"answers": None},  # left out
+        {"answers": {"text": [None, "so ."], "score": [9, 1]}},
+        {"answers": {"text": ["low", "so ."], "score": [None, 1]}},
+        {"answers": {"text": ["so ."], "score": None}},
+    ]
+    for record, changed in zip(records, fields, strict=False):
+        record |= changed
+    path = tmp_path / "eli5.json"
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    path.write_text(json.dumps(records) if form == "list" else lines)
+    read = everything(prepared(eli5, source=path))
+    assert len(read) == 58
+    replies = [messages[1]["content"] for messages in read if messages[1]["content"] == "so ."]
+    assert len(replies) == 3
+    assert [{"role": "user", "content": "why ?"}] in [messages[:1] for messages in read]
 
 
 def test_max_examples_are_the_first_ones_a_fifth_of_them_for_validation(prepared, tmp_path):
@@ -1190,18 +1244,63 @@ def test_plain_text_is_divided_by_paragraphs_and_learned_whole(prepare, tmp_path
     (folder / "a.txt").write_text("\ufeff" + "".join(lines))
     (folder / "b.txt").write_text("a story\n<|endoftext|>\nanother")
     assert prepare(plain_text, source=folder).returncode == 0
-    train, val = (text.split("\n\n") for text in text_shards("data/text"))
-    assert train.pop(0) == val.pop(0) == ""
+    border = re.compile(r"\n\n|<\|endoftext\|>")  # of paragraphs or of documents
+    train, val = (border.split(text) for text in text_shards("data/text"))
     expected = [*(f"line {i} goes on" for i in range(100)), "a story", "another"]
     assert sorted(train + val) == sorted(expected)
     assert 1 <= len(val) < 20
+
+
+def test_the_end_of_text_token_stands_between_documents_and_files(prepare, tmp_path):
+    folder = tmp_path / "stories"
+    folder.mkdir()
+    stories = [f"story {i}\n\nthe end of {i}" for i in range(200)]
+    (folder / "a.txt").write_text("\n<|endoftext|>\n".join(stories[:100]) + "\n<|endoftext|>\n")
+    (folder / "b.txt").write_text(" <|endoftext|> ".join(stories[100:150]))
+    for i, story in enumerate(stories[150:], 150):  # sorted after b.txt
+        (folder / f"c{i}.txt").write_text(story)
+    assert prepare(plain_text, source=folder).returncode == 0
+
+    for split in ("train", "val"):
+        ids = open_shard(f"data/text/{split}.bin").tokens.tolist()
+        documents = []  # the numbers in each
+        for is_border, document in itertools.groupby(ids, key=lambda token: token == END_OF_TEXT):
+            if is_border:
+                assert len(list(document)) == 1  # no document is empty
+            else:
+                text = Tokenizer().decode(document)
+                assert "endoftext" not in text
+                documents.append({int(number) for number in re.findall(r"\d+", text)})
+        assert ids[0] != END_OF_TEXT != ids[-1]
+        assert all(len(numbers) == 1 for numbers in documents)  # a border between any two
+        order = [number for numbers in documents for number in numbers]
+        assert order == sorted(set(order))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("caf\xe9\n\n".encode("latin-1"), ["line 1", "byte 4", "0xe9"]),
+        ("\n\ntwo \x93quoted\x94".encode("latin-1"), ["line 3", "byte 5", "0x93"]),
+        ("日本語".encode("shift-jis"), ["line 1", "byte 1"]),
+        ("hello\n\nthere".encode("utf-16"), ["UTF-16"]),
+        (b"\x28\xb5\x2f\xfd\x24", ["zstd"]),
+    ],
+)
+@pytest.mark.parametrize("script", [plain_text, personachat, jsonl, retry, eli5])
+def test_another_encoding_is_refused_with_the_place_in_every_script(
+    refused, tmp_path, script, body, words
+):
+    path = tmp_path / "b.txt"
+    path.write_bytes(body)
+    refused(script, "b.txt", *words, source=path)
 
 
 def test_a_source_that_is_not_text_is_refused(refused, tmp_path):
     refused(plain_text, "--source=PATH")
     (tmp_path / "empty").mkdir()
     refused(plain_text, "empty", ".txt", source=tmp_path / "empty")
-    (tmp_path / "b.txt").write_bytes(b"PK\3\4\0\0 no text")
+    (tmp_path / "b.txt").write_bytes(b"no text\0\0")
     refused(plain_text, "b.txt", "NUL", source=tmp_path / "b.txt")
     (tmp_path / "a.txt").write_text("one line\n")
     refused(plain_text, "at least two", source=tmp_path / "a.txt")

@@ -360,6 +360,23 @@ def test_a_headerless_nanogpt_file_is_plain_text_to_learn_all_of(tmp_path, token
     assert shard.template is None
 
 
+@pytest.mark.parametrize("dtype", [np.uint32, np.int32, np.int64])
+@pytest.mark.parametrize("largest", [50256, 128_000])
+def test_a_headerless_file_of_wider_tokens_is_refused_by_that_name(tmp_path, dtype, largest):
+    tokens = np.random.default_rng(0).integers(0, largest, 1000)
+    tokens.astype(dtype).tofile(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match=r"train\.bin.*32 bits"):
+        open_shard(tmp_path / "train.bin")
+
+
+def test_a_headerless_file_with_a_vocabulary_of_its_own_is_refused(tmp_path):
+    np.arange(65, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    open_shard(tmp_path / "train.bin")
+    (tmp_path / "meta.pkl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"train\.bin.*meta\.pkl"):
+        open_shard(tmp_path / "train.bin")
+
+
 # the loader
 
 
