@@ -116,11 +116,11 @@ def main(config):
         rewards = reward(rollout)  # (NORMALIZE_ON,)
         run_state["mean"] = rewards.mean().item()
         run_state["std"] = rewards.std().item()
-        if run_state["std"] < 1e-6:  # rounding
+        if run_state["std"] < 1e-6:  # equal up to rounding
             run_state["std"] = 1.0
-            problem = f"all {NORMALIZE_ON} replies of the initial model have the same reward"
             print(
-                f"warning: {problem}, {rewards[0]:.3f}: there may be nothing to learn",
+                f"warning: reward={config.reward} gives all replies of the initial model "
+                f"{rewards[0]:.3f}, so there may be nothing to learn",
                 file=sys.stderr,
             )
     else:

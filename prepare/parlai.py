@@ -7,6 +7,8 @@ from pathlib import Path
 
 from prepare.records import open_bytes, text_lines
 
+ESCAPES = {"\\n": "\n", "\\t": "\t", "__PIPE__": "|", "__SILENCE__": ""}
+
 
 def dialogs(lines, name):
     """Yield (persona, exchanges) of each dialog: [sentence], [(utterance, reply, [candidate])].
@@ -62,9 +64,10 @@ def dialogs(lines, name):
 
 
 def unescape(text):
-    """Return a field with the characters that ParlAI's scripts escape; silence is no text."""
-    text = text.replace("\\n", "\n").replace("\\t", "\t").replace("__PIPE__", "|").strip()
-    return "" if text == "__SILENCE__" else text
+    """Return a field without ParlAI's escapes and its mark of silence."""
+    for escape, meaning in ESCAPES.items():
+        text = text.replace(escape, meaning)
+    return text.strip()
 
 
 def messages(exchanges):

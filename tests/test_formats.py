@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from nanochatgpt.shards import open_shard
 from nanochatgpt.tokenizer import Tokenizer
+from prepare import eli5, parlai, retry
+from prepare import text as plain_text
 from prepare.formats import conversation, n_learned
 
 TOKENIZER = Tokenizer()
@@ -90,12 +92,27 @@ def test_alpaca_is_its_history_then_the_instruction_with_its_input(talk, given_i
     assert conversation(record)[1] == reference(system, [*history, (question, output, True)])
 
 
-def test_prompt_and_completion_are_texts_or_messages():
-    for record in (
-        {"prompt": "hi", "completion": " hello"},
-        {"prompt": TALK[:1], "completion": TALK[1:]},
-    ):
-        assert conversation(record)[1] == TALK
+@pytest.mark.parametrize("as_texts", [True, False])
+@given(prompt=texts, completion=texts, system=texts)
+def test_prompt_and_completion_are_texts_or_messages(as_texts, prompt, completion, system):
+    record = {"prompt": prompt, "completion": completion, "system": system}
+    if not as_texts:
+        record["prompt"] = [message("user", prompt)]
+        record["completion"] = [message("assistant", completion)]
+    assert conversation(record)[1] == reference(system, [(prompt, completion, True)])
+
+
+@given(talk=conversations)
+def test_texts_alternate_and_dollys_context_is_the_input(talk):
+    system, exchanges = talk
+    spoken = [(user, assistant, True) for user, assistant, _ in exchanges]
+    turns = [text for user, assistant, _ in exchanges for text in (user, assistant)]
+    for name in ("dialog", "data"):
+        assert conversation({name: turns, "system": system})[1] == reference(system, spoken)
+    user, assistant, _ = exchanges[0]
+    dolly = {"instruction": "sum up", "context": user, "response": assistant, "category": "qa"}
+    question = f"sum up\n{user.strip()}".strip()
+    assert conversation(dolly)[1] == reference("", [(question, assistant, True)])
 
 
 def test_what_the_system_says_comes_first_and_once():
@@ -197,6 +214,7 @@ PRETTY = json.dumps(RECORDS, indent=2).encode()
         (b"\n" + JSONL.replace(b"\n", b"\r\n\r\n"), "talk.jsonl"),
         (gzip.compress(JSONL, mtime=0), "talk.JSONL.GZ"),
         (gzip.compress(PRETTY, mtime=0), "talk"),
+        ("\n".join(json.dumps(record, indent=2) for record in RECORDS).encode(), "talk.jsonl"),
     ],
 )
 def test_lines_and_lists_are_read_whatever_their_name(prepared, content, name):
@@ -217,3 +235,150 @@ def test_lines_and_lists_are_read_whatever_their_name(prepared, content, name):
 )
 def test_other_files_are_refused_by_what_they_are(prepared, content, word):
     assert_refused(prepared(content)[0], "talk.jsonl", word)
+
+
+# ---- preference pairs
+
+
+def as_trl(user, chosen, rejected):
+    return {"prompt": user, "chosen": chosen, "rejected": rejected}
+
+
+def as_trl_messages(user, chosen, rejected):
+    replies = [[message("assistant", reply)] for reply in (chosen, rejected)]
+    return {"prompt": [message("user", user)], "chosen": replies[0], "rejected": replies[1]}
+
+
+def as_implicit(user, chosen, rejected):
+    talks = [[message("user", user), message("assistant", reply)] for reply in (chosen, rejected)]
+    return {"chosen": talks[0], "rejected": talks[1], "score_chosen": 7.5}
+
+
+def as_anthropics(user, chosen, rejected):
+    talks = [f"\n\nHuman: {user}\n\nAssistant: {reply}" for reply in (chosen, rejected)]
+    return {"chosen": talks[0], "rejected": talks[1]}
+
+
+def as_openais(user, chosen, rejected):
+    record = {"input": {"messages": [message("user", user)], "tools": []}}
+    record["preferred_output"] = [message("assistant", chosen)]
+    return record | {"non_preferred_output": [message("assistant", rejected)]}
+
+
+FORMS_OF_PAIRS = [as_trl, as_trl_messages, as_implicit, as_anthropics, as_openais]
+
+
+@pytest.mark.parametrize("write", FORMS_OF_PAIRS)
+@given(user=texts, chosen=texts, rejected=texts)
+def test_a_pair_is_two_conversations_unless_its_replies_are_equal_or_blank(
+    write, user, chosen, rejected
+):
+    expected = []
+    if chosen.strip() and rejected.strip() and chosen.strip() != rejected.strip():
+        expected = [
+            (reference("", [(user, chosen, True)]), 1),
+            (reference("", [(user, rejected, True)]), 0),
+        ]
+    assert retry.examples(write(user, chosen, rejected))[1] == expected
+
+
+def test_texts_without_a_prompt_have_what_both_begin_with_as_their_prompt():
+    record = {"chosen": "The sky is blue today.", "rejected": "The sky is black."}
+    prompt = message("user", "The sky is")
+    assert retry.examples(record)[1] == [
+        ([prompt, message("assistant", "blue today.")], 1),
+        ([prompt, message("assistant", "black.")], 0),
+    ]
+
+
+@given(prompt=texts, completion=texts, label=st.booleans())
+def test_a_completion_with_a_label_is_one_reply(prompt, completion, label):
+    record = {"prompt": prompt, "completion": completion, "label": label}
+    messages = reference("", [(prompt, completion, True)])
+    expected = [(messages, int(label))] if completion.strip() else []
+    assert retry.examples(record)[1] == expected
+
+
+# ---- ParlAI's formats
+
+spoken = st.text("ab é?\n\t", max_size=8).map(str.strip)
+sentences = st.text("ab é?", min_size=1, max_size=8).map(str.strip).filter(bool)
+dialogs = st.tuples(
+    st.lists(sentences, max_size=3), st.lists(st.tuples(spoken, spoken), min_size=1, max_size=3)
+)
+
+
+def escape(text):
+    return text.replace("\n", "\\n").replace("\t", "\\t") or "__SILENCE__"
+
+
+def opening(persona, number):
+    sentences = persona if number == 1 else []
+    return "".join(f"your persona: {sentence}\\n" for sentence in sentences)
+
+
+def as_fbdialog(persona, exchanges):
+    text = ""
+    for number, (utterance, reply) in enumerate(exchanges, 1):
+        text += f"{number} {opening(persona, number)}{escape(utterance)}\t{escape(reply)}\n"
+    return text
+
+
+def as_parlai(persona, exchanges):
+    text = ""
+    for number, (utterance, reply) in enumerate(exchanges, 1):
+        text += f"text:{opening(persona, number)}{escape(utterance)}\tlabels:{escape(reply)}"
+        text += "\tepisode_done:True\n\n" if number == len(exchanges) else "\n"
+    return text
+
+
+@pytest.mark.parametrize("write", [as_fbdialog, as_parlai])
+@given(talks=st.lists(dialogs, max_size=3))
+def test_parlais_formats_are_read_as_they_were_written(write, talks):
+    lines = "".join(write(*talk) for talk in talks).splitlines(keepends=True)
+    read = [
+        (persona, [exchange[:2] for exchange in exchanges])
+        for persona, exchanges in parlai.dialogs(lines, "dump.txt")
+    ]
+    assert read == talks
+
+
+# ---- ELI5 and plain text
+
+maybe = st.none() | texts
+answers = st.lists(st.tuples(maybe, st.none() | st.integers(-9, 9)), max_size=4)
+
+
+@given(title=maybe, selftext=maybe, answers=st.none() | answers)
+def test_eli5_takes_the_first_of_the_best_answers_and_null_is_empty(title, selftext, answers):
+    columns = answers and {"text": [a[0] for a in answers], "score": [a[1] for a in answers]}
+    record = {"q_id": "q7", "title": title, "selftext": selftext, "answers": columns or None}
+    question = "\n".join(filter(None, [(title or "").strip(), (selftext or "").strip()]))
+    best = None
+    for text, score in answers or []:
+        text = (text or "").strip()
+        usable = text not in ("", "[deleted]", "[removed]") and "URL_" not in text
+        if usable and (best is None or (score or 0) > best[0]):
+            best = (score or 0, text)
+    if question and best:
+        messages = [message("user", question), message("assistant", best[1])]
+        assert eli5.as_messages(record) == ("q7", messages)
+    else:
+        assert eli5.as_messages(record) is None
+
+
+words = st.text("ab é", min_size=1, max_size=6).map(str.strip).filter(bool)
+documents = st.lists(st.lists(st.lists(words, min_size=1), min_size=1), min_size=1, max_size=4)
+
+
+@given(documents=documents, border=st.sampled_from(["\n<|endoftext|>\n", " <|endoftext|> ", None]))
+def test_a_text_is_its_documents_paragraphs(tmp_path_factory, documents, border):
+    folder = tmp_path_factory.mktemp("books")
+    texts = ["\n\n".join(map("\n".join, paragraphs)) for paragraphs in documents]
+    for number, content in enumerate(texts if border is None else [border.join(texts)]):
+        (folder / f"{number}.txt").write_text(content, encoding="utf-8")
+    read = [each for _, each in plain_text.paragraphs(plain_text.lines_of(folder))]
+    expected = []
+    for number, paragraphs in enumerate(documents):
+        expected += [(number, " ".join(lines)) for lines in paragraphs]
+    assert read == expected

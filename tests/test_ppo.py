@@ -326,6 +326,16 @@ def test_the_log_and_a_policy_that_talks(capsys, as_main):
     assert done.stdout.startswith("Bot:")
 
 
+def test_a_reward_that_is_the_same_for_all_replies_is_a_warning_and_no_division(capsys):
+    constant = RewardModel(GPTConfig(128, **SHAPE))
+    torch.nn.init.zeros_(constant.score.weight)
+    save_model(constant, TOKENIZER, "constant")
+    out = fit(reward="constant")
+    assert "constant" in capsys.readouterr().err
+    for step in steps_of(out):
+        assert step["reward"] == 0 and -1 <= step["score"] <= 0  # without an end it is -1
+
+
 def test_the_weights_of_the_highest_held_out_score_are_kept(monkeypatch):
     saved = []
     for module in (train_ppo, resume):
