@@ -88,11 +88,11 @@ def pair(record):
 
 def as_dialog(prompt, reply):
     """Return the turns of a prompt and a reply, texts or messages each. Texts may be in the form of
-    Anthropic's hh-rlhf."""
+    Anthropic's hh-rlhf, which begins with a speaker."""
     if isinstance(prompt, str) and isinstance(reply, str):
-        _, *parts = re.split(r"\n\n(Human|Assistant):", prompt + reply)
-        pairs = zip(parts[::2], parts[1::2], strict=True)  # speaker, text
-        if parts:
+        head, *parts = re.split(r"\n\n(Human|Assistant):", prompt + reply)
+        if parts and not head.strip():
+            pairs = zip(parts[::2], parts[1::2], strict=True)  # speaker, text
             return [{"from": speaker, "value": text} for speaker, text in pairs]
     return as_turns(prompt, "user") + as_turns(reply, "assistant")
 

@@ -291,6 +291,17 @@ def test_texts_without_a_prompt_have_what_both_begin_with_as_their_prompt():
     ]
 
 
+def test_a_reply_may_quote_a_speaker():
+    record = {"prompt": "hi", "chosen": "hello", "rejected": "hello\n\nHuman: bye"}
+    rejected = message("assistant", "hello\n\nHuman: bye")
+    assert retry.examples(record)[1][1] == ([message("user", "hi"), rejected], 0)
+
+
+def test_a_prompt_in_anthropics_form_goes_before_its_reply():
+    record = {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " hello", "rejected": " no"}
+    assert retry.examples(record)[1] == [(TALK, 1), ([TALK[0], message("assistant", "no")], 0)]
+
+
 @given(prompt=texts, completion=texts, label=st.booleans())
 def test_a_completion_with_a_label_is_one_reply(prompt, completion, label):
     record = {"prompt": prompt, "completion": completion, "label": label}
