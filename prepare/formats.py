@@ -18,10 +18,12 @@ FORMATS = {  # field that tells a format -> its name in the report
     "instruction": "Alpaca's instructions",
     "prompt": "prompts with completions",
 }
+HUMANS = ("user", "human", "prompter", "customer")
+BOTS = ("assistant", "gpt", "bot", "chatgpt", "chatbot", "model", "ai", "bing", "bard")
 ROLES = {  # name -> role
     **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model", "chatbot"), "assistant"),
+    **dict.fromkeys(HUMANS, "user"),
+    **dict.fromkeys(BOTS, "assistant"),
 }
 TOOLS = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
 
