@@ -33,26 +33,7 @@ def conversation(record):
     and, if it is a reply that is not learned, weight 0. Text is stripped, blank messages are
     dropped, and all that the system says comes first. Raises ValueError that names what cannot be
     used."""
-    turns = None
-    for name in ("messages", "conversations", "conversation"):
-        if isinstance(record.get(name), list):
-            turns = record[name]
-            break
-    if turns is None and "instruction" in record:
-        name = "instruction"
-        turns = alpaca(record)
-    elif turns is None and "completion" in record:
-        name = "prompt"
-        turns = as_turns(record.get("prompt"), "user")
-        turns += as_turns(record["completion"], "assistant")
-    elif turns is None and ("dialog" in record or "data" in record):
-        name = "dialog"
-        turns = []
-        for text in record.get("dialog", record.get("data")):
-            turns += as_turns(text, "assistant" if len(turns) % 2 else "user")
-    elif turns is None:
-        fields = ", ".join(map(str, record)) or "none"
-        raise ValueError(f"no conversation in the fields {fields}; see --help for the formats")
+    name, turns = turns_of(record)
 
     # the persona first, then the turns
     personas = [as_text(record.get("system"), "system")]
@@ -70,6 +51,25 @@ def conversation(record):
     if persona:
         messages.insert(0, {"role": "system", "content": persona})
     return FORMATS[name], messages, n_blank
+
+
+def turns_of(record):
+    """Return (field that tells the format, turns)."""
+    for name in ("messages", "conversations", "conversation"):
+        if isinstance(record.get(name), list):
+            return name, record[name]
+    if "instruction" in record:
+        return "instruction", alpaca(record)
+    if "completion" in record:
+        prompt = as_turns(record.get("prompt"), "user")
+        return "prompt", prompt + as_turns(record["completion"], "assistant")
+    if "dialog" in record or "data" in record:
+        turns = []
+        for text in record.get("dialog", record.get("data")):
+            turns += as_turns(text, "assistant" if len(turns) % 2 else "user")
+        return "dialog", turns
+    fields = ", ".join(map(str, record)) or "none"
+    raise ValueError(f"no conversation in the fields {fields}; see --help for the formats")
 
 
 def n_learned(messages):
