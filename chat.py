@@ -53,6 +53,8 @@ class Chat:
         # the model, with the sampling defaults of its template
         self.model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
         self.config = for_template(config, self.tokenizer.template)
+        if self.tokenizer.notice:
+            print(self.tokenizer.notice, file=sys.stderr)
         self.reward_model = None
         if config.reward:
             from rlhf.reward_model import load_reward_model  # only with --reward

@@ -33,6 +33,7 @@ class GPTConfig:
     n_head: int = 12  # attention heads per block
     n_embd: int = 768  # width of the hidden states
     dropout: float = 0.0  # on embeddings, attention weights and each block's two outputs
+    activation: str = "gelu_new"  # GPT-2's tanh form of GELU; gelu: the exact form, with erf
 
 
 class Conv1D(nn.Module):
@@ -96,9 +97,10 @@ class MLP(nn.Module):
         self.c_fc = Conv1D(config.n_embd, 4 * config.n_embd)
         self.c_proj = Conv1D(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
+        self.approximate = {"gelu_new": "tanh", "gelu": "none"}[config.activation]
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4 C)
+        x = F.gelu(self.c_fc(x), approximate=self.approximate)  # (B, T, 4 C)
         return self.dropout(self.c_proj(x))
 
 

@@ -15,12 +15,12 @@ from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.configurator import at_least, run
 from nanochatgpt.device import precision
 from nanochatgpt.distributed import distribute, init_distributed, seed_for, synced_last
-from nanochatgpt.huggingface import NoScore
 from nanochatgpt.monitor import DivergenceCheck, Log, StopSignal, Timer, time_left
 from nanochatgpt.optimizer import TrainConfig, check_schedule, learning_rate, make_adamw
 from nanochatgpt.resume import Run
 from nanochatgpt.shards import find_shards
 from nanochatgpt.tokenizer import Tokenizer
+from nanochatgpt.weights import NoScore
 from rlhf.dataset import ReplyDataset
 from rlhf.reward_model import RewardModel, reward_losses, roc_auc
 

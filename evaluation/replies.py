@@ -2,6 +2,7 @@
 whether it writes the user's next turn."""
 
 import re
+import sys
 from dataclasses import dataclass
 
 from evaluation.report import progress
@@ -36,7 +37,10 @@ def load(init_from, config):
     dtype = pick_dtype(config.dtype, device, inference=True)
     if device == "cpu":
         keep_freed_memory()
-    return load_model(init_from, device, dtype, inference=True)
+    model, tokenizer = load_model(init_from, device, dtype, inference=True)
+    if tokenizer.notice:
+        print(tokenizer.notice, file=sys.stderr)
+    return model, tokenizer
 
 
 def reply_to(prompts, model, tokenizer, config, label):

@@ -2,7 +2,8 @@
 Weights in and out. A checkpoint is a Hugging Face GPT-2 directory; `init_from` says which one:
 
     nano                    the small chat model in assets/nano/
-    a directory             config.json and model.safetensors or pytorch_model.bin
+    a directory             config.json with safetensors or .bin; or nanoGPT's ckpt.pt
+    a file                  nanoGPT's ckpt.pt
     gpt2, gpt2-medium, ...  OpenAI's weights, from the Hugging Face hub
     org/name                any GPT-2 on the hub
 """
@@ -17,9 +18,15 @@ from safetensors.torch import save_file
 from model import GPT, Conv1D
 from nanochatgpt import huggingface
 from nanochatgpt.device import FBGEMM
-from nanochatgpt.files import replacing
+from nanochatgpt.files import check_format, replacing
+from nanochatgpt.tokenizer import Tokenizer
+from nanochatgpt.weights import WEIGHTS, match_model, open_nanogpt, open_weights
 
 NANO = Path(__file__).parents[1] / "assets" / "nano"  # its README.md says how it was trained
+FILES = {".safetensors", ".bin", ".pt", ".gguf"}  # not the ends of names on the hub
+# weights that other programs read, by their files
+FOREIGN = {"*.gguf": "GGUF", "*.h5": "TensorFlow", "*.ckpt*": "TensorFlow", "*.msgpack": "Flax"}
+FOREIGN |= {"*.onnx": "ONNX"}
 
 
 @torch.no_grad()
@@ -32,7 +39,7 @@ def load_model(
     be neither trained nor saved. model_class: GPT or RewardModel. Raises FileNotFoundError or
     ConnectionError if there is no such model, ValueError if it is damaged or not a GPT-2.
     """
-    path, config, tokenizer = find(init_from)
+    stored, config, tokenizer = find(init_from)
     if config.vocab_size < tokenizer.n_vocab:
         sizes = f"{config.vocab_size} embeddings but its tokenizer has {tokenizer.n_vocab} tokens"
         raise ValueError(f"{init_from}: the model has {sizes}")
@@ -42,7 +49,8 @@ def load_model(
         model = model_class(config)
 
     # load one tensor at a time: a second copy of the model may not fit into memory
-    read = huggingface.open_weights(path, model)
+    read = match_model(stored, model)
+    del stored  # each tensor is freed once it has been read
     if inference and FBGEMM and torch.device(device).type == "cpu" and dtype != torch.float32:
         from nanochatgpt.quantize import pack
 
@@ -69,7 +77,7 @@ def save_model(model, tokenizer, directory):
         if name != "lm_head.weight":  # tied to the embedding
             tensors[name] = tensor.detach().cpu().contiguous()
     texts = huggingface.config_files(model, tokenizer)
-    texts |= huggingface.tokenizer_files(tokenizer.template)
+    texts |= huggingface.tokenizer_files(tokenizer.template, model.config.block_size)
 
     # write all files before the first replaces an old one
     with contextlib.ExitStack() as stack:
@@ -87,14 +95,32 @@ def default_model():
 
 
 def find(init_from):
-    """Return (path of the weights, GPTConfig, Tokenizer)."""
-    directory = NANO if init_from == "nano" else Path(init_from)
-    if not directory.is_dir():
+    """Return ({name: StoredTensor}, GPTConfig, Tokenizer)."""
+    path = NANO if init_from == "nano" else Path(init_from)
+    folder = path.parent if path.is_file() else path
+    if any(folder.glob("adapter_*")):  # adapter_config.json, adapter_model.safetensors
+        raise ValueError(f"{path} {huggingface.ADAPTER}")
+    if not path.is_dir() and (path.is_file() or path.suffix in FILES):
+        check_format(path)  # raises FileNotFoundError
+        if path.suffix in (".safetensors", ".bin"):
+            raise ValueError(f"{path} is one file of a model: pass its directory, {path.parent}")
+        return *open_nanogpt(path), Tokenizer()
+    if not path.is_dir():
         from nanochatgpt.hub import find_on_hub  # most runs need no download
 
         return find_on_hub(init_from)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / name).is_file():
-            config = huggingface.read_config(directory / "config.json")
-            return directory / name, config, huggingface.read_tokenizer(directory)
-    raise FileNotFoundError(f"{directory} has neither model.safetensors nor pytorch_model.bin")
+
+    for name in WEIGHTS:
+        if (path / name).is_file():
+            config = huggingface.read_config(path / "config.json")
+            tokenizer = huggingface.read_tokenizer(path)
+            return open_weights(path / name, path.joinpath), config, tokenizer
+    if (path / "ckpt.pt").is_file():
+        return find(path / "ckpt.pt")
+
+    # no weights: say what there is instead
+    for pattern, program in FOREIGN.items():
+        for file in path.glob(pattern):
+            remedy = "save it as model.safetensors with transformers"
+            raise ValueError(f"{path} has weights for {program} only, {file.name}: {remedy}")
+    raise FileNotFoundError(f"{path} has none of {', '.join(WEIGHTS[::2])}, ckpt.pt")

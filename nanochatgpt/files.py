@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import sys
 import time
@@ -141,11 +142,31 @@ def _naming(path):
         raise
 
 
-def load_tensors(path):
-    """Return what torch.save wrote to `path`. Raises ValueError if that is not tensors and plain
-    values: anything else could run code."""
+def check_format(path):
+    """Raise ValueError if the file is a Git LFS pointer or GGUF, OSError if it cannot be read."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull")
+    if start.startswith(b"GGUF"):
+        remedy = "pass the Hugging Face directory that it was converted from"
+        raise ValueError(f"{path} is a GGUF file, llama.cpp's format: {remedy}")
+
+
+def read_json(path):
+    """Return the JSON object in a file. Raises ValueError if it is damaged."""
+    check_format(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def load_tensors(path, mmap=False):
+    """Return what torch.save wrote to `path`; mmap: leave tensors on the disk until they are used.
+    Raises ValueError if that is not tensors and plain values: anything else could run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged bytes raise errors of many types
         reason = f"damaged or holds more than tensors ({type(error).__name__})"
         raise ValueError(f"{path} is {reason}: not loaded") from error

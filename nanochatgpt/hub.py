@@ -6,8 +6,9 @@ from pathlib import Path
 
 from model import PRESETS, GPTConfig
 from nanochatgpt.files import download, is_finished
-from nanochatgpt.huggingface import read_config, read_tokenizer
+from nanochatgpt.huggingface import ADAPTER, read_config, read_tokenizer
 from nanochatgpt.tokenizer import Tokenizer
+from nanochatgpt.weights import WEIGHTS, open_tensors, open_weights
 
 # short name -> sha256 of its model.safetensors
 HUB = {
@@ -20,12 +21,12 @@ HUB = {
 
 
 def find_on_hub(name):
-    """Return (path of the weights, GPTConfig, Tokenizer) of a short name in HUB, or of org/name.
+    """Return ({name: StoredTensor}, GPTConfig, Tokenizer) of a short name in HUB, or of org/name.
     Raises FileNotFoundError if it is neither."""
     if name in HUB:
         owner = "distilbert" if name == "distilgpt2" else "openai-community"
         weights = hub_file(f"{owner}/{name}", "model.safetensors", sha256=HUB[name])
-        return weights, GPTConfig(**PRESETS[name]), Tokenizer()
+        return open_tensors(weights), GPTConfig(**PRESETS[name]), Tokenizer()
 
     # out/NAME is not an org/name: train.py writes there
     path = Path(name)
@@ -38,14 +39,20 @@ def find_on_hub(name):
             return hub_file(name, file)
 
     # download before reading
-    config = hub_file(name, "config.json")
-    fetch("tokenizer_config.json")  # has the chat template
+    config = fetch("config.json")
+    if not config and fetch("adapter_config.json"):
+        raise ValueError(f"{name} {ADAPTER}")
+    config = config or hub_file(name, "config.json")  # raises the error
+    fetch("tokenizer_config.json")  # has the chat template in older repositories
+    fetch("chat_template.jinja")
     # older repositories have two files in place of tokenizer.json
     tokenizer = fetch("tokenizer.json") or fetch("vocab.json") or config
     if tokenizer.name == "vocab.json":
         fetch("added_tokens.json")
-    weights = fetch("model.safetensors") or hub_file(name, "pytorch_model.bin")
-    return weights, read_config(config), read_tokenizer(tokenizer.parent)
+    weights = next(filter(None, map(fetch, WEIGHTS)), None)
+    weights = weights or hub_file(name, WEIGHTS[0])  # raises the error
+    stored = open_weights(weights, lambda shard: hub_file(name, shard))
+    return stored, read_config(config), read_tokenizer(tokenizer.parent)
 
 
 def hub_file(repo, name, size=None, sha256=None, kind="models"):

@@ -1,4 +1,4 @@
-"""Hugging Face's files, both ways: config.json, tensor names, tokenizer files and chat templates.
+"""Hugging Face's files, both ways: config.json, tokenizer files and chat templates.
 
 transformers, vLLM, llama.cpp's converter and lm-evaluation-harness load our files unchanged. We
 reject any option that model.py does not implement, and name it.
@@ -8,16 +8,13 @@ import functools
 import json
 from reprlib import repr as short_repr
 
-import safetensors
-
 from model import GPTConfig
-from nanochatgpt.files import load_tensors
+from nanochatgpt.files import check_format, read_json
 from nanochatgpt.tokenizer import END_OF_TEXT, TEMPLATES, Tokenizer, gpt2_vocab, vocab_file
 
 # Options that change the arithmetic, and the one value of each that model.py implements
 SUPPORTED = {
     "model_type": "gpt2",
-    "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,  # torch's default
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -26,38 +23,39 @@ SUPPORTED = {
     "tie_word_embeddings": True,
     "quantization_config": None,  # weights in floating point
 }
-SIZES = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")  # keys of config.json
+# activation_function -> GPTConfig.activation: transformers has several names for each form of GELU
+TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
+ACTIVATIONS = dict.fromkeys(TANH, "gelu_new") | dict.fromkeys(("gelu", "gelu_python"), "gelu")
 LARGEST = 1 << 20  # upper bound of a size; anything larger means a corrupt file
-FLOATS = {"f64", "f32", "f16", "bf16", "float64", "float32", "float16", "bfloat16"}
-SCORE = "score.weight"  # a reward model's, which has no lm_head
-
-
-class NoScore(ValueError):
-    """The weights are not a reward model's."""
+# what a directory or repository with an adapter_config.json is
+ADAPTER = "is a LoRA adapter: merge it into its model with peft's merge_and_unload, and save that"
 
 
 # --- config.json ----------------------------------------------------------------------------------
 
 
-def _read_json(path):
-    """Return the JSON object in a file. Raises ValueError if it is damaged."""
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
 def read_config(path):
     """Return the GPTConfig of a config.json. Raises ValueError if that is not a GPT-2's."""
-    config = _read_json(path)
-
+    config = read_json(path)
     for name, value in SUPPORTED.items():
         if config.get(name, value) != value:
             given = f"{name}={short_repr(config[name])}"
             raise ValueError(f"{path}: {given} is not supported, only {value!r}")
+    activation = str(config.get("activation_function", "gelu_new"))
+    if activation not in ACTIVATIONS:
+        given = f"activation_function={short_repr(activation)}"
+        raise ValueError(f"{path}: {given} is not supported, only {', '.join(ACTIVATIONS)}")
+    sizes = read_sizes(path, config, "n_positions")
+    if config.get("n_inner") not in (None, 4 * sizes["n_embd"]):
+        raise ValueError(f"{path}: n_inner={short_repr(config['n_inner'])} is not 4 n_embd")
+    return GPTConfig(activation=ACTIVATIONS[activation], **sizes)
 
+
+def read_sizes(path, config, context):
+    """Return GPTConfig's sizes from a config that was read from `path`; `context` is its name of
+    the block size. Raises ValueError for one that is missing or cannot be."""
     sizes = {}
-    for name in SIZES:
+    for name in (context, "vocab_size", "n_layer", "n_head", "n_embd"):
         value = config.get(name)
         if type(value) is not int or not 1 <= value <= LARGEST:
             raise ValueError(f"{path}: {name}={short_repr(value)} is not from 1 to {LARGEST:,}")
@@ -65,9 +63,7 @@ def read_config(path):
     n_embd = sizes["n_embd"]
     if n_embd % sizes["n_head"]:
         raise ValueError(f"{path}: n_embd={n_embd} is not a multiple of n_head={sizes['n_head']}")
-    if config.get("n_inner") not in (None, 4 * n_embd):
-        raise ValueError(f"{path}: n_inner={short_repr(config['n_inner'])} is not 4 n_embd")
-    return GPTConfig(block_size=sizes.pop("n_positions"), **sizes)
+    return {"block_size": sizes.pop(context), **sizes}
 
 
 def config_files(model, tokenizer):
@@ -75,6 +71,7 @@ def config_files(model, tokenizer):
     c = model.config
     config = dict(SUPPORTED)
     del config["quantization_config"]  # no key: not quantized
+    config["activation_function"] = c.activation
     config["architectures"] = [model.architecture]  # the class that transformers makes
     config["dtype"] = str(model.transformer.wpe.weight.dtype).removeprefix("torch.")
     # sizes; llama.cpp's converter reads n_ctx, OpenAI's name of n_positions
@@ -89,70 +86,13 @@ def config_files(model, tokenizer):
     return {"config.json": config, "generation_config.json": json.dumps(ids, indent=2)}
 
 
-# --- weights --------------------------------------------------------------------------------------
-
-
-def open_weights(path, model):
-    """Return read(name) -> tensor for a file with the weights of `model`; name is model.py's. Each
-    tensor can be read once. Raises ValueError if the file is damaged, or its names, shapes or
-    dtypes are not the model's; NoScore if it lacks a reward model's score."""
-    # 1. list the tensors in the file
-    open(path, "rb").close()  # raises PermissionError; safetensors would call the file missing
-    stored = {}  # name in the file -> (shape, dtype)
-    try:
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, framework="pt") as file:
-                for name in list(file.keys()):
-                    tensor = file.get_slice(name)
-                    stored[name] = (tuple(tensor.get_shape()), tensor.get_dtype())
-
-            def read(name):
-                # map the file anew for each tensor, so that no earlier one stays in memory
-                with safetensors.safe_open(path, framework="pt") as file:
-                    return file.get_tensor(name)
-
-        else:
-            tensors = load_tensors(path)
-            for name, tensor in tensors.items():
-                stored[str(name)] = (tuple(tensor.shape), str(tensor.dtype))
-            read = tensors.pop  # frees each tensor after use
-    except (safetensors.SafetensorError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or no state dict; save it again ({error})") from error
-
-    # 2. map the names: base models lack the prefix; masks and the tied head are not weights
-    stored_name = {}  # name in model.py -> name in the file
-    for name in stored:
-        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
-            continue
-        prefix = "" if name == SCORE else "transformer."
-        stored_name[prefix + name.removeprefix("transformer.")] = name
-
-    # 3. compare names, shapes and dtypes with the model
-    expected = model.state_dict()
-    expected.pop("lm_head.weight", None)
-    if SCORE in expected and SCORE not in stored_name:
-        raise NoScore(f"{path} is not a reward model: it has no {SCORE}")
-    if SCORE in stored_name and SCORE not in expected:
-        raise ValueError(f"{path} is a reward model: it scores text and writes none")
-    for name in sorted(expected.keys() ^ stored_name.keys()):  # report the first difference
-        verb = "lacks" if name in expected else "has"
-        raise ValueError(f"{path} {verb} the tensor {name}, unlike the model in its config")
-    for name, tensor in expected.items():
-        shape, dtype = stored[stored_name[name]]
-        if shape != tensor.shape:
-            wanted = tuple(tensor.shape)
-            raise ValueError(f"{path}: {name} has shape {shape}, its config says {wanted}")
-        if dtype.lower().removeprefix("torch.") not in FLOATS:
-            raise ValueError(f"{path}: {name} is {dtype}; quantized weights are not supported")
-    return lambda name: read(stored_name[name])  # under model.py's name
-
-
 # --- tokenizer files ------------------------------------------------------------------------------
 
 
 @functools.cache
-def tokenizer_files(template):
-    """Return {name: text} of the files that make the same tokenizer in transformers."""
+def tokenizer_files(template, context=1024):
+    """Return {name: text} of the files that make the same tokenizer in transformers, for a model
+    of this context."""
     tokenizer = Tokenizer(template)
     # the vocabulary, in the format of the tokenizers library
     lines = vocab_file("vocab.bpe").read_text(encoding="utf-8").split("\n")
@@ -173,46 +113,91 @@ def tokenizer_files(template):
         "model": {"type": "BPE", "vocab": gpt2_vocab(), "merges": merges},
     }
     # the roles of the special tokens, and the chat template
+    jinja = chat_template(template)
     config = {
         "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": context,
         "bos_token": "<|endoftext|>",
         "eos_token": tokenizer.decode([tokenizer.eos_id]),
         "pad_token": tokenizer.decode([tokenizer.pad_id]),
         "unk_token": "<|endoftext|>",
-        "chat_template": chat_template(template),
+        "chat_template": jinja,  # for programs that do not know chat_template.jinja
     }
-    config = json.dumps(config, indent=2)
-    return {"tokenizer.json": json.dumps(fast), "tokenizer_config.json": config}
+    return {
+        "tokenizer.json": json.dumps(fast),
+        "tokenizer_config.json": json.dumps(config, indent=2),
+        "chat_template.jinja": jinja,
+    }
+
+
+# Tokenizer.render in Jinja. `generation` marks what is learned, for return_assistant_tokens_mask.
+CHAT_TEMPLATE = """\
+{%- set openers = OPENERS -%}
+{%- for message in messages -%}
+    {%- set role = 'system' if message['role'] == 'developer' else message['role'] -%}
+    {%- set opener = openers[role].strip() if loop.first else openers[role] -%}
+    {%- set text = namespace(content=message['content']) -%}
+    {%- if message['content'] is not string -%}
+        {%- set text.content = '' -%}
+        {%- for part in message['content'] -%}
+            {%- set text.content = text.content + part['text'] -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {%- set body = BEFORE + text.content + AFTER + (END if role == 'assistant' else '') -%}
+    {%- if role == 'assistant' and message['weight'] != 0 -%}
+        {{- opener -}}
+        {%- generation -%}{{- body -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- opener + body -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- openers['assistant'] -}}{%- endif -%}
+"""
 
 
 def chat_template(template):
     """Return a template in Jinja for transformers' `apply_chat_template`."""
     t = TEMPLATES[template]
-    return (  # as in Tokenizer.render: opener, content, and the end token of a reply
-        f"{{%- set openers = {json.dumps(t.openers)} -%}}"
-        "{%- for message in messages -%}"
-        "{%- set opener = openers[message['role']] -%}"
-        f"{{{{- (opener | trim if loop.first else opener) + {json.dumps(t.before)}"
-        f" + message['content'] + {json.dumps(t.after)}"
-        f" + ({json.dumps(t.end)} if message['role'] == 'assistant' else '') -}}}}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- openers['assistant'] -}}{%- endif -%}"
-    )
+    jinja = CHAT_TEMPLATE
+    values = {"OPENERS": t.openers, "BEFORE": t.before, "AFTER": t.after, "END": t.end}
+    for name, value in values.items():
+        jinja = jinja.replace(name, json.dumps(value))
+    return jinja
+
+
+def _is_chat_template_of(template, jinja):
+    """Return whether a text in Jinja is our template, from this version or an earlier one."""
+    return f"set openers = {json.dumps(TEMPLATES[template].openers)} -%}}" in (jinja or "")
+
+
+def _read_chat_template(directory):
+    """Return the chat template of a directory, a text in Jinja, or None."""
+    path = directory / "chat_template.jinja"  # as in transformers, it overrides tokenizer_config's
+    if path.exists():
+        check_format(path)
+        return path.read_text(encoding="utf-8", errors="replace")
+    path = directory / "tokenizer_config.json"
+    jinja = read_json(path).get("chat_template") if path.exists() else None
+    if isinstance(jinja, list):  # of several, {"name", "template"} each
+        named = [entry for entry in jinja if isinstance(entry, dict)]
+        jinja = {entry.get("name"): entry.get("template") for entry in named}.get("default")
+    return jinja if isinstance(jinja, str) else None
 
 
 def read_tokenizer(directory):
     """Return the Tokenizer of a Hugging Face directory, with the template whose special tokens it
-    has, else that of its chat template, else human_bot. Raises ValueError if the vocabulary is not
-    GPT-2's or a template's tokens have other ids."""
+    has, else that of its chat template, else human_bot; `notice` says so if this replaces a chat
+    template. Raises ValueError if the vocabulary is not GPT-2's or a template's tokens have other
+    ids."""
 
     def read(name, default):
         path = directory / name
-        return _read_json(path) if path.exists() else default
+        return read_json(path) if path.exists() else default
 
     # the vocabulary: in tokenizer.json, or in older directories in two files
     path = directory / "tokenizer.json"
     if path.exists():
-        fast = _read_json(path)
+        fast = read_json(path)
         try:
             vocab = dict(fast["model"]["vocab"])
             added = {token["content"]: token["id"] for token in fast["added_tokens"]}
@@ -227,14 +212,14 @@ def read_tokenizer(directory):
 
     added = {"<|endoftext|>": END_OF_TEXT} | added
     # a template with special tokens is known by its end token, others by their chat template
-    for name, template in TEMPLATES.items():
-        if template.specials and template.end in added:
-            tokenizer = Tokenizer(name)
-            if not tokenizer.special_ids.items() <= added.items():
-                raise ValueError(f"{path}: the tokens of template {name} have other ids than here")
-            return tokenizer
-    jinja = read("tokenizer_config.json", {}).get("chat_template")
-    for name in TEMPLATES:
-        if chat_template(name) == jinja:
-            return Tokenizer(name)
-    return Tokenizer()
+    jinja = _read_chat_template(directory)
+    by_tokens = [name for name, t in TEMPLATES.items() if t.specials and t.end in added]
+    by_jinja = [name for name in TEMPLATES if _is_chat_template_of(name, jinja)]
+    tokenizer = Tokenizer([*by_tokens, *by_jinja, "human_bot"][0])
+    template = tokenizer.template
+    if by_tokens and not tokenizer.special_ids.items() <= added.items():
+        raise ValueError(f"{path}: the tokens of template {template} have other ids than here")
+    if jinja and not _is_chat_template_of(template, jinja):
+        replaced = "the model's own chat template is not one of nanoChatGPT's"
+        tokenizer.notice = f"{replaced}: this talks to it in {template}"
+    return tokenizer

@@ -96,6 +96,7 @@ class Tokenizer:
             raise ValueError(f"template '{template}' is not one of {', '.join(TEMPLATES)}")
         t = TEMPLATES[template]
         self.template = template
+        self.notice = ""  # for whoever chats, if this template replaces the model's own
         self._template = t  # self.template is its name
         self._bpe = gpt2_encoding(*t.specials)
         self.n_vocab = self._bpe.n_vocab  # 50,257 and the template's special tokens

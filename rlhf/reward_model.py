@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from model import GPT
 from nanochatgpt.checkpoint import load_model
-from nanochatgpt.huggingface import NoScore
+from nanochatgpt.weights import NoScore
 
 
 class RewardModel(GPT):

@@ -1,6 +1,7 @@
 """The model that the API serves, and what a request asks of it."""
 
 import functools
+import sys
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -40,6 +41,8 @@ class Service:
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device, inference=True)
         model, self.tokenizer = load_model(config.init_from, device, dtype, inference=True)
+        if self.tokenizer.notice:
+            print(self.tokenizer.notice, file=sys.stderr)
         # the reward model, which best_of needs
         if config.reward:
             from rlhf.reward_model import load_reward_model

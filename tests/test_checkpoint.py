@@ -23,7 +23,7 @@ from nanochatgpt.huggingface import tokenizer_files
 from nanochatgpt.tokenizer import TEMPLATES, Template, Tokenizer
 
 FILES = {"config.json", "generation_config.json", "model.safetensors"}
-FILES |= {"tokenizer.json", "tokenizer_config.json"}
+FILES |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 IDX = torch.arange(0, 50257, 4000)[None]
 
 

@@ -1,6 +1,7 @@
 """Hugging Face's files: our tokenizers in transformers, theirs here; and clear refusals of what is
 damaged or not a GPT-2."""
 
+import functools
 import json
 import os
 import pickle
@@ -15,10 +16,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_tokenizer import EXCHANGE, HUMAN_BOT, PROSE, TOKENIZERS, in_both_templates, plain_text
 
+import chat
+import serve
 from model import GPT, GPTConfig
+from nanochatgpt import configurator
 from nanochatgpt.checkpoint import save_model
-from nanochatgpt.huggingface import open_weights, read_config, read_tokenizer, tokenizer_files
+from nanochatgpt.huggingface import (
+    chat_template,
+    read_config,
+    read_tokenizer,
+    tokenizer_files,
+)
 from nanochatgpt.tokenizer import TEMPLATES, Template, Tokenizer, vocab_file
+from nanochatgpt.weights import match_model, open_tensors
+from serving.service import Service
 
 # our tokenizers in transformers
 
@@ -76,6 +87,66 @@ def test_transformers_has_the_special_tokens_where_we_have_them(tok, hf):
     assert len(theirs) == tok.n_vocab
     assert [theirs.decode([i]) for i in tok.stop_ids] == [tok.decode([i]) for i in tok.stop_ids]
     assert theirs.decode(tok.render(EXCHANGE)[0]) == tok.decode(tok.render(EXCHANGE)[0])
+
+
+@in_both_templates
+def test_apply_chat_template_masks_what_render_masks(tok, hf):
+    """Replies and their end tokens, but not a reply of weight 0."""
+    unlearned = [EXCHANGE[0], *EXCHANGE[1:3], {**EXCHANGE[2], "weight": 0}, *EXCHANGE[1:3]]
+    empty = [EXCHANGE[1], {"role": "assistant", "content": ""}]
+    for messages in [EXCHANGE, EXCHANGE[1:2], unlearned, empty, *small_talk(20)]:
+        theirs = hf[tok.template].apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert (theirs["input_ids"], theirs["assistant_masks"]) == tok.render(messages)
+
+
+@in_both_templates
+def test_the_chat_template_takes_parts_and_developers_and_strips_nothing(tok, hf):
+    system = {"role": "system", "content": " i like tea.\n"}
+    user = {"role": "user", "content": "\n  hello\tyou \n"}
+    reply = {"role": "assistant", "content": " hi\n"}
+    ids, mask = tok.render([system, user, reply, user])
+    parts = [{"type": "text", "text": "\n  hel"}, {"type": "text", "text": "lo\tyou \n"}]
+    theirs = hf[tok.template].apply_chat_template(
+        [
+            {**system, "role": "developer"},
+            {**user, "content": parts},
+            {**reply, "content": [{"type": "text", "text": " hi\n"}]},
+            user,
+        ],
+        return_assistant_tokens_mask=True,
+    )
+    assert (theirs["input_ids"], theirs["assistant_masks"]) == (ids, mask)
+
+
+@in_both_templates
+def test_the_chat_template_refuses_what_it_cannot_render(tok, hf):
+    from jinja2 import UndefinedError
+
+    tool = {"role": "tool", "content": "4"}
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}
+    for messages in ([tool], [*EXCHANGE[:2], tool], [image]):
+        with pytest.raises(UndefinedError):
+            hf[tok.template].apply_chat_template(messages)
+
+
+@in_both_templates
+def test_the_chat_template_is_the_same_wherever_programs_look_for_it(tmp_path, tok):
+    """transformers 5 reads chat_template.jinja, older versions tokenizer_config.json."""
+    from transformers import AutoTokenizer
+
+    folder = write_directory(tmp_path, tokenizer_files(tok.template, context=96))
+    new = AutoTokenizer.from_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
+    old = AutoTokenizer.from_pretrained(folder)
+    assert new.chat_template == old.chat_template
+    assert new.model_max_length == 96
+    # as transformers writes it, it is still known
+    new.save_pretrained(folder / "again")
+    assert "chat_template" not in (folder / "again" / "tokenizer_config.json").read_text()
+    again = read_tokenizer(folder / "again")
+    assert (again.template, again.notice) == (tok.template, "")
 
 
 # tokenizers of others
@@ -144,9 +215,86 @@ def test_a_template_without_tokens_of_its_own_is_known_by_its_chat_template(tmp_
     monkeypatch.setitem(TEMPLATES, "qa", Template(openers))
     folder = write_directory(tmp_path, tokenizer_files("qa"))
     assert read_tokenizer(folder).template == "qa"
+    (folder / "chat_template.jinja").unlink()  # it comes before tokenizer_config.json
+    assert read_tokenizer(folder).template == "qa"
     several = {"chat_template": [{"name": "default", "template": "?"}]}
     (folder / "tokenizer_config.json").write_text(json.dumps(several))
     assert read_tokenizer(folder).template == "human_bot"
+
+
+QA = Template({"system": "\n[Context]:", "user": "\n[Q]:", "assistant": "\n[A]:"})
+# as versions before this one wrote it, for human_bot in assets/nano
+EARLIER = (
+    "{%- set openers = OPENERS -%}{%- for message in messages -%}"
+    "{%- set opener = openers[message['role']] -%}{{- (opener | trim if loop.first else opener)"
+    " + \" \" + message['content'] + \"\" + (\"<|endoftext|>\" if message['role'] == 'assistant'"
+    " else '') -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- openers['assistant'] -}}"
+    "{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize("template", ["human_bot", "qa"])
+def test_the_chat_template_of_an_earlier_version_is_known(tmp_path, monkeypatch, template):
+    monkeypatch.setitem(TEMPLATES, "qa", QA)
+    jinja = EARLIER.replace("OPENERS", json.dumps(TEMPLATES[template].openers))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": jinja}))
+    tokenizer = read_tokenizer(tmp_path)
+    assert (tokenizer.template, tokenizer.notice) == (template, "")
+
+
+def test_a_chat_template_file_comes_before_the_config_and_the_default_before_others(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(TEMPLATES, "qa", QA)
+    ours = [chat_template("human_bot"), chat_template("qa")]
+    named = [{"name": n, "template": t} for n, t in zip(("rag", "default"), ours, strict=True)]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert read_tokenizer(tmp_path).template == "qa"
+    (tmp_path / "chat_template.jinja").write_text(ours[0])
+    assert read_tokenizer(tmp_path).template == "human_bot"
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("chat_template.jinja", CHATML),
+        ("tokenizer_config.json", json.dumps({"chat_template": CHATML})),
+        (
+            "tokenizer_config.json",
+            json.dumps({"chat_template": [{"name": "default", "template": CHATML}]}),
+        ),
+    ],
+)
+@pytest.mark.parametrize(("added", "template"), [((), "human_bot"), (ADDED, "user_assistant")])
+def test_a_model_with_a_chat_template_of_its_own_says_in_which_it_is_talked_to(
+    tmp_path, file, content, added, template
+):
+    folder = old_directory(tmp_path / "model", added)
+    (folder / file).write_text(content)
+    tokenizer = read_tokenizer(folder)
+    assert tokenizer.template == template
+    assert template in tokenizer.notice
+
+
+def test_chat_and_serve_say_so_on_stderr_and_nano_says_nothing(tmp_path, in_process):
+    save_model(GPT(GPTConfig(64, 50257, 1, 2, 8)), Tokenizer(), tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    knobs = ["--device=cpu", "--max_new_tokens=4"]
+    scripts = [
+        (chat.Config, chat.Chat),
+        (serve.Config, lambda config: Service(config).scheduler.close()),
+    ]
+    for Config, main in scripts:
+        run = functools.partial(configurator.run, main, Config)
+        done = in_process(run, "chat.py", f"--init_from={tmp_path}", *knobs)
+        assert "human_bot" in done.stderr and len(done.stderr.splitlines()) == 1, done
+        assert in_process(run, "chat.py", "--init_from=nano", *knobs).stderr == ""
 
 
 def foreign_vocabularies():
@@ -224,7 +372,7 @@ def config(tiny, tmp_path):
     ("option", "value"),
     [
         ("model_type", "llama"),
-        ("activation_function", "gelu"),
+        ("activation_function", "quick_gelu"),
         ("activation_function", "relu"),
         ("n_inner", 100),
         ("layer_norm_epsilon", 1e-6),
@@ -269,14 +417,14 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path, content):
 
 
 def assert_refused_as(match, path, content=None):
-    """open_weights refuses the file, after `content` (bytes or tensors) is written to it."""
+    """The file is refused, after `content` (bytes or tensors) is written to it."""
     if isinstance(content, dict):
         tensors = {name: tensor.contiguous().clone() for name, tensor in content.items()}
         save_file(tensors, path)
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=match):
-        open_weights(path, tiny_model("meta"))
+        match_model(open_tensors(path), tiny_model("meta"))
 
 
 def test_missing_extra_misshapen_and_integer_tensors_are_named(tiny, tmp_path):
@@ -288,7 +436,10 @@ def test_missing_extra_misshapen_and_integer_tensors_are_named(tiny, tmp_path):
     four_bits = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     for wrong, words in (
         (lacking, r"lacks .*transformer\.h\.1\.mlp\.c_fc\.bias"),
-        (tensors | {"classifier.weight": torch.zeros(1, 8)}, r"has .*classifier\.weight"),
+        (
+            tensors | {"transformer.h.0.adapter.weight": torch.zeros(1, 8)},
+            r"has .*transformer\.h\.0\.adapter\.weight",
+        ),
         (tensors | {"score.weight": torch.zeros(1, 8)}, "reward model"),
         (
             tensors | {"transformer.h.0.attn.c_attn.weight": transposed},
@@ -308,7 +459,7 @@ def test_weights_of_another_config_are_refused(tiny, change):
         with torch.device("meta"):
             other = GPT(config)
         with pytest.raises(ValueError, match=r"model\.safetensors"):
-            open_weights(tiny / "model.safetensors", other)
+            match_model(open_tensors(tiny / "model.safetensors"), other)
 
 
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
@@ -336,7 +487,7 @@ def test_weights_that_may_not_be_read_are_not_called_missing(tiny, tmp_path):
     if os.access(weights, os.R_OK):
         pytest.skip("root reads what it likes")
     with pytest.raises(PermissionError, match=r"model\.safetensors"):
-        open_weights(weights, tiny_model("meta"))
+        match_model(open_tensors(weights), tiny_model("meta"))
 
 
 @pytest.mark.parametrize("kind", ["model.safetensors", "zip.bin", "legacy.bin"])
@@ -362,6 +513,6 @@ def test_a_damaged_header_of_the_weights_is_refused(tiny, data):
 
 def test_a_sound_file_of_each_format_is_read(tiny):
     for kind in ("model.safetensors", "zip.bin", "legacy.bin"):
-        read = open_weights(tiny / kind, tiny_model("meta"))
+        read = match_model(open_tensors(tiny / kind), tiny_model("meta"))
         for name, tensor in load_file(tiny / "model.safetensors").items():
             assert torch.equal(read(name), tensor)

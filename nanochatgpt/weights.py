@@ -1,0 +1,197 @@
+"""Tensors in files, and their names there: safetensors, pickles, shards, nanoGPT's ckpt.pt.
+
+Each name becomes model.py's. A file may hold more than the model: causal masks, other heads, the
+head again, which is tied to the embedding. It must hold all of the model, in the right shapes.
+"""
+
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short_repr
+
+import safetensors
+import torch
+
+from model import GPTConfig
+from nanochatgpt.files import check_format, load_tensors, read_json
+from nanochatgpt.huggingface import read_sizes
+from nanochatgpt.tokenizer import END_OF_TEXT
+
+# the files with a model's weights, or an index of their shards, best first
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHTS += ("pytorch_model.bin", "pytorch_model.bin.index.json")
+FLOATS = {"f64", "f32", "f16", "bf16", "float64", "float32", "float16", "bfloat16"}
+EMBEDDING = "transformer.wte.weight"
+HEAD = "lm_head.weight"
+SCORE = "score.weight"  # a reward model's, which has no lm_head
+PARTS = ("wte", "wpe", "h", "ln_f")  # of the transformer
+# parts of a name that say where the model is: in the base model's place or inside a wrapper of
+# torch.compile, FSDP, activation checkpointing, DDP or Lightning
+PREFIXES = {"transformer", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+PREFIXES |= {"module", "model"}
+# nanoGPT's model_args; its forks have others, for other arithmetic
+NANOGPT_ARGS = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout"}
+LARGEST_PADDED = 51_200  # GPT-2's vocabulary, padded to a multiple of 1,024
+
+
+class NoScore(ValueError):
+    """The weights are not a reward model's."""
+
+
+@dataclass
+class StoredTensor:
+    path: Path  # its file
+    shape: tuple
+    dtype: str
+    read: Callable  # () -> the tensor
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def open_weights(path, get_file):
+    """Return {name: StoredTensor} of a file, or of the shards that an index lists (a .json file);
+    get_file(name) returns the path of a shard. Raises ValueError if a file is damaged."""
+    if path.suffix != ".json":
+        return open_tensors(path)
+
+    weight_map = read_json(path).get("weight_map")  # {name of a tensor: name of its file}
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} is damaged: it lists no shards")
+    shards = sorted(set(map(str, weight_map.values())))
+    for name in shards:
+        if not re.fullmatch(r"\w[\w.-]*", name):  # such as ../../secret.bin
+            raise ValueError(f"{path}: {short_repr(name)} is not a file of its directory")
+    stored = {}
+    for name in shards:
+        stored |= open_tensors(get_file(name))
+    return stored
+
+
+def open_tensors(path):
+    """Return {name: StoredTensor} of one file. Raises ValueError if it is damaged."""
+    check_format(path)  # also raises PermissionError; safetensors would call the file missing
+    stored = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                for name in list(file.keys()):
+                    tensor = file.get_slice(name)
+                    read = _reader(path, name)
+                    shape = tuple(tensor.get_shape())
+                    stored[name] = StoredTensor(path, shape, tensor.get_dtype(), read)
+        else:
+            for name, tensor in load_tensors(path).items():
+                stored[str(name)] = in_memory(path, tensor)
+    except (safetensors.SafetensorError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or no state dict; save it again ({error})") from error
+    if not stored:
+        raise ValueError(f"{path} holds no tensors")
+    return stored
+
+
+def _reader(path, name):
+    def read():
+        # map the file anew for each tensor, so that no earlier one stays in memory
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    return read
+
+
+def in_memory(path, tensor, transposed=False):
+    """Return the StoredTensor of a tensor that is loaded or mapped, or of its transpose."""
+    tensor = tensor.transpose(0, -1) if transposed else tensor
+    return StoredTensor(path, tuple(tensor.shape), str(tensor.dtype), tensor.contiguous)
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def match_model(stored, model):
+    """Return read(name) -> tensor for the weights of `model`; name is model.py's. Each tensor can
+    be read once. Raises ValueError if the stored names, shapes or dtypes are not the model's, or a
+    head is not its embedding; NoScore if a reward model's score is missing."""
+    paths = {tensor.path for tensor in stored.values()}
+    path = paths.pop() if len(paths) == 1 else paths.pop().parent  # for messages
+
+    # 1. model.py's names; like transformers, skip masks and unknown heads
+    tensors = {}
+    for stored_name, tensor in stored.items():
+        parts = stored_name.split(".")
+        name = ".".join(part for part in parts if part not in PREFIXES)
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue
+        if "transformer" in parts or name.startswith(tuple(f"{part}." for part in PARTS)):
+            name = f"transformer.{name}"
+        elif name not in (HEAD, SCORE):
+            continue
+        if name in tensors:
+            raise ValueError(f"{path} has the tensor {name} twice")
+        tensors[name] = tensor
+
+    # the head is the embedding: a file may have only one of them
+    head = tensors.pop(HEAD, None)
+    if head:
+        tensors.setdefault(EMBEDDING, head)
+
+    # 2. compare names, shapes and dtypes with the model
+    expected = model.state_dict()
+    has_head = expected.pop(HEAD, None) is not None
+    if SCORE in expected and SCORE not in tensors:
+        raise NoScore(f"{path} is not a reward model: it has no {SCORE}")
+    if SCORE in tensors and SCORE not in expected:
+        raise ValueError(f"{path} is a reward model: it scores text and writes none")
+    for name in sorted(expected.keys() ^ tensors.keys()):  # report the first difference
+        verb = "lacks" if name in expected else "has"
+        raise ValueError(f"{path} {verb} the tensor {name}, unlike the model in its config")
+    for name, weight in expected.items():
+        tensor = tensors[name]
+        if tensor.shape != weight.shape:
+            wanted = tuple(weight.shape)
+            raise ValueError(f"{path}: {name} has shape {tensor.shape}, its config says {wanted}")
+        if tensor.dtype.lower().removeprefix("torch.") not in FLOATS:
+            dtype = f"{name} is {tensor.dtype}"
+            raise ValueError(f"{path}: {dtype}; quantized weights are not supported")
+    if head and has_head and not torch.equal(head.read(), tensors[EMBEDDING].read()):
+        raise ValueError(f"{path}: {HEAD} differs from {EMBEDDING}; only tied ones are supported")
+    return lambda name: tensors.pop(name).read()  # frees each tensor after use
+
+
+# --- nanoGPT --------------------------------------------------------------------------------------
+
+
+def open_nanogpt(path):
+    """Return ({name: StoredTensor}, GPTConfig) of nanoGPT's ckpt.pt. Its linear weights are [out,
+    in] and its GELU is the exact one; with bias=False all biases are zero. Raises ValueError for
+    any other file, or a vocabulary that is not GPT-2's."""
+    # mapped, so that the optimizer's moments are never read
+    checkpoint = load_tensors(path, mmap=zipfile.is_zipfile(path))
+    is_nanogpt = isinstance(checkpoint, dict) and {"model", "model_args"} <= checkpoint.keys()
+    if not is_nanogpt or not all(isinstance(checkpoint[n], dict) for n in ("model", "model_args")):
+        raise ValueError(f"{path} is not a checkpoint of nanoGPT: pass the directory of a model")
+
+    # 1. the config
+    args = checkpoint["model_args"]
+    for name in args.keys() - NANOGPT_ARGS:
+        raise ValueError(f"{path} is not nanoGPT's own: {short_repr(name)} in its model_args")
+    config = GPTConfig(activation="gelu", **read_sizes(path, args, "block_size"))
+    if not END_OF_TEXT < config.vocab_size <= LARGEST_PADDED:
+        problem = f"vocab_size={config.vocab_size} is not GPT-2's vocabulary of 50,257 tokens"
+        raise ValueError(f"{path}: {problem}, which is the only one that this project has")
+
+    # 2. the weights
+    stored = {}
+    for name, tensor in checkpoint["model"].items():
+        name = str(name)
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path} is damaged: {short_repr(name)} is not a tensor")
+        linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        stored[name] = in_memory(path, tensor, transposed=linear)
+        has_bias = linear or "ln_" in name
+        if has_bias and args.get("bias") is False and tensor.dim():
+            zeros = torch.zeros(len(tensor), dtype=tensor.dtype)
+            stored.setdefault(re.sub("weight$", "bias", name), in_memory(path, zeros))
+    return stored, config
