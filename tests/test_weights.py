@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import assert_refused
 from safetensors.torch import load_file, save_file
+from test_files import Server
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -260,6 +261,59 @@ def test_the_whole_file_comes_before_an_index(gpt2, tmp_path):
     for path in tmp_path.glob("model-*"):
         path.unlink()
     assert_loads(tmp_path, logits_of(gpt2))
+
+
+# on the hub
+
+
+@pytest.fixture
+def publish(tmp_path, monkeypatch):
+    """Serve a folder as org/name on the hub: publish(folder) -> the server."""
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for name in ("HF_HUB_CACHE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    server = Server()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+
+    def publish(folder):
+        for path in folder.iterdir():
+            server.bodies[f"/org/name/resolve/main/{path.name}"] = path.read_bytes()
+        return server
+
+    yield publish
+    server.close()
+
+
+@pytest.mark.parametrize("save", [whole, sharded, sharded_bin, pickled])
+def test_a_model_of_the_hub_loads_however_it_is_stored(gpt2, tmp_path, publish, save):
+    folder = tmp_path / "model"
+    save(gpt2, folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    publish(folder)
+    assert_loads("org/name", logits_of(gpt2))
+    assert load_model("org/name")[1].notice  # its own chat template has come along
+
+
+def test_a_shard_that_the_hub_lacks_is_named(gpt2, tmp_path, publish):
+    folder = tmp_path / "model"
+    sharded(gpt2, folder)
+    missing = sorted(folder.glob("model-*.safetensors"))[-1]
+    missing.unlink()
+    publish(folder)
+    with pytest.raises(FileNotFoundError, match=missing.name):
+        load_model("org/name")
+
+
+def test_a_lora_adapter_on_the_hub_is_refused_by_name(tmp_path, publish):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    publish(tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"org/name.*LoRA.*merge_and_unload"):
+        load_model("org/name")
+    with pytest.raises(FileNotFoundError, match=r"org/other/resolve/main/config\.json"):
+        load_model("org/other")
 
 
 # activations
