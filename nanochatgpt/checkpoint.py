@@ -23,7 +23,8 @@ from nanochatgpt.tokenizer import Tokenizer
 from nanochatgpt.weights import WEIGHTS, match_model, open_nanogpt, open_weights
 
 NANO = Path(__file__).parents[1] / "assets" / "nano"  # its README.md says how it was trained
-FILES = {".safetensors", ".bin", ".pt", ".gguf"}  # not the ends of names on the hub
+PICKLES = (".pt", ".pth", ".ckpt")  # what checkpoints of nanoGPT end in
+FILES = (*PICKLES, ".safetensors", ".bin", ".gguf")  # what no name on the hub ends in
 # weights that other programs read, by their files
 FOREIGN = {"*.gguf": "GGUF", "*.h5": "TensorFlow", "*.ckpt*": "TensorFlow", "*.msgpack": "Flax"}
 FOREIGN |= {"*.onnx": "ONNX"}
@@ -97,18 +98,19 @@ def default_model():
 def find(init_from):
     """Return ({name: StoredTensor}, GPTConfig, Tokenizer)."""
     path = NANO if init_from == "nano" else Path(init_from)
-    folder = path.parent if path.is_file() else path
-    if any(folder.glob("adapter_*")):  # adapter_config.json, adapter_model.safetensors
-        raise ValueError(f"{path} {huggingface.ADAPTER}")
-    if not path.is_dir() and (path.is_file() or path.suffix in FILES):
-        check_format(path)  # raises FileNotFoundError
-        if path.suffix in (".safetensors", ".bin"):
-            raise ValueError(f"{path} is one file of a model: pass its directory, {path.parent}")
-        return *open_nanogpt(path), Tokenizer()
-    if not path.is_dir():
+    if not path.exists() and path.suffix not in FILES:
         from nanochatgpt.hub import find_on_hub  # most runs need no download
 
         return find_on_hub(init_from)
+
+    folder = path if path.is_dir() else path.parent
+    if any(folder.glob("adapter_*")):  # adapter_config.json, adapter_model.safetensors
+        raise ValueError(f"{path} {huggingface.ADAPTER}")
+    if path != folder:
+        check_format(path)  # raises FileNotFoundError
+        if path.suffix not in PICKLES:
+            raise ValueError(f"{path} is one file of a model: pass its directory, {folder}")
+        return *open_nanogpt(path), Tokenizer()
 
     for name in WEIGHTS:
         if (path / name).is_file():
@@ -121,6 +123,6 @@ def find(init_from):
     # no weights: say what there is instead
     for pattern, program in FOREIGN.items():
         for file in path.glob(pattern):
-            remedy = "save it as model.safetensors with transformers"
-            raise ValueError(f"{path} has weights for {program} only, {file.name}: {remedy}")
+            problem = f"{path} has only {program} weights, {file.name}"
+            raise ValueError(f"{problem}: save the model as model.safetensors with transformers")
     raise FileNotFoundError(f"{path} has none of {', '.join(WEIGHTS[::2])}, ckpt.pt")

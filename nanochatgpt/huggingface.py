@@ -6,6 +6,7 @@ reject any option that model.py does not implement, and name it.
 
 import functools
 import json
+import re
 from reprlib import repr as short_repr
 
 from model import GPTConfig
@@ -158,11 +159,9 @@ CHAT_TEMPLATE = """\
 def chat_template(template):
     """Return a template in Jinja for transformers' `apply_chat_template`."""
     t = TEMPLATES[template]
-    jinja = CHAT_TEMPLATE
     values = {"OPENERS": t.openers, "BEFORE": t.before, "AFTER": t.after, "END": t.end}
-    for name, value in values.items():
-        jinja = jinja.replace(name, json.dumps(value))
-    return jinja
+    names = rf"\b({'|'.join(values)})\b"
+    return re.sub(names, lambda name: json.dumps(values[name[0]]), CHAT_TEMPLATE)
 
 
 def _is_chat_template_of(template, jinja):
@@ -179,8 +178,9 @@ def _read_chat_template(directory):
     path = directory / "tokenizer_config.json"
     jinja = read_json(path).get("chat_template") if path.exists() else None
     if isinstance(jinja, list):  # of several, {"name", "template"} each
-        named = [entry for entry in jinja if isinstance(entry, dict)]
-        jinja = {entry.get("name"): entry.get("template") for entry in named}.get("default")
+        for entry in jinja:
+            if isinstance(entry, dict) and entry.get("name") == "default":
+                jinja = entry.get("template")
     return jinja if isinstance(jinja, str) else None
 
 

@@ -120,6 +120,18 @@ def test_the_chat_template_takes_parts_and_developers_and_strips_nothing(tok, hf
     assert (theirs["input_ids"], theirs["assistant_masks"]) == (ids, mask)
 
 
+def test_a_chat_template_may_spell_anything(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    openers = {"system": '\n[END "%}]:', "user": "\n[OPENERS {{é]:", "assistant": "\n[AFTER\\n]:"}
+    monkeypatch.setitem(TEMPLATES, "odd", Template(openers, before=" BEFORE "))
+    folder = write_directory(tmp_path, tokenizer_files("odd"))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ids = theirs.apply_chat_template(EXCHANGE[:3], add_generation_prompt=True)["input_ids"]
+    assert ids == Tokenizer("odd").render(EXCHANGE[:3], add_generation_prompt=True)[0]
+    assert read_tokenizer(folder).template == "odd"
+
+
 @in_both_templates
 def test_the_chat_template_refuses_what_it_cannot_render(tok, hf):
     from jinja2 import UndefinedError

@@ -46,7 +46,8 @@ def disk(tmp_path):
 
 def ours(hf, dropout=0.0):
     c = hf.config
-    model = GPT(GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout))
+    shape = (c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
+    model = GPT(GPTConfig(*shape, dropout, activation=c.activation_function))
     model.load_state_dict(hf.state_dict())
     return model.eval()
 
@@ -107,8 +108,9 @@ def test_a_state_dict_passes_both_ways_without_renaming(hf_model):
         torch.testing.assert_close(model(idx)[0], hf(idx).logits, atol=1e-4, rtol=0)
 
 
-def test_loss_and_every_gradient_equal_transformers(hf_model, ours_either_way):
-    hf = hf_model(**ODD)
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
+def test_loss_and_every_gradient_equal_transformers(hf_model, ours_either_way, activation):
+    hf = hf_model(**ODD, activation_function=activation)
     model = ours_either_way(hf)
     idx = batch(50262)
     labels = idx.masked_fill(torch.rand(idx.shape) < 0.4, -100)

@@ -482,7 +482,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsiz
 def foreign_files(gpt2, folder):
     """Yield (init_from, words of the refusal)."""
     whole(gpt2, folder / "model")
-    yield folder / "model" / "model.safetensors", ["directory", folder / "model"]
+    for name in ("model.safetensors", "config.json"):
+        yield folder / "model" / name, ["directory", folder / "model"]
     pickled(gpt2, folder / "bin")
     yield folder / "bin" / "pytorch_model.bin", ["directory", folder / "bin"]
     yield folder / "bin" / "missing.bin", ["missing.bin"]
