@@ -44,7 +44,8 @@ def find_on_hub(name):
         raise ValueError(f"{name} {ADAPTER}")
     config = config or hub_file(name, "config.json")  # raises the error
     fetch("tokenizer_config.json")  # has the chat template in older repositories
-    fetch("chat_template.jinja")
+    with contextlib.suppress(ConnectionError):  # what older versions cached lacks this file
+        fetch("chat_template.jinja")
     # older repositories have two files in place of tokenizer.json
     tokenizer = fetch("tokenizer.json") or fetch("vocab.json") or config
     if tokenizer.name == "vocab.json":

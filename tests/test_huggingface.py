@@ -18,6 +18,7 @@ from test_tokenizer import EXCHANGE, HUMAN_BOT, PROSE, TOKENIZERS, in_both_templ
 
 import chat
 import serve
+from evaluation.replies import ReplyConfig, load
 from model import GPT, GPTConfig
 from nanochatgpt import configurator
 from nanochatgpt.checkpoint import save_model
@@ -294,13 +295,14 @@ def test_a_model_with_a_chat_template_of_its_own_says_in_which_it_is_talked_to(
     assert template in tokenizer.notice
 
 
-def test_chat_and_serve_say_so_on_stderr_and_nano_says_nothing(tmp_path, in_process):
+def test_whatever_chats_says_so_on_stderr_and_nano_says_nothing(tmp_path, in_process):
     save_model(GPT(GPTConfig(64, 50257, 1, 2, 8)), Tokenizer(), tmp_path)
     (tmp_path / "chat_template.jinja").write_text(CHATML)
     knobs = ["--device=cpu", "--max_new_tokens=4"]
     scripts = [
         (chat.Config, chat.Chat),
         (serve.Config, lambda config: Service(config).scheduler.close()),
+        (ReplyConfig, lambda config: load(config.init_from, config)),  # evaluate.py
     ]
     for Config, main in scripts:
         run = functools.partial(configurator.run, main, Config)

@@ -17,6 +17,7 @@ from transformers import (
     GPT2Config,
     GPT2DoubleHeadsModel,
     GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
     GPT2LMHeadModel,
     GPT2Model,
@@ -26,6 +27,7 @@ import chat
 import train
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.tokenizer import Tokenizer
+from rlhf.reward_model import RewardModel
 
 IDX = torch.arange(0, 50257, 4000)[None]
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64}
@@ -189,6 +191,21 @@ def test_however_a_model_was_saved_it_loads_with_equal_logits(gpt2, tmp_path, sa
     assert_loads(tmp_path, logits_of(gpt2))
 
 
+def test_a_reward_model_is_told_apart_in_shards_and_behind_prefixes(gpt2, tmp_path):
+    whole(gpt2, tmp_path)
+    theirs = GPT2ForSequenceClassification.from_pretrained(tmp_path, num_labels=1).eval()
+    theirs.config.pad_token_id = 50256
+    sharded(theirs, tmp_path / "sharded")
+    state = nn.DataParallel(theirs).state_dict()
+    for folder in (tmp_path / "sharded", write(tmp_path / "prefixed", state)):
+        model, _ = load_model(str(folder), model_class=RewardModel)
+        with torch.no_grad():
+            score = model.eval()(IDX, torch.tensor([IDX.size(1)]))
+            torch.testing.assert_close(score, theirs(IDX).logits[:, 0], atol=1e-4, rtol=0)
+        with pytest.raises(ValueError, match="reward model"):
+            load_model(str(folder))
+
+
 def test_half_precision_loads_with_the_logits_of_its_rounded_weights(tmp_path):
     model = make_gpt2().half()
     model.save_pretrained(tmp_path)
@@ -294,6 +311,19 @@ def test_a_model_of_the_hub_loads_however_it_is_stored(gpt2, tmp_path, publish, 
     publish(folder)
     assert_loads("org/name", logits_of(gpt2))
     assert load_model("org/name")[1].notice  # its own chat template has come along
+
+
+def test_a_model_that_was_cached_without_a_chat_template_file_needs_no_network(
+    gpt2, tmp_path, publish
+):
+    whole(gpt2, tmp_path / "theirs")
+    model, tokenizer = load_model(str(tmp_path / "theirs"))
+    save_model(model, tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    server = publish(tmp_path / "model")
+    assert_loads("org/name", logits_of(gpt2))
+    server.close()
+    assert_loads("org/name", logits_of(gpt2))
 
 
 def test_a_shard_that_the_hub_lacks_is_named(gpt2, tmp_path, publish):
