@@ -476,9 +476,9 @@ def test_a_reply_streams_ctrl_c_cuts_it_short_the_chat_goes_on_and_ctrl_d_ends_i
 def continued(directory, capsys):
     """Run sample.py's main: continued(start=...) -> what it prints."""
 
-    def run(block_size=128, **knobs):
+    def run(block_size=128, template="human_bot", **knobs):
         knobs = {"max_new_tokens": 12, "device": "cpu"} | knobs
-        sample.main(sample.Config(init_from=directory(block_size), **knobs))
+        sample.main(sample.Config(init_from=directory(block_size, template), **knobs))
         return capsys.readouterr().out
 
     return run
@@ -505,9 +505,75 @@ def test_an_empty_prompt_is_continued_too(continued):
     assert continued(start="").strip()
 
 
-def test_a_continuation_ends_with_the_context(continued):
-    text = continued(block_size=64, max_new_tokens=1000, temperature=0)
+def test_a_continuation_ends_with_the_context_and_one_line_says_so(continued, monkeypatch):
+    text = continued(block_size=64, start="The dog", max_new_tokens=1000, temperature=0)
     assert len(Tokenizer().encode(text)) < 2 * 64
+    knobs = {"start": "The dog", "temperature": 0, "num_samples": 2}
+    for n, lines in ((61, 0), (62, 0), (63, 1), (1000, 1)):  # 2 of 64 tokens are the prompt
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        continued(block_size=64, max_new_tokens=n, **knobs)
+        said = sys.stderr.getvalue().splitlines()
+        assert len(said) == lines
+        assert all("62" in line and f"max_new_tokens={n}" in line for line in said)
+
+
+def test_a_continuation_that_stops_by_itself_is_not_said_to_be_cut(continued, says, capsys):
+    says([*Tokenizer().encode(" runs home"), 50256])
+    assert continued(start="The dog", max_new_tokens=1000) == "The dog runs home\n"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("Dear diary,\ntoday", "Dear diary,\ntoday"),
+        ("\ufeffcafé ☕\n", "café ☕\n"),  # a byte-order mark
+        ("two\r\nlines", "two\nlines"),
+        ("", ""),
+    ],
+)
+def test_a_prompt_can_come_from_a_file(content, text, continued, monkeypatch):
+    monkeypatch.setenv("HOME", os.getcwd())
+    Path("prompt.txt").write_bytes(content.encode())
+    expected = continued(start=text)
+    assert continued(start="FILE:prompt.txt") == expected
+    config = configurator.parse(sample.Config, ["--start=FILE:~/prompt.txt"])
+    assert continued(start=config.start) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["prompt.txt"]),
+        ("café au lait".encode("latin-1"), ["prompt.txt", "byte 3", "UTF-8"]),
+        ("an umlaut: ü".encode("utf-16"), ["prompt.txt", "byte 0", "UTF-8"]),
+        (b"tea " * 200, ["202 tokens", "context 128"]),
+    ],
+    ids=["missing", "latin-1", "utf-16", "too long"],
+)
+def test_a_file_that_cannot_be_a_prompt_is_refused(content, words, directory, as_main):
+    if content is not None:
+        Path("prompt.txt").write_bytes(content)
+    done = as_main("sample.py", f"--init_from={directory()}", "--start=FILE:prompt.txt")
+    assert_refused(done, *words)
+    assert done.stdout == ""
+
+
+def test_end_of_text_in_a_prompt_is_the_token_and_no_other_marker_is(continued, monkeypatch):
+    prompts = []
+
+    def stream(engine, tokenizer, prompt, *args, **options):
+        prompts.append(prompt)
+        return []
+
+    monkeypatch.setattr(sample, "stream", stream)
+    for start in ("a<|endoftext|>b", "<|endoftext|>", "", "<|endoftext|><|endoftext|>b", "<|End|>"):
+        assert continued(start=start) == start + "\n"
+    a, b = Tokenizer().encode("a"), Tokenizer().encode("b")
+    plain = Tokenizer().encode("<|End|>")
+    assert prompts == [[*a, 50256, *b], [50256], [50256], [50256, 50256, *b], plain]
+    continued(start="<|endoftext|><|End|>", template="user_assistant")
+    assert prompts[-1] == [50256, *plain]
 
 
 @pytest.mark.parametrize(
