@@ -3,7 +3,8 @@
     python SCRIPT.py [config/FILE.py ...] [--knob=value ...]        the last one wins
 
 A config file holds plain Python assignments. A knob is a field of type int, float, bool or str; the
-comment after it is its line of --help.
+comment after it is its line of --help. "~/" at the start of a text, or after a comma or colon in
+it, is the home directory.
 """
 
 import contextlib
@@ -111,11 +112,17 @@ def _convert(knob, value, source):
     if type(value) is not knob.type:  # isinstance would accept True for an int
         example = f"{knob.name}={knob.default}"
         raise ValueError(f"{source}: {knob.name} is of type {knob.type.__name__}, as in {example}")
-    return value
+    return _expand_home(value) if knob.type is str else value
+
+
+def _expand_home(text):
+    """Return the text with the home directory for ~, as in ~, ~/out, FILE:~/a.txt or ~/a,~/b."""
+    return re.sub(r"^~$|(?<![^,:])~(?=/)", lambda _: os.path.expanduser("~"), text)
 
 
 def _run_file(path):
     """Run a config file; return what it assigns, without modules, functions, classes and _names."""
+    path = _expand_home(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no config file {path}; write knobs as --knob=value")
     names = {"__name__": "config", "__file__": path}  # its global variables

@@ -104,6 +104,32 @@ def test_a_file_assigns_to_knobs(config_file, line, name, value):
     assert type(getattr(parse(Config, [path]), name)) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("~", "/home/me"),
+        ("~/out", "/home/me/out"),
+        ("FILE:~/a.txt", "FILE:/home/me/a.txt"),
+        ("~/a,b,~/c", "/home/me/a,b,/home/me/c"),
+        ("i am ~/happy", "i am ~/happy"),
+        ("a~/b", "a~/b"),
+        ("it is ~ 3, ~ 4", "it is ~ 3, ~ 4"),
+        (":~", ":~"),
+        ("~~/", "~~/"),
+    ],
+)
+def test_a_tilde_where_a_path_begins_is_the_home_directory(config_file, monkeypatch, text, value):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse(Config, [f"--out_dir={text}"]).out_dir == value
+    assert parse(Config, [config_file(f"out_dir = {text!r}")]).out_dir == value
+
+
+def test_a_config_file_in_the_home_directory_is_found(config_file, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config_file("seed = 3")
+    assert changed(["~/own.py"]) == {"seed": 3}
+
+
 def test_the_later_of_files_and_arguments_wins(config_file):
     two = config_file("seed = 2\nbatch_size = 2", "two.py")
     three = config_file("seed = 3", "three.py")
