@@ -10,6 +10,7 @@ it, is the home directory.
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -69,6 +70,8 @@ def run(main, Config):
             raise
         elif isinstance(error, OSError) and error.strerror:  # without "[Errno 2]"
             message = f"{error.filename or ''}: {error.strerror}".lstrip(": ")
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # the disk is full
+                message += "\nfree some space and run again (training: with --init_from=resume)"
         # two short lines at most, since a message may quote a damaged file
         message = f"{Path(sys.argv[0]).name}: {message}"
         for line in message.splitlines()[:2]:

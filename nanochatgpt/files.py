@@ -1,6 +1,7 @@
 """Downloads that resume and are verified; writes that happen completely or not at all."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -82,7 +83,7 @@ def _receive(url, part, headers):
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else None  # bytes of the whole file
         part.parent.mkdir(parents=True, exist_ok=True)
-        with _naming(part), part.open("ab" if done else "wb") as file:
+        with naming(part), part.open("ab" if done else "wb") as file:
             # raw: requests would unpack a .tgz that is labelled Content-Encoding: gzip
             chunks = response.raw.stream(1 << 16, decode_content=False)
             for chunk in _with_progress(chunks, part.stem, done, total):
@@ -120,19 +121,20 @@ def replacing(path):
     Raises OSError, with the path, if writing fails."""
     part = path.with_name(path.name + ".part")
     try:
-        with _naming(path):
+        with naming(path):
             yield part
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())  # on the disk before it gets its name
             part.replace(path)
     except (safetensors.SafetensorError, RuntimeError) as error:  # how they report a full disk
-        raise OSError(f"cannot write {path}: {error}") from error
+        reason = f"the disk may be full ({str(error).splitlines()[0]})"
+        raise OSError(errno.ENOSPC, reason, str(path)) from error
     finally:
         part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _naming(path):
+def naming(path):
     """Add the path to an OSError that lacks it, such as disk full."""
     try:
         yield

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
-from nanochatgpt.files import replacing
+from nanochatgpt.files import naming, replacing
 
 # (factor, offset): above factor * the usual value + offset the run is diverging
 LIMITS = {"loss": (2, 1), "validation loss": (2, 1), "gradient norm": (100, 100)}
@@ -52,7 +52,8 @@ class Log:
         finite = {}
         for name, value in record.items():
             finite[name] = value if value is not None and math.isfinite(value) else None
-        self.file.write(json.dumps(finite) + "\n")  # flushed line by line
+        with naming(self.file.name):
+            self.file.write(json.dumps(finite) + "\n")  # flushed line by line
         # Weights & Biases can show NaN, so it gets the record as it is
         if self.wandb:
             self.wandb.log(record, step=record["iter"])

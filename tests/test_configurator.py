@@ -1,6 +1,7 @@
 """Knobs from files and arguments: their values, order and help, and the errors they end in."""
 
 import dataclasses
+import errno
 import importlib
 import io
 import os
@@ -369,6 +370,13 @@ def test_an_error_that_the_user_can_fix_ends_in_two_lines_and_status_2(demo, arg
     done = demo(*args)
     assert_refused(done, "demo.py: ", word)
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EFBIG"])
+def test_a_full_disk_ends_in_the_path_and_the_remedy(demo, name):
+    number = getattr(errno, name)
+    done = demo(f"--fail=raise OSError({number}, 'it is full', 'out/last/state.pt')")
+    assert_refused(done, "out/last/state.pt: it is full", "free some space", "--init_from=resume")
 
 
 def test_a_bug_is_raised(demo):

@@ -180,7 +180,7 @@ def test_a_full_disk(call, name, written):
     report = ["--report=report.html", "--replies=20"] if name == "evaluate.py" else []
     with largest_file(3000):  # more than is printed, which may go to a file too
         done = call(name, "--init_from=tiny", *report)
-    assert_refused(done, written)
+    assert_refused(done, written, "free some space")
     assert not list(Path().rglob("*.part"))
 
 
@@ -195,5 +195,5 @@ def test_a_full_disk_in_a_preparation(as_main, name):
     source = "text.txt" if name == "text" else f"{name}.jsonl"
     with largest_file(500):
         done = as_main(f"prepare/{name}.py", f"--source={source}", "--out_dir=data/new")
-    assert_refused(done, "data/new")
+    assert_refused(done, "data/new", "free some space")
     assert not Path("data/new").exists()

@@ -420,7 +420,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_it_goes_on_from_the_last_sav
     for n_bytes, file in ((3_000_000, "model.safetensors"), (5_000_000, "last/state.pt")):
         with largest_file(n_bytes):
             done = run_script(monkeypatch, capfd, **LONG | {"init_from": "resume"})
-        assert_refused(done, file)
+        assert_refused(done, file, "full", "--init_from=resume")
         assert load_state("out")["iter"] == 6
         for folder in ("out", "out/last"):
             GPT2LMHeadModel.from_pretrained(folder)
