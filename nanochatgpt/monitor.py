@@ -35,17 +35,25 @@ class Log:
             part.write_text(kept)
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
 
-        # a run at Weights & Biases, named after out_dir
+        # a run at Weights & Biases, named after out_dir; a resumed run goes on in the same one
         self.wandb = None
         if config.wandb_log:
             import wandb
 
-            project = os.environ.get("WANDB_PROJECT", "nanochatgpt")
-            name = os.environ.get("WANDB_NAME", path.parent.name)
+            id_path = path.with_name("wandb_id")
+            options = {
+                "project": os.environ.get("WANDB_PROJECT", "nanochatgpt"),
+                "name": os.environ.get("WANDB_NAME", path.parent.name),
+                "config": asdict(config),
+            }
+            if first_iter and id_path.exists():
+                options |= {"id": id_path.read_text(), "resume": "allow"}
             try:
-                self.wandb = wandb.init(project=project, name=name, config=asdict(config))
+                self.wandb = wandb.init(**options)
             except wandb.Error as error:
                 raise ValueError(f"{error}: run `wandb login`, or WANDB_MODE=offline") from error
+            with replacing(id_path) as part:
+                part.write_text(self.wandb.id)
 
     def __call__(self, **record):
         # JSON cannot hold NaN or inf (a diverged loss, fp16 overflow): write null

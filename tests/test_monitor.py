@@ -4,10 +4,13 @@ import json
 import math
 import os
 import signal
+import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import largest_file
 
 from nanochatgpt.device import move, peak_flops, pick_device, pick_dtype
 from nanochatgpt.monitor import LIMITS, DivergenceCheck, Log, StopSignal, read_log, time_left
@@ -59,6 +62,42 @@ def test_a_file_that_is_not_a_log_is_refused_and_kept(tmp_path):
         with pytest.raises(ValueError, match=r"metrics\.jsonl"):
             Log(SimpleNamespace(out_dir=str(tmp_path), wandb_log=False), 5)
         assert path.read_text() == line
+
+
+@dataclass
+class WandbConfig:
+    out_dir: str
+    wandb_log: bool = True
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_at_weights_and_biases(tmp_path, monkeypatch):
+    calls = []
+
+    def init(**options):
+        calls.append(options)
+        return SimpleNamespace(id=options.get("id") or f"run{len(calls)}")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
+    config = WandbConfig(str(tmp_path))
+    for first_iter in (0, 5, 9, 0):  # a new run, resumed twice; another new run
+        Log(config, first_iter)
+    assert [(call.get("id"), call.get("resume")) for call in calls] == [
+        (None, None),
+        ("run1", "allow"),
+        ("run1", "allow"),
+        (None, None),
+    ]
+
+
+def test_a_full_disk_names_the_log(tmp_path):
+    log = Log(SimpleNamespace(out_dir=str(tmp_path), wandb_log=False), 0)
+    log(iter=0, val_loss=3.0)
+    with largest_file(40), pytest.raises(OSError) as error:
+        for it in range(1, 10):
+            log(iter=it, loss=2.0)
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+    ((_, first), *_) = read_log(tmp_path / "metrics.jsonl")
+    assert first == {"iter": 0, "val_loss": 3.0}
 
 
 def test_time_left_is_hours_minutes_and_seconds():

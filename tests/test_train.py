@@ -764,6 +764,13 @@ def test_a_shape_that_the_model_has_not_is_refused(monkeypatch, capfd):
     assert_refused(done, "n_layer=3", "out/last")
     assert run_script(monkeypatch, capfd, **knobs).returncode == 0
 
+    # a resumed run goes on in the same one
+    fit(max_iters=4, wandb_log=True, init_from="resume")
+    wandb.finish()
+    wandb.teardown()
+    names = [path.name for path in Path("wandb").glob("offline-run-*/run-*.wandb")]
+    assert names == [logged.name] * 2
+
 
 @pytest.mark.slow
 def test_a_compiled_model_trains_alike(uninterrupted):
