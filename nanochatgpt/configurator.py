@@ -66,6 +66,10 @@ def run(main, Config):
         full = re.search("out of memory|can't allocate memory", message)
         if full or isinstance(error, MemoryError):
             message = "not enough memory: use a smaller model, batch_size or block_size"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            cause = message.partition("\n")[0]
+            remedy = "install a C++ compiler such as g++, on a GPU also triton, or set it to false"
+            message = f"compile=true fails: {cause}\n{remedy}"
         elif isinstance(error, RuntimeError):  # a bug
             raise
         elif isinstance(error, OSError) and error.strerror:  # without "[Errno 2]"

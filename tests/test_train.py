@@ -764,12 +764,27 @@ def test_a_shape_that_the_model_has_not_is_refused(monkeypatch, capfd):
     assert_refused(done, "n_layer=3", "out/last")
     assert run_script(monkeypatch, capfd, **knobs).returncode == 0
 
-    # a resumed run goes on in the same one
-    fit(max_iters=4, wandb_log=True, init_from="resume")
-    wandb.finish()
-    wandb.teardown()
-    names = [path.name for path in Path("wandb").glob("offline-run-*/run-*.wandb")]
-    assert names == [logged.name] * 2
+
+BROKEN = """#!/bin/sh
+if [ "$*" = --version ]; then echo "g++ 12.0"; exit; fi
+echo "collect2: error: ld returned 1 exit status" >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize("compiler", [pytest.param("missing", marks=pytest.mark.slow), "broken"])
+def test_without_a_compiler_compile_is_refused_and_the_run_stays_as_it_was(compiler, uninterrupted):
+    shutil.copytree(uninterrupted(max_iters=3), "out")
+    before = {path: path.read_bytes() for path in Path("out/last").iterdir()}
+    Path("bin").mkdir()
+    if compiler == "broken":
+        Path("bin/g++").write_text(BROKEN)
+        Path("bin/g++").chmod(0o755)
+    env = {"PATH": str(Path("bin").resolve()), "TORCHINDUCTOR_CACHE_DIR": str(Path("cache"))}
+    knobs = {"compile": "true", "init_from": "resume"}
+    done = Forked(["train.py", *arguments(**knobs)], Path.cwd(), env).wait()
+    assert_refused(done, "compile=true", "C++ compiler")
+    assert {path: path.read_bytes() for path in Path("out/last").iterdir()} == before
 
 
 @pytest.mark.slow
