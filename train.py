@@ -71,28 +71,30 @@ class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scri
 
 def make_model(config, state, distributed):
     """Return (GPT, Tokenizer): from the state of a run to resume, from scratch, or from weights."""
+    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
+    source = config.init_from
     if state is not None:
+        source = f"the run in {config.out_dir}"
+        tokenizer = Tokenizer(state["template"])
         model = GPT(GPTConfig(**state["config"] | {"dropout": config.dropout}))
         model.load_state_dict(state.pop("model"))
-        return model, Tokenizer(state["template"])
-
-    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
-    if config.init_from == "scratch":
+    elif source == "scratch":
         tokenizer = Tokenizer(config.template or "human_bot")
         model = GPT(
             GPTConfig(config.block_size, tokenizer.n_vocab, dropout=config.dropout, **shape)
         )
-        return model, tokenizer
+    else:
+        with distributed.rank_zero_first():
+            model, tokenizer = load_model(source, dropout=config.dropout)
+        if config.template:
+            tokenizer = Tokenizer(config.template)
+        model.grow_vocab(tokenizer.n_vocab)
 
-    with distributed.rank_zero_first():
-        model, tokenizer = load_model(config.init_from, dropout=config.dropout)
+    # a model that is there keeps its shape
     for name, value in shape.items():
         n = getattr(model.config, name)
         if value not in (n, getattr(Config, name)):
-            raise ValueError(f"{name}={value} needs init_from=scratch; {config.init_from} has {n}")
-    if config.template:
-        tokenizer = Tokenizer(config.template)
-    model.grow_vocab(tokenizer.n_vocab)
+            raise ValueError(f"{name}={value} needs init_from=scratch; {source} has {n}")
     return model, tokenizer
 
 
@@ -172,6 +174,14 @@ def main(config):
     first_iter = state["iter"]
     best_val_loss = state["best_val_loss"]
 
+    # other data: losses do not compare, so judge the best weights anew
+    n_tokens = " + ".join(f"{loader.n_tokens:,}" for loader in loaders.values())
+    data = f"{config.dataset}, {n_tokens} tokens, block_size={config.block_size}"
+    if state.get("data", data) != data:
+        best_val_loss = math.inf
+        if distributed.master:
+            print(f"the data was {state['data']}; now {data}: judging the best weights anew")
+
     # 5. the log
     stop = StopSignal()
     divergence = DivergenceCheck()
@@ -209,7 +219,9 @@ def main(config):
                 if losses["val"] < best_val_loss:
                     save_model(whole_model, tokenizer, config.out_dir)
             best_val_loss = min(best_val_loss, losses["val"])
-            training_run.save(whole_model, whole_model, iter=it, best_val_loss=best_val_loss)
+            training_run.save(
+                whole_model, whole_model, iter=it, best_val_loss=best_val_loss, data=data
+            )
             raw_model.train()
             timer.restart(it)
         if it == config.max_iters:
@@ -225,7 +237,9 @@ def main(config):
             if norm is not None and not scaler.is_enabled():
                 divergence.check("gradient norm", norm.item(), it)
             whole_model = gathered(raw_model, sharded)
-            training_run.save(whole_model, whole_model, iter=it, best_val_loss=best_val_loss)
+            training_run.save(
+                whole_model, whole_model, iter=it, best_val_loss=best_val_loss, data=data
+            )
             training_run.print_stopped(it)
             break
 

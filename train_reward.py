@@ -24,7 +24,7 @@ from nanochatgpt.weights import NoScore
 from rlhf.dataset import ReplyDataset
 from rlhf.reward_model import RewardModel, reward_losses, roc_auc
 
-MUST_MATCH = ("loss", "dataset", "template", "block_size")  # in a resumed run
+MUST_MATCH = ("loss", "dataset", "block_size")  # in a resumed run
 
 
 @dataclass

@@ -35,8 +35,8 @@ class Run:
 
     def load(self):
         """Return what `save` last wrote, None for a new run. Raises ValueError if a new run would
-        overwrite one, or if state.pt is invalid, comes from another script, or disagrees on a knob
-        in must_match; FileNotFoundError if there is no run to resume."""
+        overwrite one, or if state.pt is invalid, comes from another script, or disagrees on the
+        template or a knob in must_match; FileNotFoundError if there is no run to resume."""
         config = self.config
         distributed = self.distributed
         path = self.last / "state.pt"
@@ -64,11 +64,14 @@ class Run:
         if state["script"] != self.script:
             remedy = "resume it with that, or set another --out_dir"
             raise ValueError(f"{self.last} is a run of {state['script']}.py: {remedy}")
-        for name in self.must_match:  # knobs that may not change within a run
+        # knobs that may not change within a run; template="" asks for none
+        knobs = {name: state["knobs"][name] for name in self.must_match}
+        if getattr(config, "template", ""):
+            knobs["template"] = state["template"]
+        for name, before in knobs.items():
             value = getattr(config, name)
-            if value != state["knobs"][name]:
-                was = f"the run in {config.out_dir} has {state['knobs'][name]}"
-                raise ValueError(f"{name}={value}, but {was}")
+            if value != before:
+                raise ValueError(f"{name}={value}, but the run in {config.out_dir} has {before}")
         return state
 
     def restore(self, state, tokenizer, model, optimizer, scaler):

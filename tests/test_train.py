@@ -400,7 +400,7 @@ def test_the_trainers_state_loads_as_tensors_and_plain_values_only(uninterrupted
     assert state["iter"] == 12
     # the format since version 0.1: runs of older checkouts resume
     keys = "script knobs iter best_val_loss template config model optimizer scaler"
-    assert state.keys() == set(keys.split())
+    assert state.keys() == {*keys.split(), "data"}  # states without data resume, too
     assert state["optimizer"].keys() == state["model"].keys() - {"lm_head.weight"}
 
 
@@ -427,6 +427,82 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_it_goes_on_from_the_last_sav
             AutoTokenizer.from_pretrained(folder)
         assert list(Path("out").rglob("*.part")) == []
     assert_same_run(fit(**LONG, init_from="resume"), uninterrupted(**LONG))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"n_layer": 3}, ["n_layer=3", " 2"]),
+        ({"n_head": 4}, ["n_head=4", " 2"]),
+        ({"n_embd": 32}, ["n_embd=32", " 16"]),
+        ({"block_size": 64}, ["block_size=64", " 32"]),
+        ({"template": "user_assistant"}, ["template=user_assistant", "human_bot"]),
+    ],
+    ids=str,
+)
+def test_a_run_is_not_resumed_in_another_shape_or_template(
+    knobs, words, uninterrupted, monkeypatch, capfd
+):
+    shutil.copytree(uninterrupted(), "out")
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    done = run_script(monkeypatch, capfd, **{"init_from": "resume"} | knobs)
+    assert_refused(done, *words)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_resumes_without_the_knobs_of_its_shape_and_template(uninterrupted):
+    shutil.copytree(uninterrupted(), "out")
+    defaults = {name: getattr(train.Config, name) for name in ("n_layer", "n_head", "n_embd")}
+    for knobs in (defaults, {"template": "human_bot"}):
+        assert_same_run(fit(init_from="resume", **knobs), uninterrupted())
+
+
+def other_data(way):
+    """Put other data in the place of data/talk, or beside it; return the knobs for it."""
+    knobs = {"dataset": "other"} if way == "dataset" else {}
+    if way == "data_dir":
+        knobs["data_dir"] = "elsewhere"
+    folder = Path(knobs.get("data_dir", "data"), knobs.get("dataset", "talk"))
+    write_shards(folder, small_talk(50, seed=7), [small_talk(1, seed=8)[0]] * 9)
+    return knobs
+
+
+@pytest.mark.parametrize("way", ["dataset", "data_dir", "prepared again"])
+def test_with_other_data_a_resumed_run_says_so_and_judges_the_best_weights_anew(
+    way, uninterrupted, capsys
+):
+    shutil.copytree(uninterrupted(), "out")
+    state = load_state("out")
+    torch.save(state | {"best_val_loss": 0.5}, "out/last/state.pt")  # as of easier data
+    capsys.readouterr()
+    knobs = other_data(way) | {"init_from": "resume", "eval_interval": 3, "max_iters": 15}
+    fit(**knobs)
+    said = [line for line in capsys.readouterr().out.splitlines() if "best weights anew" in line]
+    assert len(said) == 1 and "talk" in said[0]
+    if way == "dataset":
+        assert "other" in said[0]
+    of_other_data = [r["val_loss"] for r in records("out") if r["iter"] >= 12 and "val_loss" in r]
+    assert load_state("out")["best_val_loss"] == min(of_other_data) > 0.5
+    assert_same_weights("out", "out/last")  # the last were the best of the other data
+
+    # from here on, it is the data of the run
+    fit(**knobs | {"max_iters": 18})
+    assert "anew" not in capsys.readouterr().out
+
+
+def test_the_same_data_in_another_place_changes_nothing(uninterrupted, capsys):
+    shutil.copytree(uninterrupted(), "out")
+    shutil.move("data", "moved")
+    assert_same_run(fit(init_from="resume", data_dir="moved"), uninterrupted())
+    assert "anew" not in capsys.readouterr().out
+
+
+def test_a_state_from_before_it_held_the_data_resumes(half_a_run, uninterrupted, capsys):
+    state = load_state("out")
+    del state["data"]
+    torch.save(state, "out/last/state.pt")
+    assert_same_run(fit(**LONG, init_from="resume"), uninterrupted(**LONG))
+    assert "anew" not in capsys.readouterr().out
 
 
 # --- two processes --------------------------------------------------------------------------------
@@ -689,6 +765,13 @@ def test_weights_and_biases_gets_the_run_when_switched_on(monkeypatch):
     first, second, *_ = records("out")
     for word in ("my first run", "learning_rate", *first, *second):
         assert word.encode() in logged.read_bytes()
+
+    # a resumed run goes on in the same one
+    fit(max_iters=4, wandb_log=True, init_from="resume")
+    wandb.finish()
+    wandb.teardown()
+    names = [path.name for path in Path("wandb").glob("offline-run-*/run-*.wandb")]
+    assert names == [logged.name] * 2
 
 
 # --- what it takes --------------------------------------------------------------------------------
