@@ -14,6 +14,7 @@ from nanochatgpt.checkpoint import default_model, load_model
 from nanochatgpt.configurator import at_least, run
 from nanochatgpt.device import pick_device, pick_dtype
 from nanochatgpt.engine import Engine
+from nanochatgpt.files import naming
 from nanochatgpt.generate import stream
 from nanochatgpt.sampling import ChatSampling, for_template
 from nanochatgpt.stream import Trim
@@ -26,7 +27,9 @@ COMMANDS = """\
 /retry           answer the last message again
 /why             show the replies that the last one was chosen from, with --best_of
 /save FILE       append the conversation to FILE as a JSON line for prepare/jsonl.py and retry.py
-/quit            end the chat, as Ctrl-D does; Ctrl-C cuts an answer short"""
+/quit            end the chat, as Ctrl-D does; Ctrl-C cuts an answer short
+
+A line that ends with \\ goes on in the next one; a paste of several lines is one message."""
 
 
 @dataclass
@@ -143,7 +146,7 @@ class Chat:
 
     def cut_short(self):
         """Forget the last message if its reply is empty; after a /retry, restore the old reply."""
-        if self.turns[-1]["content"]:
+        if not self.turns or self.turns[-1]["content"]:
             return
         message = self.take_back()
         if self.retried and self.retried[-1]["before"] == len(self.turns) + 1:
@@ -156,7 +159,8 @@ class Chat:
         record = {"messages": self.messages}
         if self.retried:
             record["retried"] = self.retried
-        with open(path, "a", encoding="utf-8") as file:
+        # a persona from the command line may hold bytes that are not UTF-8: "?"
+        with naming(path), open(path, "a", encoding="utf-8", errors="replace") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -197,16 +201,26 @@ def command(chat, line):
     return ""
 
 
+def read_message():
+    """Return what is typed: a line, and the next one too if it ends with a backslash."""
+    message = input("You: ")
+    while message.endswith("\\"):
+        message = message[:-1] + "\n" + input("...: ")
+    return message.strip()
+
+
 def talk(chat):
     """Hold a conversation at a terminal until its end of input."""
     with contextlib.suppress(ImportError):  # Windows lacks it
-        import readline  # noqa: F401 (gives input() line editing and history)
+        import readline  # gives input() line editing and history
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # the default since 8.1
     size = f"{chat.model.num_parameters() / 1e6:.0f}M parameters"
     print(f"{chat.config.init_from}: {size}, context {chat.model.config.block_size}. Try /help")
     while True:
         # read a message or a command
         try:
-            message = input("You: ").strip()
+            message = read_message()
             if message.startswith("/"):
                 message = command(chat, message)
         except EOFError:
@@ -240,10 +254,10 @@ def main(config):
     chat = Chat(config)
     if sys.stdin is None:  # closed by the shell
         return
+    sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 become U+FFFD
     if sys.stdin.isatty():
         talk(chat)
         return
-    sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 become U+FFFD
     # one line in, one line out: white space in a reply becomes single spaces
     for message in filter(None, map(str.strip, sys.stdin)):
         print("Bot:", " ".join("".join(chat.reply(message)).split()), flush=True)

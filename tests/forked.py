@@ -31,10 +31,12 @@ def start_server():
 
 def be_python(argv, cwd, env, streams):
     """In the forked process: do what python does with these arguments."""
-    # standard input, output and error are files
+    # standard input, output and error are files, or a terminal whose Ctrl-C reaches this process
+    if streams[0] == streams[1]:
+        os.setsid()
     for descriptor, path in enumerate(streams):
         flags = os.O_WRONLY | os.O_APPEND if descriptor else os.O_RDONLY
-        os.dup2(os.open(path, flags | os.O_NOCTTY), descriptor)
+        os.dup2(os.open(path, flags), descriptor)
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False, errors="backslashreplace")

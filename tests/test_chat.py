@@ -5,8 +5,6 @@ import io
 import os
 import random
 import re
-import select
-import signal
 import sys
 from pathlib import Path
 
@@ -99,15 +97,14 @@ def prompts(monkeypatch):
 def hold(monkeypatch, capsys):
     """Hold a conversation: hold(config, text or bytes) -> what is shown, piped or at a terminal."""
 
-    class Keyboard(io.StringIO):
+    class Keyboard(io.TextIOWrapper):
         def isatty(self):
             return True
 
     def run(config, said, terminal=False):
         said = said if isinstance(said, bytes) else said.encode()
-        stdin = io.TextIOWrapper(io.BytesIO(said), encoding="utf-8")
-        if terminal:
-            stdin = Keyboard(said.decode())
+        kind = Keyboard if terminal else io.TextIOWrapper
+        stdin = kind(io.BytesIO(said), encoding="utf-8")
         monkeypatch.setattr(sys, "stdin", stdin)
         capsys.readouterr()
         chat.main(config)
@@ -412,61 +409,22 @@ def test_a_file_that_cannot_be_written_does_not_end_the_chat(at_terminal):
     assert "No such file or directory" in shown and shown.count("Bot: ") == 2
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_does_not_end_the_chat(at_terminal):
+    shown = at_terminal("hello", "/save /dev/full", "bye")
+    assert "/dev/full: No space left" in shown and shown.count("Bot: ") == 2
+
+
+def test_a_persona_that_is_not_utf_8_can_be_saved(at_terminal):
+    persona = b"i like caf\xe9.".decode(errors="surrogateescape")  # as argv has it
+    assert "saved to" in at_terminal("hello", "/save talk.jsonl", persona=persona)
+    ((_, messages),) = jsonl.read(Path("talk.jsonl"))
+    assert messages[0]["content"] == "i like caf?."
+
+
 def test_quit_and_the_end_of_input_end_the_chat(at_terminal):
     assert at_terminal("/quit", "hello").count("You: ") == 1
     assert at_terminal("hello").endswith("You: \n")
-
-
-class Terminal:
-    """chat.py in a process of its own, at a terminal."""
-
-    def __init__(self, *arguments):
-        self.screen, self.side = os.openpty()
-        command = ["chat.py", *arguments]
-        env = {"TERM": "dumb"}
-        self.process = Forked(command, Path.cwd(), env, terminal=os.ttyname(self.side))
-        self.shown = b""
-
-    def type(self, text):
-        os.write(self.screen, text.encode())
-
-    def until(self, text):
-        """Return what is shown from here to `text`, which must come within a minute."""
-        while text.encode() not in self.shown:
-            assert select.select([self.screen], [], [], 60)[0], self.shown
-            self.shown += os.read(self.screen, 4096)
-        before, _, self.shown = self.shown.partition(text.encode())
-        return before.decode()
-
-
-@pytest.fixture
-def terminal(directory):
-    knobs = ["--max_new_tokens=4000", "--repetition_penalty=1.5", "--device=cpu"]
-    terminal = Terminal(f"--init_from={directory(4096)}", *knobs)
-    yield terminal
-    terminal.process.kill()
-    os.close(terminal.screen)
-    os.close(terminal.side)
-
-
-def test_a_reply_streams_ctrl_c_cuts_it_short_the_chat_goes_on_and_ctrl_d_ends_it(terminal):
-    assert "context 4096" in terminal.until("You: ")
-    for message in ("hello", "and then?"):
-        terminal.type(message + "\n")
-        terminal.until("Bot: ")
-        first_word = terminal.until(" ")
-        assert first_word.strip()
-        terminal.process.send_signal(signal.SIGINT)  # as the terminal does at Ctrl-C
-        rest = terminal.until("\r\nYou: ")
-        assert len(Tokenizer().encode(rest)) < 3000  # 4000 would be whole
-    terminal.type("/save talk.jsonl\n")
-    terminal.until("saved to talk.jsonl")
-    ((_, messages),) = jsonl.read(Path("talk.jsonl"))
-    assert [messages[i]["content"] for i in (0, 2)] == ["hello", "and then?"]
-    assert messages[-1]["content"].startswith(first_word.strip())
-    terminal.until("You: ")
-    terminal.type("\x04")
-    assert terminal.process.wait(60).returncode == 0
 
 
 # --- sample.py ------------------------------------------------------------------------------------
