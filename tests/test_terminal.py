@@ -70,7 +70,7 @@ class Terminal:
         """Save the conversation; return what the user said in it."""
         self.type("/save talk.jsonl" + ENTER)
         self.until("saved to talk.jsonl")
-        line = Path("talk.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+        line = Path("talk.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")[-1]
         ((_, messages), *_) = jsonl.read(Path("talk.jsonl"))
         assert messages
         self.until("You: ")

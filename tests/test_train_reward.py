@@ -318,6 +318,8 @@ def test_a_run_is_not_overwritten_and_resumes_with_its_own_knobs_only():
     for knobs, names in (
         ({}, "out/last"),
         ({"init_from": "resume", "block_size": 32, "max_iters": 1}, "block_size=32.*48"),
+        ({"init_from": "resume", "dataset": "pairs"}, "dataset=pairs.*retry"),
+        ({"init_from": "resume", "template": "user_assistant"}, "template=user_.*human_bot"),
         ({"init_from": "resume", "max_iters": 0}, "iter 1.*max_iters=0"),
     ):
         with pytest.raises(ValueError, match=names):
