@@ -236,9 +236,9 @@ def talk(chat):
             continue
 
         # answer it
-        print("Bot: ", end="", flush=True)
         dropped = chat.dropped
         try:
+            print("Bot: ", end="", flush=True)
             # closing: on Ctrl-C the reply is remembered as far as it went
             with contextlib.closing(chat.reply(message)) as reply:
                 for piece in reply:
