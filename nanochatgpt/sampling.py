@@ -29,7 +29,7 @@ class Sampling:
         """Raises ValueError for a value out of range."""
         at_least(0, self, "max_new_tokens", "temperature", "top_k", "no_repeat_ngram_size")
         for name, valid, expected in (
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_p", 0 <= self.top_p <= 1, "0 to 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
         ):
@@ -109,7 +109,7 @@ def draw_token(logits, uniform, options, candidates=CANDIDATES):
     may lie beyond them are drawn again from all tokens.
     """
     temperature = options.temperature
-    if temperature < 1e-5:  # dividing by less could overflow
+    if temperature < 1e-5 or options.top_p == 0:  # dividing by less could overflow
         return logits.argmax(-1)
 
     # probabilities of the most likely tokens, in falling order

@@ -225,7 +225,7 @@ def test_mistakes_end_in_a_sentence_and_status_2(as_main):
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
         ({"device": "tpu"}, "tpu"),
         ({"dtype": "int4"}, "int4"),
-        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": -0.1}, "top_p=-0.1"),
         ({"init_from": "out/chat"}, "out/chat"),
     ],
     ids=str,

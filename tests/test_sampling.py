@@ -285,6 +285,14 @@ def test_a_temperature_of_0_or_next_to_it_draws_the_likeliest(temperature):
     assert draw(logits, torch.tensor([0.0, 0.5, LARGEST]), temperature).tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("knobs", [{}, {"top_k": 2}, {"min_p": 0.1}, {"temperature": 20.0}])
+def test_a_top_p_of_0_or_next_to_it_draws_the_likeliest(knobs):
+    logits = torch.tensor([[-3.0, 49.9, 50.0]]).expand(3, -1)
+    uniform = torch.tensor([0.0, 0.5, LARGEST])
+    for top_p in (0, 1e-9):
+        assert draw(logits, uniform, top_p=top_p, **knobs).tolist() == [2, 2, 2]
+
+
 def test_equal_logits_are_drawn_equally_often():
     counts = draw(torch.zeros(1024, 4), torch.arange(1024) / 1024).bincount()
     assert counts.tolist() == [256] * 4
@@ -408,7 +416,7 @@ def test_rows_that_need_the_whole_vocabulary_and_rows_that_do_not_are_drawn_as_i
         ("max_new_tokens", [-1], "0 or more"),
         ("temperature", [-0.1, math.nan], "0 or more"),
         ("top_k", [-1], "0 or more"),
-        ("top_p", [0, -0.5, 1.01, math.nan], "above 0 and at most 1"),
+        ("top_p", [-1e-9, -0.5, 1.01, math.nan], "0 to 1"),
         ("min_p", [-0.01, 1.01, math.nan], "0 to 1"),
         ("repetition_penalty", [0, -1.0, math.nan], "above 0"),
         ("no_repeat_ngram_size", [-1], "0 or more"),
