@@ -65,8 +65,8 @@ async def chat(request: protocol.ChatRequest, http: Request):
     """Reply to a conversation."""
     service = http.app.state.service
     # in a thread: a megabyte of text takes a while to render
-    prompt, max_tokens = await asyncio.to_thread(service.chat_prompt, request)
-    options = service.sampling(request, [prompt], max_tokens)
+    prompt = await asyncio.to_thread(service.chat_prompt, request)  # ids
+    options = service.sampling(request, [prompt])
     return await respond(service, http, request, [prompt], options)
 
 
@@ -75,7 +75,7 @@ async def complete(request: protocol.CompletionRequest, http: Request):
     """Continue one text or several."""
     service = http.app.state.service
     prompts = await asyncio.to_thread(service.completion_prompts, request)  # lists of ids
-    options = service.sampling(request, prompts, request.max_tokens)
+    options = service.sampling(request, prompts)
     return await respond(service, http, request, prompts, options)
 
 
@@ -114,9 +114,7 @@ async def metrics(http: Request):
 
 @public.api_route("/health", methods=["GET", "HEAD"], operation_id="health")
 async def health(http: Request):
-    # a load balancer stops sending requests here after a 503
-    if not http.app.state.service.scheduler.alive:
-        raise Refused(503, "the engine has stopped; see the server's log")
+    http.app.state.service.check_alive()  # a load balancer sends no more requests after a 503
     return {"status": "ok"}
 
 
@@ -153,6 +151,8 @@ async def invalid_request(http, error):
             names.append(str(part))
     param = ".".join(names)
     message = f"{param}: {last['msg']}"
+    if last["type"] == "extra_forbidden":
+        message = f"{param}: {protocol.why_unknown(names[-1])}"
     if last["loc"] == ("body",):
         message = "the body must be a JSON object, with Content-Type: application/json"
     return await http_error(http, Refused(400, message, param or None))
