@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
 import requests
 import torch
+from conftest import assert_refused
 
 pytest.importorskip("fastapi")
 
@@ -562,3 +564,117 @@ def test_litellm_holds_a_conversation(chat_server, monkeypatch):
     text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
     assert text == second.choices[0].message.content
     assert parts[-1].usage.total_tokens == second.usage.total_tokens
+
+
+# ---- addresses, origins, names of hosts
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "/v1/models/nano", "/metrics"])
+def test_what_can_be_read_has_a_head(chat_server, path):
+    whole = requests.get(chat_server.url + path, timeout=30)
+    head = requests.head(chat_server.url + path, timeout=30)
+    assert whole.status_code == head.status_code == 200 and head.content == b""
+    assert head.headers["Content-Type"] == whole.headers["Content-Type"]
+
+
+def test_a_list_of_models_may_end_in_a_slash(chat_server):
+    texts = {
+        requests.get(f"{chat_server.url}/v1/models{end}", timeout=30).text for end in ("", "/")
+    }
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/models"),
+        ("GET", "/v1"),
+        ("GET", "/v1/"),
+        ("POST", "/chat/completions"),
+        ("POST", "/completions"),
+        ("POST", "/v1/chat/completions/chat/completions"),
+        ("POST", "/v1/embeddings"),
+        ("POST", "/api/generate"),
+    ],
+)
+def test_an_unknown_address_says_where_the_api_is(chat_server, method, path):
+    response = requests.request(method, chat_server.url + path, json={}, timeout=30)
+    error = response.json()["error"]
+    assert response.status_code == 404 and f"{chat_server.url}/v1" in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.fixture(scope="module")
+def friends(serving):
+    """A server for pages of several origins, with a second name."""
+    origins = "https://example.org/, app://obsidian.md,chrome-extension://abcdef,null"
+    with serving(f"--cors={origins}", "--allowed_hosts=host.docker.internal, *.home") as server:
+        yield server
+
+
+def preflight(server, origin, path=CHAT):
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    headers |= {"Access-Control-Request-Headers": "authorization,content-type,x-stainless-os"}
+    headers |= {"Access-Control-Request-Private-Network": "true"}
+    return requests.options(server.url + path, headers=headers, timeout=30)
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://example.org", "app://obsidian.md", "chrome-extension://abcdef", "null"]
+)
+def test_pages_of_several_origins_may_call(friends, origin):
+    response = preflight(friends, origin)
+    assert response.status_code == 200
+    assert response.headers["Access-Control-Allow-Origin"] == origin
+    assert response.headers["Access-Control-Allow-Private-Network"] == "true"
+    assert "x-stainless-os" in response.headers["Access-Control-Allow-Headers"]
+    assert "Access-Control-Allow-Credentials" not in response.headers
+    response = requests.get(f"{friends.url}/nothing", headers={"Origin": origin}, timeout=30)
+    assert response.headers["Access-Control-Allow-Origin"] == origin  # errors can be read too
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "https://example.org.evil", "app://x"])
+def test_pages_of_other_origins_may_not(friends, origin):
+    assert "Access-Control-Allow-Origin" not in preflight(friends, origin).headers
+
+
+def test_a_star_is_any_origin(serving):
+    with serving("--cors=*") as server:
+        response = preflight(server, "vscode-webview://1a2b")
+        assert response.headers["Access-Control-Allow-Origin"] == "*"
+        assert response.headers["Access-Control-Allow-Private-Network"] == "true"
+
+
+def with_host(server, host):
+    return requests.get(f"{server.url}/v1/models", headers={"Host": host}, timeout=30)
+
+
+def test_other_names_of_the_machine_are_allowed_by_name(friends):
+    for host in ("host.docker.internal:8000", "HOST.docker.internal", "nas.home", "[::1]:8000"):
+        assert with_host(friends, host).status_code == 200
+    for host in ("evil.example", "host.docker.internal.evil.example", "xhome", ""):
+        assert with_host(friends, host).status_code == 403
+
+
+def test_another_name_is_refused_with_the_remedy(chat_server):
+    response = with_host(chat_server, "host.docker.internal:8000")
+    message = response.json()["error"]["message"]
+    assert response.status_code == 403 and "--allowed_hosts=host.docker.internal" in message
+    page = requests.get(chat_server.url, headers={"Host": "evil.example"}, timeout=30)
+    assert page.status_code == 403 and not re.search("<script", page.text)
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        ("cors", "example.org"),
+        ("cors", "https://example.org/chat"),
+        ("cors", "https://example.org,localhost:3000"),
+        ("cors", "https://"),
+        ("cors", "https://*.example.org"),
+        ("allowed_hosts", "http://host.docker.internal:8000"),
+    ],
+)
+def test_a_knob_that_can_match_nothing_is_refused(as_main, knob, value):
+    wrong = value.rpartition(",")[2]
+    assert_refused(as_main("serve.py", "--port=0", f"--{knob}={value}"), knob, wrong)
