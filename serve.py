@@ -21,7 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 try:
     import uvicorn
 
-    from serving.app import LOOPBACK, create_app
+    from serving.app import LOOPBACK, create_app, origins
     from serving.service import Service
 except ModuleNotFoundError as error:
     print(f"serve.py: {error.name} is missing: pip install -e '.[serve]'", file=sys.stderr)
@@ -43,7 +43,8 @@ class Config(ChatSampling):
     port: int = 8000  # 0 = any free port
     api_key: str = ""  # key that clients must send; or set NANOCHATGPT_API_KEY
     allow_open: bool = False  # listen beyond this machine without a key
-    cors: str = ""  # origin whose pages may use the API, such as https://example.org, or *
+    cors: str = ""  # origins whose pages may use the API: https://example.org,app://..., or *
+    allowed_hosts: str = ""  # more names of this machine, such as host.docker.internal
     max_rows: int = 16  # replies generated at once
     max_queue: int = 64  # replies that may wait
     max_seconds: float = 300.0  # time limit for a reply, waiting included
@@ -56,6 +57,10 @@ def check(config):
     """Raise ValueError for a knob that is out of range, or a server open to all by accident."""
     at_least(1, config, "max_rows")
     at_least(0, config, "max_queue", "max_seconds")
+    origins(config.cors)
+    if "/" in config.allowed_hosts:
+        remedy = "write names only, such as host.docker.internal"
+        raise ValueError(f"allowed_hosts={config.allowed_hosts}: {remedy}")
     if config.host not in LOOPBACK and not config.api_key and not config.allow_open:
         remedy = "set an --api_key, or --allow_open=true"
         raise ValueError(f"host={config.host} is open to other machines: {remedy}")

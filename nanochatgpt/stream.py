@@ -6,8 +6,8 @@ import codecs
 class Trim:
     """Strips the white space around a text that arrives piece by piece."""
 
-    def __init__(self):
-        self.started = False  # whether text other than white space has come
+    def __init__(self, started=False):
+        self.started = started  # whether text other than white space has come
         self.held = ""  # white space to print only if more text follows
 
     def push(self, text):

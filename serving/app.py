@@ -8,16 +8,17 @@ import hashlib
 import hmac
 import json
 import re
+from fnmatch import fnmatch
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from serving import protocol
@@ -29,6 +30,8 @@ PAGE = Path(__file__).with_name("page.html")  # the chat page: HTML, CSS and scr
 LOOPBACK = ("localhost", "127.0.0.1", "::1")  # hosts that only this machine can reach
 MAX_BODY = 1_000_000  # bytes per request
 BODY_SECONDS = 10.0  # time limit for sending the body of a request
+READ = ["GET", "HEAD"]
+ORIGIN = r"[a-z][a-z0-9+.-]*://[^/?#@*\s]+"
 
 
 class ApiRoute(APIRoute):
@@ -65,8 +68,8 @@ async def chat(request: protocol.ChatRequest, http: Request):
     """Reply to a conversation."""
     service = http.app.state.service
     # in a thread: a megabyte of text takes a while to render
-    prompt, max_tokens = await asyncio.to_thread(service.chat_prompt, request)
-    options = service.sampling(request, [prompt], max_tokens)
+    prompt = await asyncio.to_thread(service.chat_prompt, request)  # ids
+    options = service.sampling(request, [prompt])
     return await respond(service, http, request, [prompt], options)
 
 
@@ -75,17 +78,18 @@ async def complete(request: protocol.CompletionRequest, http: Request):
     """Continue one text or several."""
     service = http.app.state.service
     prompts = await asyncio.to_thread(service.completion_prompts, request)  # lists of ids
-    options = service.sampling(request, prompts, request.max_tokens)
+    options = service.sampling(request, prompts)
     return await respond(service, http, request, prompts, options)
 
 
-@router.get("/v1/models")
+@router.api_route("/v1/models/", methods=READ, include_in_schema=False)
+@router.api_route("/v1/models", methods=READ, operation_id="models")
 async def models(http: Request):
     card = http.app.state.service.model_card()  # one model per server
     return {"object": "list", "data": [card]}
 
 
-@router.get("/v1/models/{name:path}")
+@router.api_route("/v1/models/{name:path}", methods=READ, operation_id="model")
 async def model(name: str, http: Request):  # a name may contain slashes, like org/model
     service = http.app.state.service
     service.check_model(name)  # 404 if the name is wrong
@@ -104,7 +108,7 @@ async def feedback(rating: protocol.Feedback, http: Request):
         file.write(json.dumps({"messages": messages, "label": rating.label}) + "\n")
 
 
-@router.get("/metrics")
+@router.api_route("/metrics", methods=READ, operation_id="metrics")
 async def metrics(http: Request):
     scheduler = http.app.state.service.scheduler
     RUNNING.set(len(scheduler.running))
@@ -112,15 +116,13 @@ async def metrics(http: Request):
     return PlainTextResponse(generate_latest())  # Prometheus' text format
 
 
-@public.api_route("/health", methods=["GET", "HEAD"], operation_id="health")
+@public.api_route("/health", methods=READ, operation_id="health")
 async def health(http: Request):
-    # a load balancer stops sending requests here after a 503
-    if not http.app.state.service.scheduler.alive:
-        raise Refused(503, "the engine has stopped; see the server's log")
+    http.app.state.service.check_alive()  # a load balancer sends no more requests after a 503
     return {"status": "ok"}
 
 
-@public.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+@public.api_route("/", methods=READ, include_in_schema=False)
 async def page(http: Request):
     return http.app.state.page  # read once, when the server starts
 
@@ -137,8 +139,29 @@ def load_page():
     return HTMLResponse(html, headers={"Content-Security-Policy": policy})
 
 
-async def http_error(_, error):
+def check_host(http: Request):
+    """Refuse host names that are not ours. DNS rebinding: any web page can give its own host name
+    the address of this machine."""
+    hosts = http.app.state.allowed_hosts
+    name = host_name(http.headers.get("host", ""))
+    if hosts and not any(fnmatch(name, host) for host in hosts):
+        message = f"this server does not answer to the name {name}: start it with "
+        raise Refused(403, f"{message}--allowed_hosts={name} if that is its name")
+
+
+def host_name(host):
+    """Return the lower-case name in a Host header, without its port; "" if it has none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+async def http_error(http, error):
     """Return the response to an error, in OpenAI's format."""
+    if error.status_code == 404 and not isinstance(error, Refused):  # no such path
+        message = f"there is nothing at {http.url.path}; the API's address is {http.base_url}v1, "
+        error = Refused(404, f"{message}with /chat/completions, /completions and /models")
     REFUSED.labels(error.status_code).inc()
     return JSONResponse(protocol.error_body(error), error.status_code, error.headers)
 
@@ -153,6 +176,8 @@ async def invalid_request(http, error):
             names.append(str(part))
     param = ".".join(names)
     message = f"{param}: {last['msg']}"
+    if last["type"] == "extra_forbidden":
+        message = f"{param}: {protocol.why_unknown(names[-1])}"
     if last["loc"] == ("body",):
         message = "the body must be a JSON object, with Content-Type: application/json"
     return await http_error(http, Refused(400, message, param or None))
@@ -179,15 +204,33 @@ def create_app(config, service):
     # FastAPI's pages would load scripts from a CDN
     options = {"docs_url": None, "redoc_url": None, "lifespan": lifespan}
     options |= {"exception_handlers": handlers, "max_body_size": MAX_BODY}
+    options["dependencies"] = [Depends(check_host)]  # of all routes
     app = FastAPI(title="nanoChatGPT", **options)
     app.state.service = service
     app.state.page = load_page()
+    # a server that is open to other machines may have any name, unless it is told which
+    app.state.allowed_hosts = [host_name(host) for host in split(config.allowed_hosts)]
+    if app.state.allowed_hosts or config.host in LOOPBACK:
+        app.state.allowed_hosts += LOOPBACK
     app.include_router(public)
     app.include_router(router)
-    if config.host in LOOPBACK:
-        # DNS rebinding: any web page can give its own host name the address of this machine
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
-    if config.cors:  # an origin whose pages may call the API
-        allow = {"allow_origins": [config.cors], "allow_methods": ["*"], "allow_headers": ["*"]}
+    if config.cors:  # origins whose pages may call the API
+        allow = {"allow_origins": origins(config.cors), "allow_private_network": True}
+        allow |= {"allow_methods": ["*"], "allow_headers": ["*"]}
         app.add_middleware(CORSMiddleware, **allow)
     return app
+
+
+def split(knob):
+    """Return the items of a knob that lists several, separated by commas."""
+    return list(filter(None, map(str.strip, knob.split(","))))
+
+
+def origins(knob):
+    """Return the origins in a knob, as browsers send them. Raises ValueError if one is none."""
+    items = [item.lower().removesuffix("/") for item in split(knob)]
+    for item in items:
+        if item not in ("*", "null") and not re.fullmatch(ORIGIN, item):
+            remedy = "an origin is scheme://host[:port], such as https://example.org; * is any"
+            raise ValueError(f"cors={item}: {remedy}")
+    return items

@@ -3,9 +3,11 @@
 https://platform.openai.com/docs/api-reference/chat and .../completions
 """
 
+import codecs
 import time
 import uuid
-from typing import Annotated, Literal, TypeVar
+from difflib import get_close_matches
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
@@ -16,18 +18,33 @@ MAX_ITEMS = 1000  # messages, parts of a message, prompts, biases: keeps validat
 Items = Annotated[list[T], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]  # a prompt as token ids
 Count = Annotated[int, Field(ge=1, le=128)]  # replies per prompt
-MaxTokens = Annotated[int, Field(ge=1, le=10**9)]
+MaxTokens = Annotated[int, Field(ge=0)]  # an upper bound: the context ends a reply earlier
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]  # added to a token's logit
 TokenId = Annotated[int, Field(ge=0, strict=False)]  # keys of JSON are strings
 
-# unsupported fields -> values that change nothing; clients send them by default
-NO_OPS = {
-    "tools": ([],),
+# what -1 means: vLLM, llama.cpp and their clients write it for "off"
+OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": None}
+OFF |= {"max_tokens": 10**9, "max_completion_tokens": 10**9}
+# These fields change the form or the content of a reply in ways that this server cannot. They are
+# refused, unless the value asks for nothing: an empty one, or one listed here.
+UNSUPPORTED = {
     "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
-    "store": (False,),
+    "modalities": (["text"],),
+    "repeat_penalty": (1,),
+    "typical_p": (1,),
 }
+for names in (
+    ("tools", "functions", "tool_calls", "web_search_options"),
+    ("image_url", "input_audio", "file", "images", "audio"),
+    ("json_schema", "structured_outputs", "guided_json", "guided_regex", "guided_choice"),
+    ("guided_grammar", "grammar", "suffix", "echo", "prompt_logprobs", "min_tokens", "ignore_eos"),
+    ("use_beam_search", "mirostat", "mirostat_mode", "xtc_probability", "dry_multiplier"),
+):
+    UNSUPPORTED |= dict.fromkeys(names, ())
+SIMILAR = 0.83  # how much an unknown field is like a known one, at least, to be a misspelling
 
 
 class Refused(HTTPException):
@@ -50,20 +67,42 @@ def error_body(error):
 
 
 class Strict(BaseModel):
-    """Unknown fields and other types are errors; null stands for the default."""
+    """Other types are errors; null stands for the default. An unknown field is an error if it is
+    in UNSUPPORTED or seems misspelt. All others are ignored: clients send many for themselves."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)  # "3" is no number
 
     @model_validator(mode="before")
     @classmethod
-    def drop_no_ops(cls, values):
+    def drop_what_asks_for_nothing(cls, values):
         if not isinstance(values, dict):  # let pydantic report the type
             return values
         kept = {}
         for name, value in values.items():
-            if value is not None and value not in NO_OPS.get(name, ()):
+            if name in cls.model_fields:
+                value = OFF[name] if name in OFF and value == -1 else value
+                keep = value is not None or cls.model_fields[name].is_required()
+            elif name in UNSUPPORTED:
+                keep = bool(value) and value not in UNSUPPORTED[name]
+            else:  # comparing names takes time, so not for a body that is made to take long
+                compare = value and len(values) <= 100
+                keep = compare and nearest_field(name, cls.model_fields) is not None
+            if keep:
                 kept[name] = value
         return kept
+
+
+def why_unknown(name):
+    """Return why a field was refused that no model has."""
+    nearest = nearest_field(name, ChatRequest.model_fields | CompletionRequest.model_fields)
+    if name in UNSUPPORTED or nearest is None:
+        return "this server does not support it"
+    return f"there is no such field; did you mean {nearest}?"
+
+
+def nearest_field(name, fields):
+    """Return the field that an unknown one probably means, or None."""
+    return next(iter(get_close_matches(name, fields, 1, SIMILAR)), None)
 
 
 class StreamOptions(Strict):
@@ -76,22 +115,25 @@ class Options(Strict):
     model: str | None = None
     # sampling, as in nanochatgpt/sampling.py
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=10**6)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     max_tokens: MaxTokens | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None  # end before any of these
+    stop: str | Annotated[list[str], Field(max_length=100)] | None = None  # end before any of these
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # same seed, same reply
     n: Count = 1  # replies to return per prompt
     best_of: Count | None = None  # generate this many, return the n that the reward model prefers
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=MAX_ITEMS)] = {}
     stream: bool = False  # send server-sent events
     stream_options: StreamOptions = StreamOptions()
-    user: str = ""  # ignored: for the client's own use
-    metadata: dict[str, str] = {}  # ignored too
+
+    @property
+    def limit(self):
+        """New tokens, at most; None: the server's default."""
+        return self.max_tokens
 
     @property
     def n_replies(self):
@@ -111,27 +153,24 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]  # developer: newer name for system
-    content: str | Items[TextPart]
-    name: str = ""  # ignored
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_ITEMS, fail_fast=True)] | None
 
     @property
     def text(self):
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
 
 
 def conversation(messages):
-    """Return Messages as Tokenizer.render takes them, with the system messages joined."""
-    system = []  # texts
+    """Return Messages as Tokenizer.render takes them: one system message, then the turns."""
+    system = []  # texts of the system messages, wherever they are
     turns = []  # {"role", "content"}
     for message in messages:
         if message.role in ("user", "assistant"):
             turns.append({"role": message.role, "content": message.text})
-        elif not turns:  # a system message before the first turn
+        elif message.text.strip():
             system.append(message.text)
-        else:
-            raise Refused(400, "system messages must come first", "messages")
     if not turns:
         raise Refused(400, "messages must include a user or assistant message", "messages")
     persona = "\n".join(system)
@@ -144,6 +183,22 @@ class ChatRequest(Options):
     logprobs: bool = False  # return the log-probability of each token
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0  # alternatives to list, with logprobs
     truncation: Literal["auto", "disabled"] = "disabled"  # auto: drop the oldest turns if too long
+    echo: ClassVar[bool] = False
+    # vLLM's names. A last message of the assistant is always continued, so they may only agree
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    @property
+    def continues(self):
+        """Whether the reply goes on after the last word of a message of the assistant."""
+        last = conversation(self.messages)[-1]
+        text = last["content"]
+        return last["role"] == "assistant" and text == text.rstrip() != ""
+
+    @property
+    def limit(self):
+        longer = self.max_completion_tokens
+        return self.max_tokens if longer is None else longer
 
     @property
     def n_logprobs(self):
@@ -151,8 +206,9 @@ class ChatRequest(Options):
 
 
 class CompletionRequest(Options):
-    prompt: str | Items[str] | Ids | Items[Ids] = ""  # texts or ids; "" is <|endoftext|>
+    prompt: str | Items[str] | Ids | Items[Ids] | None  # texts or ids; "" is <|endoftext|>
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # alternatives to list
+    echo: bool = False  # return the prompt before the text, with its log-probabilities too
 
     @property
     def n_logprobs(self):
@@ -183,9 +239,10 @@ class ResponseFormat:
     def chunk(self, *choices):
         return self.head | {"object": self.chunk_kind, "choices": choices}
 
-    def choice(self, index, content, tokens=(), finish_reason=None):
-        """Return a reply or a piece of one; content: what `message` or `delta` returns."""
-        logprobs = None if self.n_logprobs is None else self.logprobs(tokens)
+    def choice(self, index, content, tokens=(), finish_reason=None, offset=0):
+        """Return a reply or a piece of one; content: what `message` or `delta` returns; offset: of
+        the tokens in the text, in characters."""
+        logprobs = None if self.n_logprobs is None else self.logprobs(tokens, offset)
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def token_text(self, token):
@@ -204,7 +261,7 @@ class ChatFormat(ResponseFormat):
     def delta(self, text):
         return {"delta": {"content": text} if text else {}}
 
-    def logprobs(self, tokens):
+    def logprobs(self, tokens, _):
         content = []
         for token in tokens:
             top = [self.token(*pair) for pair in token.top]  # pairs: (id, logprob)
@@ -226,12 +283,17 @@ class CompletionFormat(ResponseFormat):
 
     delta = message  # a chunk and a whole reply look the same here
 
-    def logprobs(self, tokens):
-        lists = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
+    def logprobs(self, tokens, offset):
+        lists = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in tokens:
             lists["tokens"].append(self.token_text(token.id))
             lists["token_logprobs"].append(token.logprob)
+            lists["text_offset"].append(offset)
+            offset += len(decoder.decode(self.tokenizer.token_bytes(token.id)))
             # the chosen token is listed too, even if it is unlikely
-            pairs = [*token.top, (token.id, token.logprob)]
-            lists["top_logprobs"].append({self.token_text(i): logprob for i, logprob in pairs})
+            top = {self.token_text(i): logprob for i, logprob in token.top}
+            top[self.token_text(token.id)] = token.logprob
+            # nothing predicts the first token of a prompt
+            lists["top_logprobs"].append(None if token.logprob is None else top)
         return lists

@@ -1,9 +1,10 @@
 """The replies to one request: generated together, sent all at once or as server-sent events."""
 
 import asyncio
-import functools
 import json
 import time
+import traceback
+from collections import Counter
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
@@ -13,9 +14,12 @@ from serving.protocol import ChatFormat, ChatRequest, CompletionFormat, Refused,
 from serving.scheduler import Job, Piece, QueueFull
 from serving.service import GENERATED_TOKENS, PROMPT_TOKENS
 
+FAILED = "generation failed; see the server's log"
+
 
 async def respond(service, http, request, prompts, options):
     """Return the response with `n_replies` replies to each of the prompts, lists of ids."""
+    service.check_alive()  # otherwise nobody would answer
     generation = Generation(service, request, prompts, options)
     if request.stream:
         # nginx must not collect events before it sends them
@@ -54,6 +58,7 @@ class Generation:
         self.is_chat = isinstance(request, ChatRequest)
         if self.is_chat:
             stop_strings += tokenizer.stop_strings
+            continues = request.continues  # then the space before the next word stays
         response_format = ChatFormat if self.is_chat else CompletionFormat
         self.format = response_format(service.name, tokenizer, request.n_logprobs)
 
@@ -73,7 +78,8 @@ class Generation:
                 stop_strings=stop_strings,
                 logit_bias=request.logit_bias,
                 logprobs=request.n_logprobs,
-                trim=Trim() if self.is_chat else None,
+                trim=Trim(started=continues) if self.is_chat else None,
+                lists_end=not self.is_chat and request.n_logprobs is not None,
                 seconds=service.config.max_seconds,
             )
             self.jobs.append(job)
@@ -116,7 +122,7 @@ class Generation:
             if piece.end == "late":
                 raise Refused(503, "timed out in the queue, or the server is shutting down")
             if piece.end == "error":
-                raise Refused(500, "generation failed; see the server's log")
+                raise Refused(500, FAILED)
             n_running -= piece.end is not None  # 1 if the reply has ended
             yield index, piece
 
@@ -128,19 +134,44 @@ class Generation:
         if n_replies == self.request.n:  # nothing to choose
             return self.jobs
 
-        # score the replies to each prompt in the scheduler's thread
+        # score the replies to each prompt
         best = []
         for number, prompt in enumerate(self.prompts):
             group = self.jobs[number * n_replies : (number + 1) * n_replies]
-            ids = [[token.id for token in job.tokens] for job in group]
-            score = functools.partial(self.service.score, prompt, ids)
-            scores = await asyncio.wrap_future(self.service.scheduler.call(score))
+            ids = [[token.id for token in job.tokens[: job.n_tokens]] for job in group]
+            scores = await self.compute(self.service.score, prompt, ids)
             order = scores.argsort(descending=True, stable=True).tolist()
             best += [group[i] for i in order[: self.request.n]]  # the highest scores first
         return best
 
+    async def echoes(self):
+        """Return a Piece for each choice, with what comes before its reply: with `echo` the
+        prompt, otherwise nothing."""
+        echoes = []
+        for prompt in self.prompts:
+            echo = Piece("", [], None)
+            if self.request.echo:
+                tokens = []
+                if self.request.n_logprobs is not None:
+                    score_prompt = self.service.score_prompt
+                    tokens = await self.compute(score_prompt, prompt, self.request.n_logprobs)
+                echo = Piece(self.service.tokenizer.decode(prompt), tokens, None)
+            echoes += [echo] * self.request.n
+        return echoes
+
+    async def compute(self, function, *args):
+        """Return function(*args), called in the scheduler's thread between two steps."""
+        try:
+            return await asyncio.wrap_future(self.service.scheduler.call(function, *args))
+        except Exception as error:  # out of memory, say
+            traceback.print_exc()
+            raise Refused(500, FAILED) from error
+
     async def stream(self):
-        """Yield what `pieces` yields; with best_of the chosen replies, each in one piece."""
+        """Yield the echoes, then what `pieces` yields; with best_of the chosen replies, each in one
+        piece."""
+        for index, echo in enumerate(await self.echoes()):
+            yield index, echo
         if self.request.n_replies == self.request.n:
             async for index, piece in self.pieces():
                 yield index, piece
@@ -151,9 +182,10 @@ class Generation:
     async def whole(self):
         """Return the response with all replies."""
         choices = []
-        for index, job in enumerate(await self.best()):
-            message = self.format.message(job.text)
-            choices.append(self.format.choice(index, message, job.tokens, job.end))
+        for echo, job in zip(await self.echoes(), await self.best(), strict=True):
+            message = self.format.message(echo.text + job.text)
+            tokens = echo.tokens + job.tokens
+            choices.append(self.format.choice(len(choices), message, tokens, job.end))
         return self.format.whole(choices, self.usage())
 
 
@@ -167,12 +199,15 @@ async def events(generation):
             choice = response_format.choice(index, opening)
             yield event(response_format.chunk(choice))
     # then a chunk for each piece; the last one of a reply has the finish reason
+    n_characters = Counter()  # sent so far, by index of the reply
     try:
         async for index, piece in generation.stream():
             if any(piece):  # else it has nothing to show yet
                 delta = response_format.delta(piece.text)
-                choice = response_format.choice(index, delta, piece.tokens, piece.end)
+                offset = n_characters[index]
+                choice = response_format.choice(index, delta, piece.tokens, piece.end, offset)
                 yield event(response_format.chunk(choice))
+                n_characters[index] += len(piece.text)
     except Refused as refused:  # too late for another status
         yield event(error_body(refused))
         return

@@ -44,11 +44,12 @@ class Job:
     options: Sampling
     tokenizer: Tokenizer
     seed: int | None = None
-    stop_ids: tuple = ()
-    stop_strings: tuple = ()  # the text ends before the first of them
+    stop_ids: tuple = ()  # the text ends before the first of them
+    stop_strings: tuple = ()  # likewise
     logit_bias: dict | None = None
     logprobs: int | None = None
     trim: Trim | None = None  # strips white space around the text
+    lists_end: bool = False  # whether the stop id that ends the text is among its tokens
     seconds: float = math.inf  # time limit, waiting included
 
     def __post_init__(self):
@@ -73,10 +74,12 @@ class Job:
 
     def next_piece(self):
         """Return the Piece with everything new."""
-        # a token goes out with the text that ends it, not before: a stop string may follow
+        # a token goes out with the text that ends it, not before: a stop string may follow. At the
+        # end all go out, unless text was held back: the last ones may be half a character
         self.n_characters += len(self.new_text)
+        complete = self.end is not None and self.n_characters == self.stream.length
         tokens = []
-        while self.new_tokens and self.new_tokens[0][1] <= self.n_characters:
+        while self.new_tokens and (complete or self.new_tokens[0][1] <= self.n_characters):
             tokens.append(self.new_tokens.popleft()[0])
         text = self.trim.push(self.new_text) if self.trim else self.new_text
         self.new_text = ""
@@ -162,11 +165,14 @@ class Scheduler:
         """Give free rows to waiting jobs."""
         while self.waiting and len(self.running) < len(self.engine.rows):
             job = self.waiting.popleft()
-            options = {"stop_ids": job.stop_ids, "logit_bias": job.logit_bias}
-            options |= {"seed": job.seed, "logprobs": job.logprobs}
+            if job.options.max_new_tokens == 0:
+                job.end = "length"
+                self.changed[job] = True
+                continue
+            options = {"logit_bias": job.logit_bias, "seed": job.seed, "logprobs": job.logprobs}
             try:
                 row = self.engine.add(job.prompt, job.options, **options)
-            except ValueError:  # a request that the service should have refused
+            except Exception:  # such as a request that the service should have refused
                 traceback.print_exc()
                 job.end = "error"
                 self.changed[job] = True
@@ -178,24 +184,25 @@ class Scheduler:
         """Decode a token per row, and end the jobs that are complete."""
         for token in self.engine.step():
             job = self.running[token.row]
+            if token.id in job.stop_ids:
+                self._end(token.row, "stop")
+                job.new_text += job.stream.rest()
+                if job.lists_end:
+                    job.new_tokens.append((token, job.stream.length))
+                continue
             job.push(token)
             self.changed[job] = True
             if job.stream.stopped_at is not None:
                 self._end(token.row, "stop")
             elif not self.engine.rows[token.row].running:  # text held back may be half a marker
                 self._end(token.row, "length")
-        # the other rows that no longer run drew a stop id, which is not given as a Token
-        for row in self.running.keys() - set(self.engine.running):
-            job = self._end(row, "stop")
-            job.new_text += job.stream.rest()
 
     def _end(self, row, end):
-        """Free a row; return its job."""
+        """Free a row; its job has ended."""
         self.engine.end(row)
         job = self.running.pop(row)
         job.end = end
         self.changed[job] = True
-        return job
 
     def _deliver(self):
         """Hand over what is new at once if a job starts or ends, else collect it for a while."""

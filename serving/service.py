@@ -6,17 +6,19 @@ import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import torch
 from prometheus_client import Counter, Gauge
 
 from nanochatgpt.checkpoint import load_model
 from nanochatgpt.device import pick_device, pick_dtype
-from nanochatgpt.engine import Engine
+from nanochatgpt.engine import Engine, Token
 from nanochatgpt.sampling import Sampling, for_template
-from nanochatgpt.tokenizer import END_OF_TEXT, fit_context
+from nanochatgpt.tokenizer import END_OF_TEXT, TEMPLATES, fit_context
 from serving.protocol import Refused, conversation
 from serving.scheduler import Scheduler
 
 SAMPLING = {field.name for field in fields(Sampling)}  # the names of the sampling options
+SCORED_POSITIONS = 64  # of a prompt, at a time
 
 # for Prometheus, next to its defaults, such as the memory of the process
 REFUSED = Counter("nanochatgpt_refused", "Requests answered with an error", ["status"])
@@ -75,36 +77,59 @@ class Service:
             "sampling": sampling,
         }
 
+    def check_alive(self):
+        if not self.scheduler.alive:
+            raise Refused(503, "the engine has stopped; see the server's log")
+
     def check_model(self, name):
         if name != self.name:  # one server serves one model
             message = f"this server has one model, {self.name}"
             raise Refused(404, message, "model", "model_not_found")
 
     def chat_prompt(self, request):
-        """Return (ids of a conversation and the opener of a reply, max_tokens or None)."""
+        """Return the ids of a conversation and the beginning of the next reply: its opener, and a
+        last message of the assistant, which the reply continues."""
         messages = conversation(request.messages)
-        max_tokens = request.max_completion_tokens or request.max_tokens
+        continues = messages[-1]["role"] == "assistant"
+        flags = {"continue_final_message": continues, "add_generation_prompt": not continues}
+        for name, value in flags.items():
+            if getattr(request, name) not in (None, value):
+                message = f"{name}: a last message of the assistant is continued, no other"
+                raise Refused(400, message, name)
+        opening = self.open_reply(messages.pop()["content"]) if continues else []
+
         # a prompt that is too long is refused later, by `sampling`
+        ids, _ = self.tokenizer.render(messages, add_generation_prompt=True)
         if request.truncation == "disabled":
-            return self.tokenizer.render(messages, add_generation_prompt=True)[0], max_tokens
+            return ids + opening
 
         # drop turns as chat.py does, one message of the user after the other: what was dropped
         # stays dropped, so the next prompt begins like the last one, which is in the cache
-        max_tokens = min(max_tokens or self.defaults.max_new_tokens, self.context // 2)
+        n_new = self.defaults.max_new_tokens if request.limit is None else request.limit
+        free = self.context - len(opening)
+        room = free - min(n_new, free // 2)  # tokens that the messages may have
         start = 0  # turns dropped
         try:
             for n, message in enumerate(messages, 1):
                 if message["role"] == "user" or n == len(messages):
-                    room = self.context - max_tokens  # tokens that the prompt may have
                     ids, start = fit_context(self.tokenizer, messages[:n], room, start)
         except ValueError as error:
             raise Refused(400, str(error), "messages", "context_length_exceeded") from error
-        return ids, max_tokens
+        return ids + opening
+
+    def open_reply(self, text):
+        """Return the ids of the beginning of a reply, after its opener. The white space around it
+        is left out: the model writes the space before the next word itself."""
+        if not text.strip():
+            return []
+        ids, mask = self.tokenizer.render([{"role": "assistant", "content": text.strip()}])
+        after = TEMPLATES[self.tokenizer.template].after
+        return ids[mask.index(1) : -len(self.tokenizer.encode(after)) - 1]  # not its end
 
     def completion_prompts(self, request):
         """Return the prompts of a completion request, a list of ids each."""
         # a single prompt, text or ids, becomes a list of one
-        prompts = request.prompt
+        prompts = request.prompt or ""
         if isinstance(prompts, str) or isinstance(prompts[0], int):
             prompts = [prompts]
         encoded = []  # lists of ids
@@ -115,12 +140,30 @@ class Service:
             encoded.append(prompt)
         return encoded
 
+    @torch.inference_mode()
+    def score_prompt(self, ids, n_top):
+        """Return a Token with its log-probability and `n_top` alternatives for each id of a prompt;
+        the first has none. Other replies wait meanwhile, so they stall for a long prompt."""
+        engine = self.scheduler.engine
+        tokens = [Token(0, ids[0], None, [])]
+        hidden = engine.model.hidden(torch.tensor([ids], device=engine.device))[0]  # (T, C)
+        # a few positions at a time: the logits of a long prompt take hundreds of megabytes
+        for start in range(0, len(ids) - 1, SCORED_POSITIONS):
+            targets = ids[start + 1 : start + 1 + SCORED_POSITIONS]
+            logits = engine.model.lm_head(hidden[start : start + len(targets)])  # (n, V)
+            logprobs = logits[:, : engine.n_vocab].float().log_softmax(-1)
+            values, top_ids = logprobs.topk(n_top)  # (n, n_top)
+            for i, target in enumerate(targets):
+                top = list(zip(top_ids[i].tolist(), values[i].tolist(), strict=True))
+                tokens.append(Token(0, target, logprobs[i, target].item(), top))
+        return tokens
+
     def check_ids(self, ids, param):
         for token in ids:
             if not 0 <= token < self.tokenizer.n_vocab:
                 raise Refused(400, f"{param}: there is no token {token}", param)
 
-    def sampling(self, request, prompts, max_tokens):
+    def sampling(self, request, prompts):
         """Return the Sampling of a request. Raises Refused if this server cannot serve it."""
         if request.model is not None:
             self.check_model(request.model)
@@ -134,15 +177,17 @@ class Service:
             raise Refused(400, f"too many replies: the limit is {limit}", param)
 
         self.check_ids(request.logit_bias, "logit_bias")
+        if request.limit == 0 and not request.echo:
+            raise Refused(400, "max_tokens: a reply has at least one token", "max_tokens")
         n_prompt = max(map(len, prompts))  # the longest prompt decides
-        n_new = max_tokens or 1  # without max_tokens, room for one token is enough
+        n_new = 0 if request.limit == 0 else 1  # room for one token is enough
         if n_prompt + n_new > self.context:
-            message = f"the context is {self.context} tokens; the prompt has {n_prompt} and the "
-            message += f'reply needs {n_new}. A chat may set truncation: "auto"'
+            message = f"the context is {self.context} tokens, too few for a prompt of {n_prompt} "
+            message += 'and a reply. A chat may set truncation: "auto"'
             raise Refused(400, message, code="context_length_exceeded")
 
         # the request's options, else the server's
         options = request.model_dump(include=SAMPLING, exclude_none=True)
-        if max_tokens:
-            options["max_new_tokens"] = max_tokens
+        if request.limit is not None:
+            options["max_new_tokens"] = request.limit
         return replace(self.defaults, **options)

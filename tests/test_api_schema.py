@@ -11,7 +11,7 @@ from schemathesis.checks import not_a_server_error  # noqa: E402
 
 @pytest.fixture(scope="module")
 def schema(serving):
-    with serving("--max_new_tokens=4", "--max_queue=1000") as server:
+    with serving("--max_new_tokens=4", "--max_queue=1000", "--max_seconds=1") as server:
         yield schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 

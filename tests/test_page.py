@@ -716,6 +716,16 @@ def test_a_reply_without_a_word_is_not_kept(stub, page):
 # ---- whoever reads it, on whatever
 
 
+def test_the_enter_that_ends_a_composition_sends_nothing(stub, page):
+    composer(page).fill("今日は")
+    for sign in ({"isComposing": True}, {"keyCode": 229}):  # the second is Safari's
+        composer(page).dispatch_event("keydown", {"key": "Enter", **sign})
+    expect(composer(page)).to_have_value("今日は")
+    composer(page).press("Enter")
+    expect(texts(page)).to_have_text("I see.")
+    assert [contents(body) for body in stub.asked] == [["今日は"]]
+
+
 def test_a_keyboard_is_enough(stub, page):
     expect(composer(page)).to_be_focused()
     page.keyboard.type("first line")

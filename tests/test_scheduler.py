@@ -202,6 +202,46 @@ def test_a_prompt_that_does_not_fit_fails_alone(start):
     assert (listener.end(too_long), listener.end(other)) == ("error", "length")
 
 
+def test_a_job_that_cannot_start_fails_and_the_next_ones_go_on(start, monkeypatch, capsys):
+    listener = start(rows=1)
+    add = Engine.add
+    errors = [RuntimeError("out of memory")]
+
+    def break_once(engine, *args, **options):
+        if errors:
+            raise errors.pop()
+        return add(engine, *args, **options)
+
+    monkeypatch.setattr(Engine, "add", break_once)
+    jobs = [job(PROMPTS[i]) for i in range(2)]
+    listener.add(*jobs)
+    assert [listener.end(each) for each in jobs] == ["error", "length"]
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_a_job_without_new_tokens_ends_at_once_however_long_its_prompt(start):
+    listener = start(rows=1)
+    jobs = [job([1] * 128, n=0), job(PROMPTS[0], n=0), job(PROMPTS[0], n=3)]
+    listener.add(*jobs)
+    results = [listener.result(each) for each in jobs]
+    assert [(text, end) for text, _, end, _ in results[:2]] == [("", "length")] * 2
+    assert len(results[2][1]) == 3
+
+
+def test_the_tokens_of_a_job_are_complete(start):
+    """The last one may be half a character, and the stop id is listed if it is asked for."""
+    half = TOKENIZER.encode("🙂")[0]
+    listener = start()
+    cut = job(PROMPTS[0], n=2, logit_bias={half: 100})
+    stops = {"stop_ids": (half,), "logit_bias": {half: 100}, "logprobs": 1}
+    listed, silent = job(PROMPTS[0], **stops, lists_end=True), job(PROMPTS[0], **stops)
+    listener.add(cut, listed, silent)
+    assert listener.result(cut)[1] == [half, half]
+    assert listener.result(listed)[:3] == ("", [half], "stop") and listed.tokens[0].logprob < 0
+    assert listener.result(silent)[:3] == ("", [], "stop")
+    assert listed.n_tokens == silent.n_tokens == 0
+
+
 def test_calls_happen_between_steps_in_the_thread_of_the_engine(start, monkeypatch):
     threads = set()
     step = Engine.step

@@ -314,12 +314,13 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "x"}}]
     [
         ({"temperature": 2.5}, "temperature"),
         ({"temperature": "warm"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.5}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
         ({"n": 0}, "n"),
         ({"n": 100}, "n"),
         ({"n": "3"}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ["a"] * 1000}, "stop"),
         ({"stream": "yes"}, "stream"),
         ({"logit_bias": {"50257": 1}}, "logit_bias"),
         ({"logit_bias": {"tea": 1}}, "logit_bias.tea"),
@@ -328,14 +329,13 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "x"}}]
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"modalities": ["audio"]}, "modalities"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"seed": 2**63}, "seed"),
         ({"messages": []}, "messages"),
         ({"messages": HI * 1001}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "tool", "content": "4"}]}, "messages.0.role"),
         ({"messages": [{"role": "system", "content": "alone"}]}, "messages"),
-        ({"messages": [*HI, {"role": "system", "content": "late"}, *HI]}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": IMAGE}]}, "messages.0.content.0.image_url"),
     ],
     ids=lambda value: str(value)[:60],
@@ -373,8 +373,6 @@ def test_a_chat_too_long_for_the_context_is_refused_or_loses_its_oldest_turns(
     with pytest.raises(openai.BadRequestError, match=f"512 .* {n_tokens}") as refused:
         ask(messages)
     assert refused.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="context"):
-        ask(max_tokens=510)
 
     completion = ask(messages, truncation="auto", seed=9)
     assert completion.usage.prompt_tokens == len(prompts[-1]) < n_tokens
@@ -442,7 +440,7 @@ def test_a_wrong_method_is_refused(chat_server):
 
 
 def test_a_page_of_another_name_or_origin_gets_nothing(chat_server):
-    assert get(chat_server, "/v1/models", headers={"Host": "evil.example"}).status_code == 400
+    assert get(chat_server, "/v1/models", headers={"Host": "evil.example"}).status_code == 403
     assert get(chat_server, "/", headers={"Host": "localhost:8000"}).status_code == 200
     response = post(chat_server, json={"messages": HI}, headers={"Origin": "https://evil.example"})
     assert not any(name.lower().startswith("access-control") for name in response.headers)
@@ -547,6 +545,14 @@ def test_slow_readers_and_idle_connections_hold_up_nobody(chat_server):
     for connection in (slow, *idle):
         connection.close()
     assert list(endless(chat_server, max_tokens=5))
+
+
+def test_when_the_engine_has_stopped_requests_are_refused_at_once(serving):
+    with serving() as server:
+        server.service.scheduler.alive = False
+        assert get(server, "/health").status_code == 503
+        assert post(server, json={"messages": HI}).status_code == 503
+        assert post(server, json={"messages": HI, "stream": True}).status_code == 503
 
 
 # ---- shutting down
