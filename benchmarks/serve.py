@@ -93,6 +93,7 @@ def ask(config, port, prompt):
         "frequency_penalty": 0,
         "logit_bias": {"50256": -100},  # never end
         "stream": True,
+        "stream_options": {"include_usage": True},
     }
     start = time.perf_counter()
     connection = http.client.HTTPConnection("127.0.0.1", port)
@@ -102,8 +103,9 @@ def ask(config, port, prompt):
     first_line = response.readline()
     first_token = time.perf_counter() - start
     rest = response.read()  # in one call: the server needs the same cores now
-    if not rest.endswith(b"data: [DONE]\n\n"):
-        raise ValueError(f"a reply without an end: {(first_line + rest)[-300:]}")
+    if f'"completion_tokens": {config.new_tokens},'.encode() not in rest:
+        end = (first_line + rest)[-300:]
+        raise ValueError(f"not new_tokens={config.new_tokens}; has the context room? {end}")
     return first_token
 
 
