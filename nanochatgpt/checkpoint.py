@@ -20,7 +20,7 @@ from nanochatgpt import huggingface
 from nanochatgpt.device import FBGEMM
 from nanochatgpt.files import check_format, replacing
 from nanochatgpt.tokenizer import Tokenizer
-from nanochatgpt.weights import WEIGHTS, match_model, open_nanogpt, open_weights
+from nanochatgpt.weights import WEIGHTS, match_model, open_weights
 
 NANO = Path(__file__).parents[1] / "assets" / "nano"  # its README.md says how it was trained
 PICKLES = (".pt", ".pth", ".ckpt")  # what checkpoints of nanoGPT end in
@@ -110,6 +110,8 @@ def find(init_from):
         check_format(path)  # raises FileNotFoundError
         if path.suffix not in PICKLES:
             raise ValueError(f"{path} is one file of a model: pass its directory, {folder}")
+        from nanochatgpt.nanogpt import open_nanogpt
+
         return *open_nanogpt(path), Tokenizer()
 
     for name in WEIGHTS:

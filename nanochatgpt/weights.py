@@ -1,11 +1,10 @@
-"""Tensors in files, and their names there: safetensors, pickles, shards, nanoGPT's ckpt.pt.
+"""Tensors in files, and their names there: safetensors, pickles, shards.
 
 Each name becomes model.py's. A file may hold more than the model: causal masks, other heads, the
 head again, which is tied to the embedding. It must hold all of the model, in the right shapes.
 """
 
 import re
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,7 @@ from reprlib import repr as short_repr
 import safetensors
 import torch
 
-from model import GPTConfig
 from nanochatgpt.files import check_format, load_tensors, read_json
-from nanochatgpt.huggingface import read_sizes
-from nanochatgpt.tokenizer import END_OF_TEXT
 
 # the files with a model's weights, or an index of their shards, best first
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -31,9 +27,6 @@ PARTS = ("wte", "wpe", "h", "ln_f")  # of the transformer
 # torch.compile, FSDP, activation checkpointing, DDP or Lightning
 PREFIXES = {"transformer", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 PREFIXES |= {"module", "model"}
-# nanoGPT's model_args; its forks have others, for other arithmetic
-NANOGPT_ARGS = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout"}
-LARGEST_PADDED = 51_200  # GPT-2's vocabulary, padded to a multiple of 1,024
 
 
 class NoScore(ValueError):
@@ -158,40 +151,3 @@ def match_model(stored, model):
     if head and has_head and not torch.equal(head.read(), tensors[EMBEDDING].read()):
         raise ValueError(f"{path}: {HEAD} differs from {EMBEDDING}; only tied ones are supported")
     return lambda name: tensors.pop(name).read()  # frees each tensor after use
-
-
-# --- nanoGPT --------------------------------------------------------------------------------------
-
-
-def open_nanogpt(path):
-    """Return ({name: StoredTensor}, GPTConfig) of nanoGPT's ckpt.pt. Its linear weights are [out,
-    in] and its GELU is the exact one; with bias=False all biases are zero. Raises ValueError for
-    any other file, or a vocabulary that is not GPT-2's."""
-    # mapped, so that the optimizer's moments are never read
-    checkpoint = load_tensors(path, mmap=zipfile.is_zipfile(path))
-    is_nanogpt = isinstance(checkpoint, dict) and {"model", "model_args"} <= checkpoint.keys()
-    if not is_nanogpt or not all(isinstance(checkpoint[n], dict) for n in ("model", "model_args")):
-        raise ValueError(f"{path} is not a checkpoint of nanoGPT: pass the directory of a model")
-
-    # 1. the config
-    args = checkpoint["model_args"]
-    for name in args.keys() - NANOGPT_ARGS:
-        raise ValueError(f"{path} is not nanoGPT's own: {short_repr(name)} in its model_args")
-    config = GPTConfig(activation="gelu", **read_sizes(path, args, "block_size"))
-    if not END_OF_TEXT < config.vocab_size <= LARGEST_PADDED:
-        problem = f"vocab_size={config.vocab_size} is not GPT-2's vocabulary of 50,257 tokens"
-        raise ValueError(f"{path}: {problem}, which is the only one that this project has")
-
-    # 2. the weights
-    stored = {}
-    for name, tensor in checkpoint["model"].items():
-        name = str(name)
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path} is damaged: {short_repr(name)} is not a tensor")
-        linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        stored[name] = in_memory(path, tensor, transposed=linear)
-        has_bias = linear or "ln_" in name
-        if has_bias and args.get("bias") is False and tensor.dim():
-            zeros = torch.zeros(len(tensor), dtype=tensor.dtype)
-            stored.setdefault(re.sub("weight$", "bias", name), in_memory(path, zeros))
-    return stored, config
