@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochatgpt.files import replacing
+from nanochatgpt.files import naming, replacing
 from nanochatgpt.shards import ShardWriter
 from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer
 from prepare.render import render_batch
@@ -99,11 +99,8 @@ def output_folder(config, name):
     folder = Path(config.out_dir or f"data/{name}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield folder
-    except OSError as error:
-        if error.errno and not error.filename:
-            error.filename = str(folder)  # a full disk does not say where it is
-        raise
+        with naming(folder):  # a full disk does not say where it is
+            yield folder
     finally:
         with suppress(OSError):  # not empty
             folder.rmdir()

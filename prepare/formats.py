@@ -15,7 +15,7 @@ FORMATS = {  # field that tells a format -> its name in the report
     "conversations": "ShareGPT's conversations",
     "conversation": "ShareGPT's conversations",
     "dialog": "dialogs of texts",
-    "instruction": "Alpaca's instructions",
+    "instruction": "instructions with outputs",
     "prompt": "prompts with completions",
 }
 HUMANS = ("user", "human", "prompter", "customer")
@@ -31,9 +31,10 @@ TOOLS = ("tool", "function", "function_call", "observation", "tool_call", "tool_
 def conversation(record):
     """Return (format, messages, number of blank replies) of a record. A message has role, content
     and, if it is a reply that is not learned, weight 0. Text is stripped, blank messages are
-    dropped, and all that the system says comes first. Raises ValueError that names what cannot be
-    used."""
+    dropped, and all that the system says comes first. Raises ValueError with the field or message
+    that a model here cannot learn from."""
     name, turns = turns_of(record)
+    refuse_images(record, "the record")
 
     # the persona first, then the turns
     personas = [as_text(record.get("system"), "system")]
@@ -63,11 +64,12 @@ def turns_of(record):
     if "completion" in record:
         prompt = as_turns(record.get("prompt"), "user")
         return "prompt", prompt + as_turns(record["completion"], "assistant")
-    if "dialog" in record or "data" in record:
-        turns = []
-        for text in record.get("dialog", record.get("data")):
-            turns += as_turns(text, "assistant" if len(turns) % 2 else "user")
-        return "dialog", turns
+    for name in ("dialog", "data"):
+        if isinstance(record.get(name), list):
+            turns = []
+            for text in record[name]:
+                turns += as_turns(text, "assistant" if len(turns) % 2 else "user")
+            return "dialog", turns
     fields = ", ".join(map(str, record)) or "none"
     raise ValueError(f"no conversation in the fields {fields}; see --help for the formats")
 
@@ -83,24 +85,32 @@ def as_message(turn, number):
     if not isinstance(turn, dict):
         raise ValueError(f"message {number} is not an object: {turn!r:.40}")
     name = turn.get("role", turn.get("from"))
-    if name in TOOLS or turn.get("tool_calls") or turn.get("function_call"):
+    lower = name.lower() if isinstance(name, str) else None
+    if lower in TOOLS or turn.get("tool_calls") or turn.get("function_call"):
         raise ValueError(f"message {number} calls a tool, which GPT-2 cannot learn here")
-    if not isinstance(name, str) or name.lower() not in ROLES:
+    if lower not in ROLES:
         raise ValueError(f"message {number} has role {name!r}, not system, user or assistant")
-    role = ROLES[name.lower()]
+    role = ROLES[lower]
+    refuse_images(turn, f"message {number}")
     if "content" not in turn and "value" not in turn:
         raise ValueError(f"message {number} has no content")
     content = turn.get("content", turn.get("value"))
     message = {"role": role, "content": as_text(content, f"message {number}")}
 
     # context, not learned
-    flags = [turn.get("train"), turn.get("training")]
-    weight = turn.get("weight")
-    if weight not in (None, 0, 1):
-        raise ValueError(f"message {number} has weight {weight!r}, not 0 or 1")
-    if role == "assistant" and (weight == 0 or False in flags):
-        message["weight"] = 0
+    for flag in ("weight", "train", "training"):
+        value = turn.get(flag)
+        if value not in (None, 0, 1):  # false is 0, true is 1
+            raise ValueError(f"message {number} has {flag} {value!r}, not 0 or 1")
+        if value == 0 and role == "assistant":
+            message["weight"] = 0
     return message
+
+
+def refuse_images(record, name):
+    for field in ("image", "images"):
+        if record.get(field):
+            raise ValueError(f"{name} has {field}, which GPT-2 cannot read")
 
 
 def as_text(content, name):
@@ -130,9 +140,13 @@ def alpaca(record):
     """Return the messages of a record: the history, then the instruction with its input, then the
     output."""
     turns = []
-    for question, answer in record.get("history") or ():
-        turns += as_turns(question, "user") + as_turns(answer, "assistant")
+    for pair in record.get("history") or ():
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"history is not a list of [user, assistant]: {pair!r:.40}")
+        turns += as_turns(pair[0], "user") + as_turns(pair[1], "assistant")
     texts = [record["instruction"], record.get("input", record.get("context"))]
     parts = [as_text(text, "instruction") for text in texts]
     turns += as_turns("\n".join(filter(None, parts)), "user")
+    if "output" not in record and "response" not in record:
+        raise ValueError("there is an instruction without output or response")
     return turns + as_turns(record.get("output", record.get("response")), "assistant")

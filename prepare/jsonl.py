@@ -6,22 +6,31 @@ FILE is JSON Lines or a JSON list, also gzipped. A record is one of
     {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
     {"instruction": "say hello", "input": "", "output": "hello", "history": [["hi", "hello"]]}
     {"prompt": "hi", "completion": "hello"}
+    {"dialog": ["hi", "hello"]}
 
-"system", as a role or next to these, is the bot's persona. A reply with "weight": 0 or "train":
-false is context and not learned. Equal conversations share a split.
+Dolly's "context" and "response" are read like "input" and "output". "system", as a role or next to
+these, is the bot's persona. A reply with "weight": 0 or "train": false is context and not learned.
+Equal conversations share a split.
 """
 
 import json
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanochatgpt.configurator import run
-from prepare.corpus import Config, divide, existing, prepare
+from prepare.corpus import Config as CorpusConfig
+from prepare.corpus import divide, existing, prepare
 from prepare.formats import conversation, n_learned
 from prepare.records import read_records
+
+
+@dataclass
+class Config(CorpusConfig):
+    source: str = ""  # the file
 
 
 def read(source):
@@ -39,8 +48,8 @@ def read(source):
         return (json.dumps(turns), messages) if n_learned(messages) else None
 
     yield from read_records(source, parse)
-    formats = ", ".join(f"{n:,} of {name}" for name, n in counts.items()) or "none"
-    print(f"{source}: records recognised: {formats}; {n_blank:,} blank replies left out")
+    formats = ", ".join(f"{name} ({n:,})" for name, n in counts.items()) or "nothing"
+    print(f"{source}: recognised {formats}; left out {n_blank:,} blank replies")
 
 
 def main(config):

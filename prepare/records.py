@@ -3,6 +3,7 @@
 import codecs
 import csv
 import gzip
+import io
 import itertools
 import json
 import zlib
@@ -73,11 +74,24 @@ def text_lines(file, name):
             text = line.decode()
         except UnicodeDecodeError as error:
             place = f"line {number:,}, byte {error.start + 1} (0x{line[error.start]:02x})"
-            remedy = "save it as UTF-8, such as with `iconv -f latin1 -t utf-8`"
+            remedy = "convert it with `iconv -f ENCODING -t utf-8`"
             raise NotText(f"{name}, {place}: it is not UTF-8; {remedy}") from error
-        if "\0" in text:
-            raise NotText(f"{name}, line {number:,}: it is not text, it has a NUL byte")
-        yield text
+        if "\0" in text or "\x1b$" in text:
+            problem = "it has NUL bytes or escape sequences, as UTF-16 and ISO-2022 have"
+            raise NotText(f"{name}, line {number:,}: {problem}: save it as UTF-8")
+        yield from io.StringIO(text, newline="") if "\r" in text else [text]  # \r ends lines too
+
+
+def is_pretty_printed(head):
+    """Return whether a file that begins with these bytes has JSON objects over several lines."""
+    first, *rest = head.split(b"\n", 2)
+    if not rest or (first.rstrip().endswith(b"}") and rest[0].startswith(b"{")):
+        return False
+    try:
+        json.loads(first)
+    except ValueError:
+        return head.startswith(b"{")
+    return False
 
 
 def read_records(path, parse, list_name=""):
@@ -93,14 +107,13 @@ def read_records(path, parse, list_name=""):
         with open_bytes(path) as file:
             # choose the reader
             head = file.peek(1).lstrip()
-            first_line, newline, _ = head.partition(b"\n")
             if path.name.lower().removesuffix(".gz").endswith(".csv"):
                 records = csv.DictReader(text_lines(file, path), restval="")  # of a short row
             elif list_name:
                 records = ijson.items(file, f"{list_name}.item", use_float=True)
             elif head.startswith(b"["):
                 records = ijson.items(file, "item", use_float=True)
-            elif head.startswith(b"{") and newline and not first_line.rstrip().endswith(b"}"):
+            elif is_pretty_printed(head):
                 records = ijson.items(file, "", use_float=True, multiple_values=True)
             else:
                 unit = "line"

@@ -4,7 +4,8 @@ PATH is a file of records: .jsonl, .json (a list) or .csv, also with .gz. A reco
 
     {"input_text" or "text": ..., "labels" or "label": 0 or 1}      1: the reply at its end was kept
     {"messages": [...], "label": 0 or 1}, {"prompt": ..., "completion": ..., "label": true or false}
-    {"prompt": ..., "chosen": ..., "rejected": ...}         a pair, of texts or messages
+    {"prompt", "question" or "instruction": ..., "chosen": ..., "rejected": ...}
+                                                a pair; each is a text or messages
     {"chosen": ..., "rejected": ...}            the same, where the prompt is what both begin with;
                                                 messages, or texts as in Anthropic's hh-rlhf
     {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}
@@ -20,6 +21,7 @@ import itertools
 import os
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,30 +29,36 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanochatgpt.configurator import run
 from nanochatgpt.tokenizer import Tokenizer
 from prepare.chitchat_package import packaged, read
-from prepare.corpus import Config, divide, existing, output_folder, shard_writers
-from prepare.formats import as_turns, conversation
+from prepare.corpus import Config as CorpusConfig
+from prepare.corpus import divide, existing, output_folder, shard_writers
+from prepare.formats import as_message, as_turns, conversation, turns_of
 from prepare.records import merge_turns, read_records
+
+
+@dataclass
+class Config(CorpusConfig):
+    source: str = ""  # the file, or chitchat
 
 
 def examples(record):
     """Return (key, [(text or messages, label)]) of a record; equal keys share a split."""
     label = record.get("labels", record.get("label"))
+    texts = [record[name] for name in ("input_text", "text", "input_ids") if name in record]
     if "chosen" in record or "preferred_output" in record:
         return pair(record)
     if "positive_responses" in record:
         return dailydialog(record)
     if "dialog" in record:
         return convai2(record)
-    if ("messages" in record or "completion" in record) and label is not None:
-        messages = ending_in_reply(record)
-        return beginning(messages[:-1]), [(messages, as_label(label))] if messages else []
-    if "messages" in record:
+    if texts:
+        [text] = texts
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"there is no text: {text!r:.40}")
+        return text.strip().partition("\n")[0], [(text, as_label(label))]  # the key is a line
+    if label is None:
         return saved_chat(record)
-
-    text = record.get("input_text", record.get("text", record.get("input_ids")))
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"there is no text: {text!r:.40}")
-    return text.strip().partition("\n")[0], [(text, as_label(label))]  # the key is the first line
+    messages = ending_in_reply(record)
+    return beginning(messages[:-1]), [(messages, as_label(label))] if messages else []
 
 
 def ending_in_reply(record):
@@ -66,12 +74,11 @@ def ending_in_reply(record):
 
 def pair(record):
     """A chosen and a rejected reply to a prompt; none if they are equal, or one is blank."""
-    prompt = record.get("prompt") or ""
     replies = [record.get("chosen"), record.get("rejected")]
     if "preferred_output" in record:  # OpenAI's
-        prompt = record["input"]["messages"]
         replies = [record["preferred_output"], record["non_preferred_output"]]
-    elif not prompt and all(isinstance(reply, str) for reply in replies):
+    prompt = prompt_of(record)
+    if not prompt and all(isinstance(reply, str) for reply in replies):
         # the prompt is what both begin with, up to a space
         prompt, _, _ = os.path.commonprefix(replies).rpartition(" ")  # noqa: RUF071
         replies = [reply.removeprefix(prompt) for reply in replies]
@@ -86,15 +93,36 @@ def pair(record):
     return beginning(chosen[:-1]), [(chosen, 1), (rejected, 0)]
 
 
+def prompt_of(record):
+    """Return what comes before the replies of a pair, a text or turns; "" if only they have it."""
+    for name in ("prompt", "question"):
+        if record.get(name):
+            return record[name]
+    if isinstance(record.get("input"), dict):  # OpenAI's
+        return record["input"]["messages"]
+    if "instruction" in record:
+        return turns_of(record | {"output": ""})[1][:-1]
+    if isinstance(record.get("input"), str):
+        return record["input"]
+    for name in ("messages", "conversations"):
+        if isinstance(record.get(name), list):
+            return record[name]
+    return ""
+
+
 def as_dialog(prompt, reply):
-    """Return the turns of a prompt and a reply, texts or messages each. Texts may be in the form of
-    Anthropic's hh-rlhf, which begins with a speaker."""
+    """Return the turns of a prompt and a reply, texts or turns each. Texts may be in the form of
+    Anthropic's hh-rlhf, which begins with a speaker; turns may have the prompt in them."""
     if isinstance(prompt, str) and isinstance(reply, str):
         head, *parts = re.split(r"\n\n(Human|Assistant):", prompt + reply)
         if parts and not head.strip():
             pairs = zip(parts[::2], parts[1::2], strict=True)  # speaker, text
             return [{"from": speaker, "value": text} for speaker, text in pairs]
-    return as_turns(prompt, "user") + as_turns(reply, "assistant")
+    before = as_turns(prompt, "user")
+    turns = as_turns(reply, "assistant")
+    if turns and as_message(turns[0], len(before) + 1)["role"] != "assistant":
+        return turns  # a whole conversation
+    return before + turns
 
 
 def dailydialog(record):
@@ -130,23 +158,26 @@ def convai2(record):
 
 def saved_chat(record):
     """A reply was kept if the human went on, so the last one has no label."""
-    conversation(record)  # raises ValueError
-    messages = record["messages"]  # with blank replies, which `before` counts
-    persona = messages[: messages[0]["role"] == "system"]  # one system message or none
-    turns = messages[len(persona) :]
-    ends = [i for i, message in enumerate(messages, 1) if message["role"] == "assistant"]
+    _, turns = turns_of(record)
+    messages = [as_message(turn, number) for number, turn in enumerate(turns, 1)]
+    system = [message for message in messages if message["role"] == "system"]
+    turns = [message for message in messages if message["role"] != "system"]  # also blank ones
+
+    def example(turns):
+        return ending_in_reply({"messages": system + turns, "system": record.get("system")})
+
+    ends = [i for i, message in enumerate(turns, 1) if message["role"] == "assistant"]
     if not ends:
         raise ValueError("no message is the assistant's, so there is nothing to learn")
-    kept = [ending_in_reply({"messages": messages[:end]}) for end in ends if end < len(messages)]
-    labelled = [(talk, 1) for talk in kept if talk]
+    kept = [example(turns[:end]) for end in ends if end < len(turns)]
+    labelled = [(messages, 1) for messages in kept if messages]
 
-    # a retried reply is rejected
+    # a retried reply is rejected; `before` counts the turns before it
     for attempt in record.get("retried", []):
-        attempted = [*persona, *turns[: attempt["before"]], reply(attempt["content"])]
-        rejected = ending_in_reply({"messages": attempted})
+        rejected = example([*turns[: attempt["before"]], reply(attempt["content"])])
         if rejected and rejected not in kept:  # the same reply may have come again and been kept
             labelled.append((rejected, 0))
-    return str(messages[: ends[0]]), labelled
+    return str(system + turns[: ends[0]]), labelled
 
 
 def reply(text):
@@ -224,7 +255,7 @@ def render(tokenizer, content, label):
         ids = tokenizer.encode(content)
         start = 0  # of what may be supervised
     else:
-        ids, mask = tokenizer.render(content)
+        ids, mask = tokenizer.render([message | {"weight": 1} for message in content])
         start = len(mask) - mask[::-1].index(0)  # after the opener of the last reply
     return ids, [0] * start + [label] * (len(ids) - start)
 

@@ -134,6 +134,14 @@ def test_what_the_system_says_comes_first_and_once():
         ({"messages": [message("narrator", "x")]}, ["message 1", "narrator"]),
         ({"messages": [message("assistant", "x", weight=0.5)]}, ["message 1", "0.5"]),
         ({"messages": [message("user", 7)]}, ["message 1", "7"]),
+        ({"messages": [message("Tool", "42")]}, ["message 1", "tool"]),
+        ({"messages": [message("user", "x", images=["a.jpg"])]}, ["message 1", "images"]),
+        ({"messages": TALK, "image": "a.jpg"}, ["image"]),
+        ({"messages": [message("assistant", "x", train="false")]}, ["message 1", "'false'"]),
+        ({"data": "example"}, ["data"]),
+        ({"dialog": None}, ["dialog"]),
+        ({"instruction": "x", "answer": "y"}, ["output"]),
+        ({"instruction": "x", "output": "y", "history": ["ab", "cd"]}, ["history", "ab"]),
         ({"messages": [["hi"]]}, ["message 1", "hi"]),
         ({"text": "hi"}, ["text"]),
         ({}, ["no conversation"]),
@@ -196,7 +204,7 @@ def test_blank_replies_are_left_out_and_counted(prepared):
     assert done.returncode == 0, done.stderr
     assert "«<|endoftext|>»" not in text and text.count("« hello<|endoftext|>»") == 2
     assert "1 of 4 records left out" in done.stdout
-    assert "2 blank replies" in done.stdout and "3 of OpenAI's messages" in done.stdout
+    assert "2 blank replies" in done.stdout and "OpenAI's messages (3)" in done.stdout
 
 
 RECORDS = [{"messages": talk(n)} for n in range(3)]
@@ -213,6 +221,8 @@ PRETTY = json.dumps(RECORDS, indent=2).encode()
         (codecs.BOM_UTF8 + PRETTY, "talk.json"),
         (b"\n" + JSONL.replace(b"\n", b"\r\n\r\n"), "talk.jsonl"),
         (gzip.compress(JSONL, mtime=0), "talk.JSONL.GZ"),
+        (JSONL.replace(b"\n", b"\r"), "talk.jsonl"),
+        (JSONL.replace(b'"}], ', b'"}],\n').replace(b"}, {", b"},\n{"), "talk.jsonl"),
         (gzip.compress(PRETTY, mtime=0), "talk"),
         ("\n".join(json.dumps(record, indent=2) for record in RECORDS).encode(), "talk.jsonl"),
     ],
@@ -289,6 +299,55 @@ def test_texts_without_a_prompt_have_what_both_begin_with_as_their_prompt():
         ([prompt, message("assistant", "blue today.")], 1),
         ([prompt, message("assistant", "black.")], 0),
     ]
+
+
+WHOLE = [[message("user", "1+2?"), message("assistant", reply)] for reply in ("3", "4")]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "1+2?", "chosen": "3", "rejected": "4"},
+        {"instruction": "1+2?", "input": "", "chosen": "3", "rejected": "4"},
+        {"input": "1+2?", "chosen": "3", "rejected": "4"},
+        {"messages": WHOLE[0][:1], "chosen": "3", "rejected": "4"},
+        {"prompt": "1+2?", "chosen": WHOLE[0], "rejected": WHOLE[1]},
+        {"prompt": WHOLE[0][:1], "chosen": WHOLE[0], "rejected": WHOLE[1]},
+    ],
+)
+def test_the_prompt_of_a_pair_has_many_names_and_comes_once(record):
+    assert retry.examples(record)[1] == [(WHOLE[0], 1), (WHOLE[1], 0)]
+
+
+def test_the_system_next_to_a_pair_or_a_chat_is_its_persona():
+    be = message("system", "be kind")
+    record = {"system": "be kind", "question": "1+2?", "chosen": "3", "rejected": "4"}
+    assert retry.examples(record)[1] == [([be, *WHOLE[0]], 1), ([be, *WHOLE[1]], 0)]
+    record = {"system": "be kind", "messages": [*TALK, *TALK]}
+    record["retried"] = [{"before": 1, "content": "no"}]
+    rejected = [be, TALK[0], message("assistant", "no")]
+    assert retry.examples(record)[1] == [([be, *TALK], 1), (rejected, 0)]
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_a_label_decides_whatever_the_weight_is(weight):
+    talk = [*TALK, TALK[0], message("assistant", "bye", weight=weight)]
+    [(messages, label)] = retry.examples({"messages": talk, "label": 1})[1]
+    ids, mask = retry.render(TOKENIZER, messages, label)
+    learned = [token for token, learned in zip(ids, mask, strict=True) if learned]
+    assert TOKENIZER.decode(learned) == " bye<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+        {"instruction": "hi", "output": "hello"},
+        {"messages": TALK},
+    ],
+)
+def test_a_label_goes_with_every_format(record):
+    assert retry.examples(record | {"label": 1})[1] == [(TALK, 1)]
 
 
 def test_a_reply_may_quote_a_speaker():
@@ -382,12 +441,16 @@ words = st.text("ab é", min_size=1, max_size=6).map(str.strip).filter(bool)
 documents = st.lists(st.lists(st.lists(words, min_size=1), min_size=1), min_size=1, max_size=4)
 
 
-@given(documents=documents, border=st.sampled_from(["\n<|endoftext|>\n", " <|endoftext|> ", None]))
-def test_a_text_is_its_documents_paragraphs(tmp_path_factory, documents, border):
+@given(
+    documents=documents,
+    border=st.sampled_from(["\n<|endoftext|>\n", " <|endoftext|> ", None]),
+    newline=st.sampled_from(["\n", "\r\n", "\r"]),
+)
+def test_a_text_is_its_documents_paragraphs(tmp_path_factory, documents, border, newline):
     folder = tmp_path_factory.mktemp("books")
     texts = ["\n\n".join(map("\n".join, paragraphs)) for paragraphs in documents]
     for number, content in enumerate(texts if border is None else [border.join(texts)]):
-        (folder / f"{number}.txt").write_text(content, encoding="utf-8")
+        (folder / f"{number}.txt").write_text(content, encoding="utf-8", newline=newline)
     read = [each for _, each in plain_text.paragraphs(plain_text.lines_of(folder))]
     expected = []
     for number, paragraphs in enumerate(documents):

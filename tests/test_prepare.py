@@ -181,7 +181,7 @@ def test_the_report_counts_what_was_written(prepare, tmp_path):
     conversations += small_talk(1500, seed=3)
     source = write_jsonl(tmp_path / "talk.jsonl", conversations)
     recognised, *report = prepare(jsonl, source=source).stdout.splitlines()
-    assert f"{len(conversations):,} of OpenAI's messages" in recognised
+    assert f"OpenAI's messages ({len(conversations):,})" in recognised
     splits = read_back("data/jsonl")
     assert everything(splits) == sorted(conversations, key=str)
     for line, split in zip(report, ("train", "val"), strict=False):

@@ -278,7 +278,7 @@ DIALOG = {"context": ["a"], "positive_responses": ["b"], "adversarial_negative_r
         ({"text": "a", "label": 2}, "label 2"),
         ({"text": "a", "label": "good"}, "label 'good'"),
         ({"text": "a"}, "label"),
-        ({"label": 1}, "text"),
+        ({"label": 1}, "label"),
         ({"text": 5, "label": 1}, "5"),
         (PAIR | {"chosen": 5}, "message 2"),
         (PAIR | {"prompt": [{"role": "user"}]}, "content"),
