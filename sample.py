@@ -31,7 +31,7 @@ def read_start(start):
     OSError if there is no such file, ValueError if it is not UTF-8."""
     if not start.startswith("FILE:"):
         return start
-    path = Path(start.removeprefix("FILE:"))
+    path = Path(start.removeprefix("FILE:")).expanduser()
     try:
         return path.read_text(encoding="utf-8-sig")  # without a byte-order mark
     except UnicodeDecodeError as error:

@@ -26,7 +26,12 @@ NANO = Path(__file__).parents[1] / "assets" / "nano"  # its README.md says how i
 PICKLES = (".pt", ".pth", ".ckpt")  # what checkpoints of nanoGPT end in
 FILES = (*PICKLES, ".safetensors", ".bin", ".gguf")  # what no name on the hub ends in
 # weights that other programs read, by their files
-FOREIGN = {"*.gguf": "GGUF", "*.h5": "TensorFlow", "*.ckpt*": "TensorFlow", "*.msgpack": "Flax"}
+FOREIGN = {
+    "*.gguf": "GGUF",
+    "*.h5": "TensorFlow",
+    "*.ckpt.index": "TensorFlow",
+    "*.msgpack": "Flax",
+}
 FOREIGN |= {"*.onnx": "ONNX"}
 
 

@@ -3,8 +3,8 @@
     python SCRIPT.py [config/FILE.py ...] [--knob=value ...]        the last one wins
 
 A config file holds plain Python assignments. A knob is a field of type int, float, bool or str; the
-comment after it is its line of --help. "~/" at the start of a text, or after a comma or colon in
-it, is the home directory.
+comment after it is its line of --help. In a text that may be a path, "~/" at the start or after a
+comma is the home directory.
 """
 
 import contextlib
@@ -18,6 +18,8 @@ import sys
 import traceback
 import types
 from pathlib import Path
+
+TEXTS = ("start", "persona", "api_key")  # knobs whose values are never paths
 
 
 def parse(Config, argv):
@@ -119,12 +121,14 @@ def _convert(knob, value, source):
     if type(value) is not knob.type:  # isinstance would accept True for an int
         example = f"{knob.name}={knob.default}"
         raise ValueError(f"{source}: {knob.name} is of type {knob.type.__name__}, as in {example}")
-    return _expand_home(value) if knob.type is str else value
+    if knob.type is str and knob.name not in TEXTS:
+        return _expand_home(value)
+    return value
 
 
 def _expand_home(text):
-    """Return the text with the home directory for ~, as in ~, ~/out, FILE:~/a.txt or ~/a,~/b."""
-    return re.sub(r"^~$|(?<![^,:])~(?=/)", lambda _: os.path.expanduser("~"), text)
+    """Return the text with the home directory for ~, as in ~, ~/out or ~/a,~/b."""
+    return re.sub(r"^~$|(?<![^,])~(?=/)", lambda _: os.path.expanduser("~"), text)
 
 
 def _run_file(path):

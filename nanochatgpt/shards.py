@@ -174,9 +174,9 @@ def open_headerless(path, size, head):
         raise ValueError(f"{path} has no header and {size} bytes, {remedy}")
     if path.with_name("meta.pkl").exists():  # nanoGPT's character-level data sets
         raise ValueError(f"{path} has the vocabulary of the meta.pkl next to it: {prepare}")
-    # the upper half of a 32-bit token is near 0; no text is made of !, ", # and $ by half
+    # the upper half of a 32-bit token is near 0; no text is half made of tokens such as ! and #
     upper = np.frombuffer(head[: len(head) // 4 * 4], "<u2")[1::2]
-    if len(upper) > 2 and upper.min() == 0 and upper.max() < 4:
+    if len(upper) > 2 and upper.min() == 0 and upper.max() < 16:
         raise ValueError(f"{path} has tokens of 32 bits, GPT-2's have 16: {prepare}")
     if min(head) > 8:  # half of a token file's bytes are small; text has none below tab
         raise ValueError(f"{path} looks like text, {remedy}")

@@ -76,7 +76,9 @@ def open_tensors(path):
                     shape = tuple(tensor.get_shape())
                     stored[name] = StoredTensor(path, shape, tensor.get_dtype(), read)
         else:
-            for name, tensor in load_tensors(path).items():
+            tensors = load_tensors(path)
+            tensors = tensors.get("state_dict", tensors)  # Lightning's
+            for name, tensor in tensors.items():
                 stored[str(name)] = in_memory(path, tensor)
     except (safetensors.SafetensorError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or no state dict; save it again ({error})") from error

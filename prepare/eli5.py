@@ -45,7 +45,7 @@ def as_messages(question):
     ranked = sorted(zip(scores, texts, strict=True), key=lambda a: -(a[0] or 0))
     # the title and the text below it; either may be empty or null
     title = question["title"] or ""
-    selftext = question["selftext"] or ""
+    selftext = question.get("selftext") or ""
     text = (title.strip() + "\n" + selftext.strip()).strip()
     if not text:
         return None
@@ -60,7 +60,7 @@ def as_messages(question):
 def as_text(question):
     """Return (id, all answers as one text), as Hugging Face's language modeling tutorial does."""
     answers = question["answers"] or {"text": []}
-    text = " ".join(filter(None, answers["text"] or []))
+    text = " ".join(text for text in answers["text"] or [] if text and text.strip())
     return (str(question["q_id"] or text), text) if text else None
 
 

@@ -37,7 +37,7 @@ def conversation(record):
     refuse_images(record, "the record")
 
     # the persona first, then the turns
-    personas = [as_text(record.get("system"), "system")]
+    personas = [as_text(record.get(name), name) for name in ("system", "system_prompt")]
     messages = []
     n_blank = 0  # replies
     for number, turn in enumerate(turns, 1):  # messages count from 1 in the report
@@ -63,11 +63,14 @@ def turns_of(record):
         return "instruction", alpaca(record)
     if "completion" in record:
         prompt = as_turns(record.get("prompt"), "user")
-        return "prompt", prompt + as_turns(record["completion"], "assistant")
+        context = [turn | {"weight": 0} for turn in prompt]  # its replies are not learned
+        return "prompt", context + as_turns(record["completion"], "assistant")
     for name in ("dialog", "data"):
         if isinstance(record.get(name), list):
             turns = []
             for text in record[name]:
+                if not isinstance(text, str):
+                    raise ValueError(f"{name} is not a list of texts: {text!r:.40}")
                 turns += as_turns(text, "assistant" if len(turns) % 2 else "user")
             return "dialog", turns
     fields = ", ".join(map(str, record)) or "none"
@@ -84,7 +87,7 @@ def as_message(turn, number):
     """Return a turn of any format as a message."""
     if not isinstance(turn, dict):
         raise ValueError(f"message {number} is not an object: {turn!r:.40}")
-    name = turn.get("role", turn.get("from"))
+    name = turn.get("role") or turn.get("from")
     lower = name.lower() if isinstance(name, str) else None
     if lower in TOOLS or turn.get("tool_calls") or turn.get("function_call"):
         raise ValueError(f"message {number} calls a tool, which GPT-2 cannot learn here")
@@ -94,11 +97,11 @@ def as_message(turn, number):
     refuse_images(turn, f"message {number}")
     if "content" not in turn and "value" not in turn:
         raise ValueError(f"message {number} has no content")
-    content = turn.get("content", turn.get("value"))
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
     message = {"role": role, "content": as_text(content, f"message {number}")}
 
     # context, not learned
-    for flag in ("weight", "train", "training"):
+    for flag in ("weight", "train", "training", "loss"):
         value = turn.get(flag)
         if value not in (None, 0, 1):  # false is 0, true is 1
             raise ValueError(f"message {number} has {flag} {value!r}, not 0 or 1")
@@ -132,8 +135,14 @@ def as_text(content, name):
 
 
 def as_turns(value, role):
-    """Return a text or messages as messages."""
-    return value if isinstance(value, list) else [{"role": role, "content": value}]
+    """Return a text, a turn or a list of turns as a list."""
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        return [value]
+    turns = value if isinstance(value, list) else [{"role": role, "content": value}]
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise ValueError(f"a message is not an object: {turn!r:.40}")
+    return turns
 
 
 def alpaca(record):

@@ -41,6 +41,9 @@ def read(source):
 
     def parse(record):
         nonlocal n_blank
+        for field in ("label", "labels", "weight"):
+            if record.get(field) in (0, "0"):
+                raise ValueError(f"{field} is 0: read replies that were rejected with retry.py")
         name, messages, n = conversation(record)
         counts[name] += 1
         n_blank += n

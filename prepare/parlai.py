@@ -32,7 +32,8 @@ def dialogs(lines, name):
             begins = ended
             ended = "episode_done" in values
             text = values["text"]
-            label, _, _ = values.get("labels", "").partition("|")  # the first of several
+            labels = values.get("labels", values.get("eval_labels", ""))
+            label, _, _ = labels.partition("|")  # the first of several
             fields = [label, values.get("label_candidates", "")]
         else:
             count, space, text = text.partition(" ")

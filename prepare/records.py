@@ -15,6 +15,7 @@ from nanochatgpt.hub import hub_file
 from prepare.corpus import divide, existing
 
 FOREIGN = {  # first bytes -> what to do about it
+    codecs.BOM_UTF32_LE: "it is UTF-32: save it as UTF-8",
     codecs.BOM_UTF16_LE: "it is UTF-16: save it as UTF-8",
     codecs.BOM_UTF16_BE: "it is UTF-16: save it as UTF-8",
     b"PAR1": "it is Parquet: write it as JSON Lines, with to_json of pandas or datasets",
@@ -22,9 +23,11 @@ FOREIGN = {  # first bytes -> what to do about it
     b"\x28\xb5\x2f\xfd": "it is compressed by zstd: unpack it with `zstd -d`",
     b"\xfd7zXZ": "it is compressed by xz: unpack it with `xz -d`",
     b"BZh": "it is compressed by bzip2: unpack it with `bzip2 -d`",
+    b"\x1f\x8b": "it is compressed twice: unpack it with `gzip -d`",  # once is read
     b"PK\x03\x04": "it is a zip file: unpack it",
     b"version https://git-lfs": "it is a Git LFS pointer: fetch the file with `git lfs pull`",
 }
+CONVERT = "convert it with `iconv -f ENCODING -t utf-8`"
 DAMAGE = (ijson.JSONError, csv.Error, gzip.BadGzipFile, zlib.error, EOFError, RecursionError)
 
 
@@ -62,6 +65,8 @@ def open_bytes(path):
     for magic, problem in FOREIGN.items():
         if head.startswith(magic):
             raise NotText(f"{path}: {problem}")
+    if b"\0" in head[:4]:
+        raise NotText(f"{path}: it is UTF-16, or not text: save it as UTF-8")
     if head.startswith(codecs.BOM_UTF8):
         file.read(3)
     return file
@@ -74,8 +79,7 @@ def text_lines(file, name):
             text = line.decode()
         except UnicodeDecodeError as error:
             place = f"line {number:,}, byte {error.start + 1} (0x{line[error.start]:02x})"
-            remedy = "convert it with `iconv -f ENCODING -t utf-8`"
-            raise NotText(f"{name}, {place}: it is not UTF-8; {remedy}") from error
+            raise NotText(f"{name}, {place}: it is not UTF-8; {CONVERT}") from error
         if "\0" in text or "\x1b$" in text:
             problem = "it has NUL bytes or escape sequences, as UTF-16 and ISO-2022 have"
             raise NotText(f"{name}, line {number:,}: {problem}: save it as UTF-8")
@@ -138,8 +142,8 @@ def read_records(path, parse, list_name=""):
         raise
     except (*DAMAGE, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-        if reason.startswith("b'"):  # ijson, of bytes that are not UTF-8
-            reason = error.args[0].decode("utf-8", "replace")
+        if reason.startswith("b'"):  # ijson quotes bytes that are not UTF-8
+            reason = f"it is not UTF-8; {CONVERT}"
         reason = reason.partition("\n")[0]  # ijson draws a picture below it
         place = f"{unit} {number:,}" + (f" of {list_name}" if list_name else "")
         raise ValueError(f"{path}, {place}: {reason}") from error

@@ -73,14 +73,15 @@ def ending_in_reply(record):
 
 
 def pair(record):
-    """A chosen and a rejected reply to a prompt; none if they are equal, or one is blank."""
+    """A chosen and a rejected reply to a prompt; none if they are equal, if one is blank, or if
+    they answer different prompts."""
     replies = [record.get("chosen"), record.get("rejected")]
     if "preferred_output" in record:  # OpenAI's
         replies = [record["preferred_output"], record["non_preferred_output"]]
     prompt = prompt_of(record)
     if not prompt and all(isinstance(reply, str) for reply in replies):
-        # the prompt is what both begin with, up to a space
-        prompt, _, _ = os.path.commonprefix(replies).rpartition(" ")  # noqa: RUF071
+        # the prompt is what both begin with, up to white space
+        prompt = re.sub(r"\S+\Z", "", os.path.commonprefix(replies))  # noqa: RUF071
         replies = [reply.removeprefix(prompt) for reply in replies]
 
     dialogs = []
@@ -88,7 +89,7 @@ def pair(record):
         turns = as_dialog(prompt, reply)
         dialogs.append(ending_in_reply({"messages": turns, "system": record.get("system")}))
     chosen, rejected = dialogs
-    if not chosen or not rejected or chosen == rejected:
+    if not chosen or not rejected or chosen == rejected or chosen[:-1] != rejected[:-1]:
         return "", []
     return beginning(chosen[:-1]), [(chosen, 1), (rejected, 0)]
 
@@ -114,8 +115,9 @@ def as_dialog(prompt, reply):
     """Return the turns of a prompt and a reply, texts or turns each. Texts may be in the form of
     Anthropic's hh-rlhf, which begins with a speaker; turns may have the prompt in them."""
     if isinstance(prompt, str) and isinstance(reply, str):
-        head, *parts = re.split(r"\n\n(Human|Assistant):", prompt + reply)
-        if parts and not head.strip():
+        text = (prompt + reply).lstrip()
+        head, *parts = re.split(r"(?:\A|\n\n)(System|Human|Assistant):", text)
+        if parts and not head:
             pairs = zip(parts[::2], parts[1::2], strict=True)  # speaker, text
             return [{"from": speaker, "value": text} for speaker, text in pairs]
     before = as_turns(prompt, "user")

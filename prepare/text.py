@@ -5,6 +5,7 @@ line ends a paragraph; a document ends with its file, or at <|endoftext|>. Parag
 to 5, and a token between documents says where one ends.
 """
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,11 @@ class Config:
 
 def lines_of(source):
     """Yield the lines of the text files, with END as a line after each document."""
-    # sorted, so that the shards are the same on every machine
-    paths = sorted(source.rglob("*.txt")) if source.is_dir() else [source]
+    paths = [source]
+    if source.is_dir():
+        # sorted, so that the shards are the same on every machine
+        names = re.compile(r".*\.txt(\.gz)?", re.IGNORECASE)
+        paths = sorted(path for path in source.rglob("*") if names.fullmatch(path.name))
     if not paths:
         raise ValueError(f"{source} has no .txt file")
     for path in paths:

@@ -92,7 +92,7 @@ async def models(http: Request):
 @router.api_route("/v1/models/{name:path}", methods=READ, operation_id="model")
 async def model(name: str, http: Request):  # a name may contain slashes, like org/model
     service = http.app.state.service
-    service.check_model(name)  # 404 if the name is wrong
+    service.check_model(name.removesuffix("/"))  # 404 if the name is wrong
     return service.model_card()
 
 

@@ -35,12 +35,14 @@ UNSUPPORTED = {
     "modalities": (["text"],),
     "repeat_penalty": (1,),
     "typical_p": (1,),
+    "length_penalty": (1,),
 }
 for names in (
     ("tools", "functions", "tool_calls", "web_search_options"),
     ("image_url", "input_audio", "file", "images", "audio"),
     ("json_schema", "structured_outputs", "guided_json", "guided_regex", "guided_choice"),
     ("guided_grammar", "grammar", "suffix", "echo", "prompt_logprobs", "min_tokens", "ignore_eos"),
+    ("stop_sequences", "stop_token_ids", "bad_words", "allowed_token_ids", "format"),
     ("use_beam_search", "mirostat", "mirostat_mode", "xtc_probability", "dry_multiplier"),
 ):
     UNSUPPORTED |= dict.fromkeys(names, ())
@@ -85,7 +87,7 @@ class Strict(BaseModel):
             elif name in UNSUPPORTED:
                 keep = bool(value) and value not in UNSUPPORTED[name]
             else:  # comparing names takes time, so not for a body that is made to take long
-                compare = value and len(values) <= 100
+                compare = value not in (None, "", [], {}) and len(values) <= 100
                 keep = compare and nearest_field(name, cls.model_fields) is not None
             if keep:
                 kept[name] = value
@@ -119,6 +121,7 @@ class Options(Strict):
     top_k: Annotated[int, Field(ge=0, le=10**6)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=10**6)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     max_tokens: MaxTokens | None = None

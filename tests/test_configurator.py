@@ -16,6 +16,8 @@ import pytest
 import torch  # noqa: F401
 from conftest import ROOT, assert_refused
 
+import chat
+import sample
 from nanochatgpt.configurator import at_least, parse, run, usage
 
 
@@ -110,7 +112,6 @@ def test_a_file_assigns_to_knobs(config_file, line, name, value):
     [
         ("~", "/home/me"),
         ("~/out", "/home/me/out"),
-        ("FILE:~/a.txt", "FILE:/home/me/a.txt"),
         ("~/a,b,~/c", "/home/me/a,b,/home/me/c"),
         ("i am ~/happy", "i am ~/happy"),
         ("a~/b", "a~/b"),
@@ -123,6 +124,12 @@ def test_a_tilde_where_a_path_begins_is_the_home_directory(config_file, monkeypa
     monkeypatch.setenv("HOME", "/home/me")
     assert parse(Config, [f"--out_dir={text}"]).out_dir == value
     assert parse(Config, [config_file(f"out_dir = {text!r}")]).out_dir == value
+
+
+def test_a_tilde_in_a_prompt_or_a_persona_stays(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse(sample.Config, ["--start=~/notes is"]).start == "~/notes is"
+    assert parse(chat.Config, ["--persona=~"]).persona == "~"
 
 
 def test_a_config_file_in_the_home_directory_is_found(config_file, monkeypatch, tmp_path):
