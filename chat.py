@@ -221,7 +221,9 @@ def talk(chat):
         # read a message or a command
         try:
             message = read_message()
-            if message.startswith("/"):
+            # a paste may begin with a path: of several lines, only a known word is a command
+            is_command = "\n" not in message or message.split()[0] in COMMANDS
+            if message.startswith("/") and is_command:
                 message = command(chat, message)
         except EOFError:
             print()

@@ -205,7 +205,7 @@ def main(config):
     gc.freeze()  # all of this lives until the end: do not let the garbage collector rescan it
     for it in range(first_iter, config.max_iters + 1):
         # evaluate; save the best weights in out_dir, the latest in out_dir/last
-        if it % config.eval_interval == 0 or it == config.max_iters:
+        if it % config.eval_interval == 0 or it == config.max_iters or best_val_loss == math.inf:
             raw_model.eval()
             losses = {}
             for split, loader in loaders.items():

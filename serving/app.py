@@ -42,9 +42,10 @@ class ApiRoute(APIRoute):
 
         async def checked(http):
             key = http.app.state.service.config.api_key
-            header = http.headers.get("authorization", "").encode()
+            scheme, _, given = http.headers.get("authorization", "").partition(" ")
             # compare in constant time: the time must not show how much of a key is right
-            if key and not hmac.compare_digest(header, f"Bearer {key}".encode()):
+            same = hmac.compare_digest(given.strip().encode(), key.encode())
+            if key and not (same and scheme.lower() == "bearer"):
                 message = "the API key is missing or wrong"
                 headers = {"WWW-Authenticate": "Bearer"}
                 raise Refused(401, message, None, "invalid_api_key", headers)
@@ -145,8 +146,8 @@ def check_host(http: Request):
     hosts = http.app.state.allowed_hosts
     name = host_name(http.headers.get("host", ""))
     if hosts and not any(fnmatch(name, host) for host in hosts):
-        message = f"this server does not answer to the name {name}: start it with "
-        raise Refused(403, f"{message}--allowed_hosts={name} if that is its name")
+        message = f"this server does not answer to the name {name or '(none)'}: start it with "
+        raise Refused(403, f"{message}--allowed_hosts={name or 'NAME'} if that is its name")
 
 
 def host_name(host):
@@ -178,6 +179,9 @@ async def invalid_request(http, error):
     message = f"{param}: {last['msg']}"
     if last["type"] == "extra_forbidden":
         message = f"{param}: {protocol.why_unknown(names[-1])}"
+    if last["type"] == "json_invalid":
+        message = f"the body is not JSON: {last['ctx']['error']}"
+        param = None
     if last["loc"] == ("body",):
         message = "the body must be a JSON object, with Content-Type: application/json"
     return await http_error(http, Refused(400, message, param or None))
@@ -228,9 +232,11 @@ def split(knob):
 
 def origins(knob):
     """Return the origins in a knob, as browsers send them. Raises ValueError if one is none."""
-    items = [item.lower().removesuffix("/") for item in split(knob)]
-    for item in items:
-        if item not in ("*", "null") and not re.fullmatch(ORIGIN, item):
+    listed = []
+    for item in split(knob):
+        origin = item.lower().removesuffix("/")
+        if origin not in ("*", "null") and not re.fullmatch(ORIGIN, origin):
             remedy = "an origin is scheme://host[:port], such as https://example.org; * is any"
             raise ValueError(f"cors={item}: {remedy}")
-    return items
+        listed.append(re.sub("^(http://.*):80$|^(https://.*):443$", r"\1\2", origin))
+    return listed

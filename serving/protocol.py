@@ -26,6 +26,13 @@ TokenId = Annotated[int, Field(ge=0, strict=False)]  # keys of JSON are strings
 # what -1 means: vLLM, llama.cpp and their clients write it for "off"
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": None}
 OFF |= {"max_tokens": 10**9, "max_completion_tokens": 10**9}
+OFF |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+# other servers' names of our fields; clients for several servers send both
+ALIASES = dict.fromkeys(
+    ("max_new_tokens", "max_output_tokens", "n_predict", "num_predict"), "max_tokens"
+)
+ALIASES |= dict.fromkeys(("stop_sequences", "stop_strings", "stopping_strings"), "stop")
+ALIASES["repeat_penalty"] = "repetition_penalty"
 # These fields change the form or the content of a reply in ways that this server cannot. They are
 # refused, unless the value asks for nothing: an empty one, or one listed here.
 UNSUPPORTED = {
@@ -33,19 +40,25 @@ UNSUPPORTED = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "repeat_penalty": (1,),
     "typical_p": (1,),
+    "typical": (1,),
+    "tfs": (1,),
+    "top_n_sigma": (-1,),
     "length_penalty": (1,),
+    "num_beams": (1,),
 }
 for names in (
     ("tools", "functions", "tool_calls", "web_search_options"),
     ("image_url", "input_audio", "file", "images", "audio"),
     ("json_schema", "structured_outputs", "guided_json", "guided_regex", "guided_choice"),
     ("guided_grammar", "grammar", "suffix", "echo", "prompt_logprobs", "min_tokens", "ignore_eos"),
-    ("stop_sequences", "stop_token_ids", "bad_words", "allowed_token_ids", "format"),
+    ("guided_decoding", "regex", "ebnf", "format", "min_length", "ban_eos_token"),
+    ("stop_token_ids", "bad_words", "allowed_token_ids"),
+    ("top_a", "dynatemp_range", "smoothing_factor"),
     ("use_beam_search", "mirostat", "mirostat_mode", "xtc_probability", "dry_multiplier"),
 ):
     UNSUPPORTED |= dict.fromkeys(names, ())
+IGNORED = ("repetition_penalty_range",)  # ours looks at the whole text
 SIMILAR = 0.83  # how much an unknown field is like a known one, at least, to be a misspelling
 
 
@@ -69,23 +82,32 @@ def error_body(error):
 
 
 class Strict(BaseModel):
-    """Other types are errors; null stands for the default. An unknown field is an error if it is
-    in UNSUPPORTED or seems misspelt. All others are ignored: clients send many for themselves."""
+    """Other types are errors; null stands for the default. A field may have one of ALIASES. An
+    unknown one is an error if it is in UNSUPPORTED or seems misspelt. All others are ignored:
+    clients send many for themselves."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)  # "3" is no number
 
     @model_validator(mode="before")
     @classmethod
-    def drop_what_asks_for_nothing(cls, values):
+    def keep_what_asks_for_something(cls, values):
         if not isinstance(values, dict):  # let pydantic report the type
             return values
         kept = {}
         for name, value in values.items():
+            alias_of = ALIASES.get(name)
+            if alias_of in cls.model_fields:
+                if values.get(alias_of) is not None:  # both are given
+                    continue
+                name = alias_of
             if name in cls.model_fields:
                 value = OFF[name] if name in OFF and value == -1 else value
                 keep = value is not None or cls.model_fields[name].is_required()
             elif name in UNSUPPORTED:
                 keep = bool(value) and value not in UNSUPPORTED[name]
+                keep &= name != "tools" or values.get("tool_choice") != "none"
+            elif name in IGNORED:
+                keep = False
             else:  # comparing names takes time, so not for a body that is made to take long
                 compare = value not in (None, "", [], {}) and len(values) <= 100
                 keep = compare and nearest_field(name, cls.model_fields) is not None
@@ -104,7 +126,9 @@ def why_unknown(name):
 
 def nearest_field(name, fields):
     """Return the field that an unknown one probably means, or None."""
-    return next(iter(get_close_matches(name, fields, 1, SIMILAR)), None)
+    plain = {field.replace("_", ""): field for field in fields}  # topK is close to top_k
+    matches = get_close_matches(name.replace("_", "").lower(), plain, 1, SIMILAR)
+    return plain[matches[0]] if matches else None
 
 
 class StreamOptions(Strict):

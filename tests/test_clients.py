@@ -162,7 +162,12 @@ def test_samplers_that_are_off_are_ignored_in_a_text_completion(chat_server):
     """What SillyTavern sends to a generic server for text."""
     off = {"typical_p": 1, "tfs": 1, "top_a": 0, "mirostat_mode": 0, "mirostat_tau": 5}
     off |= {"dry_multiplier": 0, "dry_base": 1.75, "xtc_probability": 0, "xtc_threshold": 0.1}
-    off |= {"min_tokens": 0, "ignore_eos": False, "repetition_penalty_range": 0, "add_bos_token": 1}
+    off |= {
+        "min_tokens": 0,
+        "ignore_eos": False,
+        "repetition_penalty_range": 1024,
+        "add_bos_token": 1,
+    }
     off |= {"stopping_strings": ["\nNora:"], "truncation_length": 2048, "grammar": "", "rep_pen": 1}
     off |= {"sampler_order": [6, 0, 1], "json_schema": {}, "negative_prompt": "", "api_server": "x"}
     plain = {"prompt": "The little girl", "temperature": 0, "max_tokens": 8}
@@ -184,7 +189,9 @@ def test_samplers_that_are_off_are_ignored_in_a_text_completion(chat_server):
         ("echo", True),
         ("min_tokens", 5),
         ("mirostat", 2),
-        ("repeat_penalty", 1.3),
+        ("stop_token_ids", [531]),
+        ("top_a", 0.5),
+        ("guided_decoding", {"regex": "a"}),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(chat_server, name, value):
@@ -211,17 +218,40 @@ def test_what_cannot_be_done_is_refused_by_name_in_a_message_and_a_text_completi
     ("wrong", "right"),
     [
         ("temprature", "temperature"),
-        ("max_new_tokens", "max_tokens"),
         ("maxTokens", "max_tokens"),
+        ("topK", "top_k"),
         ("frequencypenalty", "frequency_penalty"),
         ("stream_otpions", "stream_options"),
         ("logits_bias", "logit_bias"),
     ],
 )
 def test_a_misspelt_field_is_refused_with_the_right_name(chat_server, wrong, right):
-    response = post(chat_server, messages=HI, **{wrong: 2})
-    error = response.json()["error"]
-    assert (response.status_code, error["param"]) == (400, wrong) and right in error["message"]
+    for value in (0, 2):
+        response = post(chat_server, messages=HI, **{wrong: value})
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, wrong) and right in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("alias", "name", "value"),
+    [
+        ("max_new_tokens", "max_tokens", 3),
+        ("n_predict", "max_tokens", 3),
+        ("stop_sequences", "stop", [" a"]),
+        ("repeat_penalty", "repetition_penalty", 3.0),
+    ],
+)
+def test_other_servers_names_are_known_and_ours_goes_first(chat_server, alias, name, value):
+    options = {"temperature": 0, "logit_bias": NO_END}
+    expected = reply(chat_server, **options, **{name: value})
+    assert expected != reply(chat_server, **options)
+    assert expected == reply(chat_server, **options, **{alias: value})
+    both = {name: value, alias: 50}
+    assert expected == reply(chat_server, **options, **both)
+
+
+def test_tools_that_may_not_be_called_are_ignored(chat_server):
+    assert reply(chat_server, temperature=0, tools=[TOOL], tool_choice="none")
 
 
 @pytest.mark.parametrize(("name", "off"), [("top_k", 0), ("top_p", 1), ("min_p", 0)])

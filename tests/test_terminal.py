@@ -107,7 +107,7 @@ def terminal(model, tmp_path, monkeypatch):
 
 
 def test_a_paste_of_several_lines_is_one_message(terminal):
-    pasted = ["two\nlines", "a list:\n\n\t- tea\n\t- jam", "/home is not\na command below it"]
+    pasted = ["/home/nora\nis not a command", "a list:\n\n\t- tea\n\t- jam", "/reset is not\nhere"]
     t = terminal()
     for text in pasted[:2]:
         t.paste(text)

@@ -492,6 +492,16 @@ def test_with_other_data_a_resumed_run_says_so_and_judges_the_best_weights_anew(
     assert "anew" not in capsys.readouterr().out
 
 
+def test_on_other_data_the_weights_so_far_are_judged_before_they_change(uninterrupted):
+    shutil.copytree(uninterrupted(), "out")
+    shutil.copytree("out/last", "before")
+    knobs = other_data("dataset") | {"init_from": "resume", "eval_interval": 100}
+    ruin = {"learning_rate": 30.0, "lr_schedule": "constant", "warmup_iters": 0}
+    with pytest.raises(ValueError, match="diverges"):
+        fit(**knobs, **ruin, max_iters=13)
+    assert_same_weights("out", "before")
+
+
 def test_the_same_data_in_another_place_changes_nothing(uninterrupted, capsys):
     shutil.copytree(uninterrupted(), "out")
     shutil.move("data", "moved")
