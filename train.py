@@ -93,7 +93,7 @@ def make_model(config, state, distributed):
     # a model that is there keeps its shape
     for name, value in shape.items():
         n = getattr(model.config, name)
-        if value not in (n, getattr(Config, name)):
+        if value != n and (name in config.given or value != getattr(Config, name)):
             raise ValueError(f"{name}={value} needs init_from=scratch; {source} has {n}")
     return model, tokenizer
 

@@ -44,7 +44,7 @@ class Log:
             options = {
                 "project": os.environ.get("WANDB_PROJECT", "nanochatgpt"),
                 "name": os.environ.get("WANDB_NAME", path.parent.name),
-                "config": asdict(config),
+                "config": {k: v for k, v in asdict(config).items() if k != "given"},
             }
             if first_iter and id_path.exists():
                 options |= {"id": id_path.read_text(), "resume": "allow"}

@@ -1,7 +1,7 @@
 """AdamW, the learning-rate schedule, and the knobs that all three training scripts share."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,6 +23,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # autocast to float32, bfloat16 or float16 (CUDA only); auto = the fastest
     seed: int = 1337  # for initialisation, data order, dropout and sampling
+    given: frozenset = field(default=frozenset(), repr=False, kw_only=True)  # knobs the user set
 
     def __post_init__(self):
         """Raises ValueError for a value out of range."""

@@ -435,6 +435,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_it_goes_on_from_the_last_sav
     ("knobs", "words"),
     [
         ({"n_layer": 3}, ["n_layer=3", " 2"]),
+        ({"n_layer": 12}, ["n_layer=12", " 2"]),  # the default
         ({"n_head": 4}, ["n_head=4", " 2"]),
         ({"n_embd": 32}, ["n_embd=32", " 16"]),
         ({"block_size": 64}, ["block_size=64", " 32"]),
