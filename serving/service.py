@@ -114,7 +114,10 @@ class Service:
                 if message["role"] == "user" or n == len(messages):
                     ids, start = fit_context(self.tokenizer, messages[:n], room, start)
         except ValueError as error:
-            raise Refused(400, str(error), "messages", "context_length_exceeded") from error
+            message = str(error)  # about the persona
+            if len(opening) > self.context // 2:
+                message = f"the message to continue is too long: {len(opening)} tokens"
+            raise Refused(400, message, "messages", "context_length_exceeded") from error
         return ids + opening
 
     def open_reply(self, text):

@@ -398,8 +398,9 @@ def test_a_conversation_that_outgrew_the_context_keeps_the_message_to_continue(e
     alone = [{"role": "assistant", "content": "I like to"}]
     assert reply(exact_server, alone, truncation="auto").startswith(" ")
     long = prefilled("very " * CONTEXT)
-    refused = post(exact_server, messages=long, truncation="auto")
-    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    error = post(exact_server, messages=long, truncation="auto").json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert str(CONTEXT) in error["message"] and "persona" not in error["message"]
 
 
 def test_flags_for_continuing_are_accepted_if_they_agree(chat_server):
