@@ -329,6 +329,36 @@ def test_the_system_next_to_a_pair_or_a_chat_is_its_persona():
     assert retry.examples(record)[1] == [([be, *TALK], 1), (rejected, 0)]
 
 
+def test_a_system_prompt_is_the_persona_and_no_loss_is_no_weight():
+    record = {"system_prompt": "be kind", "messages": [TALK[0], TALK[1] | {"loss": False}]}
+    expected = [message("system", "be kind"), TALK[0], message("assistant", "hello", weight=0)]
+    assert conversation(record)[1] == expected
+
+
+def test_replies_within_a_prompt_are_not_learned():
+    record = {"prompt": [*TALK, TALK[0]], "completion": "bye"}
+    context = [TALK[0], TALK[1] | {"weight": 0}, TALK[0]]
+    assert conversation(record)[1] == [*context, message("assistant", "bye")]
+
+
+def test_a_rejected_reply_is_not_learned(prepared):
+    done, _ = prepared(lines(*RECORDS, {"prompt": "hi", "completion": "no", "label": False}))
+    assert_refused(done, "line 4", "label", "retry.py")
+
+
+def test_anthropics_form_may_begin_at_once_and_with_the_system():
+    for head, system in (("", []), ("System: be kind\n\n", [message("system", "be kind")])):
+        texts = [f"{head}Human: hi\n\nAssistant: {reply}" for reply in ("hello", "no")]
+        record = {"chosen": texts[0], "rejected": texts[1]}
+        rejected = [*system, TALK[0], message("assistant", "no")]
+        assert retry.examples(record)[1] == [([*system, *TALK], 1), (rejected, 0)]
+
+
+def test_replies_to_different_prompts_are_no_pair():
+    other = [message("user", "ho"), message("assistant", "no")]
+    assert retry.examples({"chosen": TALK, "rejected": other})[1] == []
+
+
 @pytest.mark.parametrize("weight", [0, 1])
 def test_a_label_decides_whatever_the_weight_is(weight):
     talk = [*TALK, TALK[0], message("assistant", "bye", weight=weight)]
@@ -397,7 +427,8 @@ def as_fbdialog(persona, exchanges):
 def as_parlai(persona, exchanges):
     text = ""
     for number, (utterance, reply) in enumerate(exchanges, 1):
-        text += f"text:{opening(persona, number)}{escape(utterance)}\tlabels:{escape(reply)}"
+        field = "labels" if number % 2 else "eval_labels"
+        text += f"text:{opening(persona, number)}{escape(utterance)}\t{field}:{escape(reply)}"
         text += "\tepisode_done:True\n\n" if number == len(exchanges) else "\n"
     return text
 
@@ -450,7 +481,8 @@ def test_a_text_is_its_documents_paragraphs(tmp_path_factory, documents, border,
     folder = tmp_path_factory.mktemp("books")
     texts = ["\n\n".join(map("\n".join, paragraphs)) for paragraphs in documents]
     for number, content in enumerate(texts if border is None else [border.join(texts)]):
-        (folder / f"{number}.txt").write_text(content, encoding="utf-8", newline=newline)
+        name = f"{number}.TXT" if number % 2 else f"{number}.txt"
+        (folder / name).write_text(content, encoding="utf-8", newline=newline)
     read = [each for _, each in plain_text.paragraphs(plain_text.lines_of(folder))]
     expected = []
     for number, paragraphs in enumerate(documents):
