@@ -31,8 +31,8 @@ FOREIGN = {
     "*.h5": "TensorFlow",
     "*.ckpt.index": "TensorFlow",
     "*.msgpack": "Flax",
+    "*.onnx": "ONNX",
 }
-FOREIGN |= {"*.onnx": "ONNX"}
 
 
 @torch.no_grad()

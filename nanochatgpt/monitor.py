@@ -44,7 +44,7 @@ class Log:
             options = {
                 "project": os.environ.get("WANDB_PROJECT", "nanochatgpt"),
                 "name": os.environ.get("WANDB_NAME", path.parent.name),
-                "config": {k: v for k, v in asdict(config).items() if k != "given"},
+                "config": {name: knob for name, knob in asdict(config).items() if name != "given"},
             }
             if first_iter and id_path.exists():
                 options |= {"id": id_path.read_text(), "resume": "allow"}

@@ -51,7 +51,7 @@ def examples(record):
     if "dialog" in record:
         return convai2(record)
     if texts:
-        [text] = texts
+        text = texts[0]
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"there is no text: {text!r:.40}")
         return text.strip().partition("\n")[0], [(text, as_label(label))]  # the key is a line
@@ -87,7 +87,7 @@ def pair(record):
     dialogs = []
     for reply in replies:
         turns = as_dialog(prompt, reply)
-        dialogs.append(ending_in_reply({"messages": turns, "system": record.get("system")}))
+        dialogs.append(ending_in_reply(record | {"messages": turns}))  # and its system
     chosen, rejected = dialogs
     if not chosen or not rejected or chosen == rejected or chosen[:-1] != rejected[:-1]:
         return "", []
@@ -166,7 +166,7 @@ def saved_chat(record):
     turns = [message for message in messages if message["role"] != "system"]  # also blank ones
 
     def example(turns):
-        return ending_in_reply({"messages": system + turns, "system": record.get("system")})
+        return ending_in_reply(record | {"messages": system + turns})
 
     ends = [i for i, message in enumerate(turns, 1) if message["role"] == "assistant"]
     if not ends:

@@ -10,7 +10,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 
 from nanochatgpt.stream import Trim
-from serving.protocol import ChatFormat, ChatRequest, CompletionFormat, Refused, error_body
+from serving.protocol import ChatRequest, Refused, error_body
+from serving.response_format import ChatFormat, CompletionFormat
 from serving.scheduler import Job, Piece, QueueFull
 from serving.service import GENERATED_TOKENS, PROMPT_TOKENS
 

@@ -380,6 +380,16 @@ def test_a_label_goes_with_every_format(record):
     assert retry.examples(record | {"label": 1})[1] == [(TALK, 1)]
 
 
+def test_the_first_text_of_a_record_is_taken():
+    record = {"text": "[Human]: hi", "input_ids": [1, 2], "label": 1}
+    assert retry.examples(record)[1] == [("[Human]: hi", 1)]
+
+
+def test_a_pair_with_images_is_refused():
+    with pytest.raises(ValueError, match="images"):
+        retry.examples({"prompt": "hi", "chosen": "a", "rejected": "b", "images": ["a.jpg"]})
+
+
 def test_a_reply_may_quote_a_speaker():
     record = {"prompt": "hi", "chosen": "hello", "rejected": "hello\n\nHuman: bye"}
     rejected = message("assistant", "hello\n\nHuman: bye")
