@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 PYTHON ?= python3
+# the version of PyTorch that is tested; make TORCH=2.9.1 installs another
+TORCH ?= 2.13.0
 BIN := .venv/bin
 
 .PHONY: demo test test-all lint clean
@@ -59,7 +61,7 @@ lint: .venv/installed-dev
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	@echo "installing into .venv (PyTorch is large: up to 5 GB, minutes on a slow connection)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) --editable .
 	@touch $@
 
 .venv/installed-dev: .venv/installed

@@ -138,11 +138,12 @@ def fast_packed_attention(model, documents, document_ids):
 
 def _flash_can(model, device):
     """Return whether FlashAttention takes this model as it runs now: 16 bits, no dropout, heads of
-    a multiple of 8 up to 256, compute capability 8.0."""
+    a multiple of 8 up to 256, compute capability 8.0, PyTorch 2.11."""
     autocast = torch.is_autocast_enabled("cuda")
     weights = model.transformer.wpe.weight.dtype
     dtype = torch.get_autocast_dtype("cuda") if autocast else weights
     dropout = model.training and model.config.dropout > 0
     hs = model.config.n_embd // model.config.n_head
     fits = dtype != torch.float32 and not dropout and hs % 8 == 0 and hs <= 256
-    return fits and torch.cuda.get_device_capability(device) >= (8, 0)
+    new_enough = torch.__version__ >= (2, 11)  # varlen_attn takes a window_size
+    return fits and new_enough and torch.cuda.get_device_capability(device) >= (8, 0)
