@@ -15,6 +15,7 @@ from nanochatgpt.tokenizer import Tokenizer
 from prepare import eli5, parlai, retry
 from prepare import text as plain_text
 from prepare.formats import conversation, n_learned
+from prepare.preferences import examples
 
 TOKENIZER = Tokenizer()
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -289,13 +290,13 @@ def test_a_pair_is_two_conversations_unless_its_replies_are_equal_or_blank(
             (reference("", [(user, chosen, True)]), 1),
             (reference("", [(user, rejected, True)]), 0),
         ]
-    assert retry.examples(write(user, chosen, rejected))[1] == expected
+    assert examples(write(user, chosen, rejected))[1] == expected
 
 
 def test_texts_without_a_prompt_have_what_both_begin_with_as_their_prompt():
     record = {"chosen": "The sky is blue today.", "rejected": "The sky is black."}
     prompt = message("user", "The sky is")
-    assert retry.examples(record)[1] == [
+    assert examples(record)[1] == [
         ([prompt, message("assistant", "blue today.")], 1),
         ([prompt, message("assistant", "black.")], 0),
     ]
@@ -316,17 +317,17 @@ WHOLE = [[message("user", "1+2?"), message("assistant", reply)] for reply in ("3
     ],
 )
 def test_the_prompt_of_a_pair_has_many_names_and_comes_once(record):
-    assert retry.examples(record)[1] == [(WHOLE[0], 1), (WHOLE[1], 0)]
+    assert examples(record)[1] == [(WHOLE[0], 1), (WHOLE[1], 0)]
 
 
 def test_the_system_next_to_a_pair_or_a_chat_is_its_persona():
     be = message("system", "be kind")
     record = {"system": "be kind", "question": "1+2?", "chosen": "3", "rejected": "4"}
-    assert retry.examples(record)[1] == [([be, *WHOLE[0]], 1), ([be, *WHOLE[1]], 0)]
+    assert examples(record)[1] == [([be, *WHOLE[0]], 1), ([be, *WHOLE[1]], 0)]
     record = {"system": "be kind", "messages": [*TALK, *TALK]}
     record["retried"] = [{"before": 1, "content": "no"}]
     rejected = [be, TALK[0], message("assistant", "no")]
-    assert retry.examples(record)[1] == [([be, *TALK], 1), (rejected, 0)]
+    assert examples(record)[1] == [([be, *TALK], 1), (rejected, 0)]
 
 
 def test_a_system_prompt_is_the_persona_and_no_loss_is_no_weight():
@@ -351,18 +352,18 @@ def test_anthropics_form_may_begin_at_once_and_with_the_system():
         texts = [f"{head}Human: hi\n\nAssistant: {reply}" for reply in ("hello", "no")]
         record = {"chosen": texts[0], "rejected": texts[1]}
         rejected = [*system, TALK[0], message("assistant", "no")]
-        assert retry.examples(record)[1] == [([*system, *TALK], 1), (rejected, 0)]
+        assert examples(record)[1] == [([*system, *TALK], 1), (rejected, 0)]
 
 
 def test_replies_to_different_prompts_are_no_pair():
     other = [message("user", "ho"), message("assistant", "no")]
-    assert retry.examples({"chosen": TALK, "rejected": other})[1] == []
+    assert examples({"chosen": TALK, "rejected": other})[1] == []
 
 
 @pytest.mark.parametrize("weight", [0, 1])
 def test_a_label_decides_whatever_the_weight_is(weight):
     talk = [*TALK, TALK[0], message("assistant", "bye", weight=weight)]
-    [(messages, label)] = retry.examples({"messages": talk, "label": 1})[1]
+    [(messages, label)] = examples({"messages": talk, "label": 1})[1]
     ids, mask = retry.render(TOKENIZER, messages, label)
     learned = [token for token, learned in zip(ids, mask, strict=True) if learned]
     assert TOKENIZER.decode(learned) == " bye<|endoftext|>"
@@ -377,28 +378,28 @@ def test_a_label_decides_whatever_the_weight_is(weight):
     ],
 )
 def test_a_label_goes_with_every_format(record):
-    assert retry.examples(record | {"label": 1})[1] == [(TALK, 1)]
+    assert examples(record | {"label": 1})[1] == [(TALK, 1)]
 
 
 def test_the_first_text_of_a_record_is_taken():
     record = {"text": "[Human]: hi", "input_ids": [1, 2], "label": 1}
-    assert retry.examples(record)[1] == [("[Human]: hi", 1)]
+    assert examples(record)[1] == [("[Human]: hi", 1)]
 
 
 def test_a_pair_with_images_is_refused():
     with pytest.raises(ValueError, match="images"):
-        retry.examples({"prompt": "hi", "chosen": "a", "rejected": "b", "images": ["a.jpg"]})
+        examples({"prompt": "hi", "chosen": "a", "rejected": "b", "images": ["a.jpg"]})
 
 
 def test_a_reply_may_quote_a_speaker():
     record = {"prompt": "hi", "chosen": "hello", "rejected": "hello\n\nHuman: bye"}
     rejected = message("assistant", "hello\n\nHuman: bye")
-    assert retry.examples(record)[1][1] == ([message("user", "hi"), rejected], 0)
+    assert examples(record)[1][1] == ([message("user", "hi"), rejected], 0)
 
 
 def test_a_prompt_in_anthropics_form_goes_before_its_reply():
     record = {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " hello", "rejected": " no"}
-    assert retry.examples(record)[1] == [(TALK, 1), ([TALK[0], message("assistant", "no")], 0)]
+    assert examples(record)[1] == [(TALK, 1), ([TALK[0], message("assistant", "no")], 0)]
 
 
 @given(prompt=texts, completion=texts, label=st.booleans())
@@ -406,7 +407,7 @@ def test_a_completion_with_a_label_is_one_reply(prompt, completion, label):
     record = {"prompt": prompt, "completion": completion, "label": label}
     messages = reference("", [(prompt, completion, True)])
     expected = [(messages, int(label))] if completion.strip() else []
-    assert retry.examples(record)[1] == expected
+    assert examples(record)[1] == expected
 
 
 # ---- ParlAI's formats

@@ -14,6 +14,7 @@ from nanochatgpt.configurator import run
 from nanochatgpt.shards import open_shard
 from nanochatgpt.tokenizer import Tokenizer
 from prepare import retry
+from prepare.preferences import examples
 
 PREFERENCE = ROOT.parent / "shared" / "data" / "preference"
 
@@ -138,7 +139,7 @@ def test_a_reply_is_kept_if_the_human_went_on_and_rejected_if_retried():
         "messages": [persona, HI, HELLO, how, bot("fine")],
         "retried": [{"before": 3, "content": "what?"}],
     }
-    assert retry.examples(record)[1] == [
+    assert examples(record)[1] == [
         ([persona, HI, HELLO], 1),  # the last reply has no label
         ([persona, HI, HELLO, how, bot("what?")], 0),
     ]
@@ -153,7 +154,7 @@ def test_dailydialog_has_good_and_adversarial_replies():
     }
     context = [user("a"), bot("b"), user("c")]
     expected = [([*context, bot("good")], 1), ([*context, bot("bad")], 0)]
-    assert retry.examples(record)[1] == expected
+    assert examples(record)[1] == expected
 
 
 def test_in_convai2_the_assistant_says_the_reply_and_messages_in_a_row_are_one_turn():
@@ -167,7 +168,7 @@ def test_in_convai2_the_assistant_says_the_reply_and_messages_in_a_row_are_one_t
     names = ("sender", "text", "evaluation_score")
     record = {"dialog": [dict(zip(names, values, strict=True)) for values in utterances]}
     messages = [user("hello there"), bot("hey"), user("fine are you here?"), bot("i am")]
-    assert retry.examples(record)[1] == [(messages, 1)]
+    assert examples(record)[1] == [(messages, 1)]
 
 
 def test_chitchats_conversations_are_kept_if_they_were_rated_well():
@@ -359,7 +360,7 @@ HH = "\n\nHuman: hi\n\nAssistant: "
     ],
 )
 def test_pairs_in_every_form_are_the_same_pair(record):
-    assert retry.examples(record)[1] == [([*ASK, GOOD], 1), ([*ASK, BAD], 0)]
+    assert examples(record)[1] == [([*ASK, GOOD], 1), ([*ASK, BAD], 0)]
 
 
 def test_a_pair_of_equal_replies_is_left_out_and_counted(prepare, tmp_path):
