@@ -157,8 +157,8 @@ def main(config):
     for split, paths in shards.items():
         loaders[split] = Loader(paths, config.batch_size, config.block_size, config.seed, tokenizer)
     rows_per_step = config.batch_size * config.gradient_accumulation_steps
-    steps_per_epoch = loaders["train"].n_rows / rows_per_step
     if config.max_epochs:
+        steps_per_epoch = loaders["train"].n_rows / rows_per_step
         config.max_iters = max(1, round(config.max_epochs * steps_per_epoch))
 
     # 4. the model on many devices, the optimizer
@@ -189,7 +189,7 @@ def main(config):
         print(f"{raw_model.num_parameters():,} parameters on {device}, {dtype}")
         for split, loader in loaders.items():
             print(f"{split}: {loader.summary()}")
-        print(f"{config.max_iters:,} steps are {config.max_iters / steps_per_epoch:,.3g} epochs")
+        print(loaders["train"].mixture(config.max_iters, rows_per_step))
         log = Log(config, first_iter)
 
     def step_batches(it):

@@ -106,12 +106,32 @@ class Loader:
         """Return in one line how many tokens and rows there are, and how full the rows."""
         text = f"{self.n_tokens:,} tokens in {self.n_rows:,} rows of {self.block_size}"
         text += f", {self.fill:.1%} full"
-        if len(self.parts) > 1:  # show it if a small data set drowns in a large one
-            parts = [f"{p.rows_per_epoch:,} of {p.shard.path.parent.name}" for p in self.parts]
-            text += f" ({', '.join(parts)})"
         if self.n_lost:
             text += f"; {self.n_lost:,} tokens dropped: exchanges longer than block_size"
         return text
+
+    def mixture(self, max_iters, rows_per_step):
+        """Return a line on max_iters steps and one on each corpus, its rows, its share of a step
+        and its epochs; with warnings if it drowns in the others or comes too often."""
+        n_rows = max_iters * rows_per_step
+        lines = [f"{max_iters:,} steps are {n_rows / self.n_rows:,.3g} epochs"]
+        for folder in dict.fromkeys(part.shard.path.parent for part in self.parts):
+            parts = [part for part in self.parts if part.shard.path.parent == folder]
+            rows = sum(len(part.rows) for part in parts)
+            share = sum(part.rows_per_epoch for part in parts) / self.n_rows
+            epochs = n_rows * share / rows
+            name = folder.name
+            lines.append(f"  {name}: {rows:,} rows, {share:.1%} of a step, {epochs:,.3g} epochs")
+            if share < 0.01:
+                lines.append(
+                    f"  warning: {name} may be drowned by the others: raise its share, {name}:N"
+                )
+            if epochs > 50:
+                remedy = f"lower its share, {name}:N, or max_iters"
+                lines.append(
+                    f"  warning: {name} comes over 50 times, and may be memorised: {remedy}"
+                )
+        return "\n".join(lines)
 
     def _order(self, epoch):
         """Return the rows of an epoch, shuffled: [(index of the part, index of its row)]."""

@@ -831,8 +831,23 @@ def test_a_dataset_with_a_share_gives_an_epoch_that_share_of_its_rows(capsys):
     }
     said = capsys.readouterr().out
     assert f"in {n_rows['talk'] + round(n_rows['more'] / 2)} rows of 32" in said
-    assert f"({n_rows['talk']:,} of talk, {round(n_rows['more'] / 2):,} of more)" in said
+    # of each: rows, share of a step, epochs in 6 steps of 2 * 2 rows
+    per_epoch = n_rows["talk"] + round(n_rows["more"] / 2)
+    for name, taken in (("talk", n_rows["talk"]), ("more", round(n_rows["more"] / 2))):
+        share = taken / per_epoch
+        epochs = 6 * 4 * share / n_rows[name]
+        assert f"{name}: {n_rows[name]:,} rows, {share:.1%} of a step, {epochs:,.3g} epochs" in said
+    assert "warning" not in said
     assert losses(out)[-1] < losses(out)[0] - 1
+
+
+def test_a_corpus_that_drowns_or_comes_too_often_gets_a_warning(capsys):
+    write_shards("data/few", small_talk(2, seed=5), small_talk(2, seed=6))
+    fit(dataset="talk:0.001,few:200", max_iters=60, n_embd=32, eval_interval=60)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 2
+    assert "talk" in warnings[0]
+    assert "few" in warnings[1]
 
 
 @pytest.mark.parametrize("share", ["0", "-1", "half", "nan", "inf"])
