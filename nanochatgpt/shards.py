@@ -13,7 +13,6 @@ import contextlib
 import math
 import os
 import struct
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,22 +31,48 @@ FOREIGN = {  # first bytes -> what it is
 
 
 class ShardWriter:
-    """Writes one shard in constant memory. With `with`, the file appears whole or not at all."""
+    """Writes one shard in constant memory. With `with`, the file appears whole or not at all. If
+    `state` was called, an error leaves the parts behind for another writer to go on with."""
 
-    def __init__(self, path, vocab_size, template):
+    def __init__(self, path, vocab_size, template, state=None):
         self.path = Path(path)
         self.vocab_size = vocab_size  # tokens are below it
         self.template = template  # name of the chat template
         self.n_tokens = 0  # written so far
         self.n_conversations = 0  # written so far
         self._bits = np.empty(0, np.uint8)  # the mask's last bits, less than a byte
+        self._resumable = False  # whether a state was saved
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._part = self.path.with_name(self.path.name + ".part")
-        self._file = open(self._part, "wb")  # noqa: SIM115
-        self._file.write(bytes(HEADER.size))  # a placeholder until `finish` knows the counts
         # mask and offsets wait in files of their own until the tokens before them are complete
-        self._mask = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
-        self._offsets = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
+        name = self.path.name
+        suffixes = (".part", ".mask.part", ".offsets.part")
+        self._parts = [self.path.with_name(name + suffix) for suffix in suffixes]
+        self._files = [open(part, "r+b" if state else "w+b") for part in self._parts]  # noqa: SIM115
+        self._file, self._mask, self._offsets = self._files
+        if state:
+            self._resume(**state)
+        else:
+            self._file.write(bytes(HEADER.size))  # a placeholder until `finish` knows the counts
+
+    def state(self):
+        """Return what another writer needs to go on from here. What is written is on the disk."""
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+        self._resumable = True
+        counts = {"n_tokens": self.n_tokens, "n_conversations": self.n_conversations}
+        return counts | {"bits": self._bits.tolist()}
+
+    def _resume(self, n_tokens, n_conversations, bits):
+        """Go back to a state: drop what was written after it."""
+        self.n_tokens = n_tokens
+        self.n_conversations = n_conversations
+        self._bits = np.array(bits, np.uint8)
+        self._resumable = True
+        sizes = (HEADER.size + 2 * n_tokens, n_tokens // 8, 8 * n_conversations)  # bytes
+        for file, size in zip(self._files, sizes, strict=True):
+            file.truncate(size)
+            file.seek(size)
 
     def write(self, conversations):
         """Append conversations, a list of (ids, mask), lists or arrays."""
@@ -75,12 +100,14 @@ class ShardWriter:
         try:
             if not failed:  # after an error the old file stays
                 self.finish()
-                self._part.replace(self.path)
+                self._parts[0].replace(self.path)
         finally:
-            for file in (self._file, self._mask, self._offsets):
+            for file in self._files:
                 with contextlib.suppress(OSError):  # a full disk was reported already
                     file.close()
-            self._part.unlink(missing_ok=True)
+            if not (failed and self._resumable):
+                for part in self._parts:
+                    part.unlink(missing_ok=True)
 
     def finish(self):
         """Complete the file and flush it to disk. Leaving the context renames it to its place."""

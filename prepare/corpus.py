@@ -18,6 +18,8 @@ from nanochatgpt.shards import ShardWriter
 from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer
 from prepare.render import render_batch
 
+SAVE_INTERVAL = 10  # seconds between two states of a run that can be resumed
+
 
 @dataclass
 class Config:
@@ -26,16 +28,19 @@ class Config:
     template: str = "human_bot"  # how conversations are written: one of TEMPLATES in tokenizer.py
 
 
-def prepare(config, name, conversations):
+def prepare(config, name, conversations, checkpoint=None):
     """Write (split, messages) pairs to two shards and print a report. Memory does not grow with the
-    corpus. Raises ValueError, and writes nothing, for an empty split."""
+    corpus. checkpoint: its `state` is where to go on, its `save` keeps one every SAVE_INTERVAL.
+    Raises ValueError, and writes nothing, for an empty split."""
     conversations = iter(conversations)
     tokenizer = Tokenizer(config.template)  # writes conversations in this template
+    state = checkpoint.state if checkpoint else {}
 
     # tokenize and write, 1,000 conversations at a time
-    with output_folder(config, name) as folder, shard_writers(folder, tokenizer) as writers:
-        splits = {split: Split(writer) for split, writer in writers.items()}
+    with output_folder(config, name) as folder, shard_writers(folder, tokenizer, state) as writers:
+        splits = {split: Split(writer, state.get(split)) for split, writer in writers.items()}
         start = time.perf_counter()
+        saved = start
         while batch := list(itertools.islice(conversations, 1000)):
             for split, shard in splits.items():
                 shard.add([messages for s, messages in batch if s == split], tokenizer)
@@ -43,6 +48,9 @@ def prepare(config, name, conversations):
                 n = sum(writer.n_tokens for writer in writers.values())
                 rate = n / (time.perf_counter() - start)  # tokens per second
                 print(f"{n / 1e6:.1f}M tokens, {rate:,.0f}/s", end="\r", file=sys.stderr)
+            if checkpoint and time.perf_counter() > saved + SAVE_INTERVAL:
+                checkpoint.save({split: shard.state() for split, shard in splits.items()})
+                saved = time.perf_counter()
         for split, writer in writers.items():
             if not writer.n_conversations:  # raised in here, so that no shard appears
                 raise ValueError(f"no conversation for {split}.bin: at least two are needed")
@@ -58,12 +66,19 @@ def prepare(config, name, conversations):
 class Split:
     """A shard in the making, and the numbers for its report."""
 
-    def __init__(self, writer):
+    def __init__(self, writer, state=None):
         self.writer = writer  # a ShardWriter
         self.first = None  # messages of the first conversation
         self.n_turns = 0  # messages of the user and the assistant
         self.n_supervised = 0  # tokens
         self.longest = 0  # tokens of one conversation
+        if state:
+            vars(self).update(state["report"])
+
+    def state(self):
+        """Return what another Split needs to go on from here."""
+        report = {name: value for name, value in vars(self).items() if name != "writer"}
+        return {"shard": self.writer.state(), "report": report}
 
     def add(self, conversations, tokenizer):
         rendered = render_batch(tokenizer, conversations)  # [(ids, mask)]
@@ -107,12 +122,14 @@ def output_folder(config, name):
 
 
 @contextmanager
-def shard_writers(folder, tokenizer):
+def shard_writers(folder, tokenizer, state=None):
     """Yield {"train": ShardWriter, "val": ShardWriter}. Both shards appear at the end, or none."""
     shape = (tokenizer.n_vocab, tokenizer.template)  # stored in a shard's header
+    train_state = state and state["train"]["shard"]
+    val_state = state and state["val"]["shard"]
     with (
-        ShardWriter(folder / "train.bin", *shape) as train,
-        ShardWriter(folder / "val.bin", *shape) as val,
+        ShardWriter(folder / "train.bin", *shape, train_state) as train,
+        ShardWriter(folder / "val.bin", *shape, val_state) as val,
     ):
         yield {"train": train, "val": val}
         train.finish()  # both are complete before either is renamed
@@ -143,16 +160,17 @@ def prepare_text(config, name, texts):
         print(f"{folder / split}.bin: {n:,} tokens, all supervised")
 
 
-def divide(conversations):
+def divide(conversations, digests=None):
     """Yield (split, messages) from (key, messages). A hash of the key puts 5% of the keys in val.
-    The first key goes to val and the second to train, so that neither is empty."""
-    digests = {}  # of the first two keys -> split
+    The first key goes to val and the second to train, so that neither is empty. digests: {digest of
+    each of these two: split}, empty at first, for a later call to go on."""
+    digests = {} if digests is None else digests
     for key, messages in conversations:
         # 8 bytes, the same on every machine
-        digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         if len(digests) < 2:  # an equal key changes nothing
             digests.setdefault(digest, "train" if digests else "val")
-        default = "val" if int.from_bytes(digest) % 20 == 0 else "train"  # one in twenty
+        default = "val" if int(digest, 16) % 20 == 0 else "train"  # one in twenty
         yield digests.get(digest, default), messages
 
 

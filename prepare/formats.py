@@ -10,6 +10,9 @@ A "system" next to these is the persona. A reply with weight 0, or train or trai
 context and not learned.
 """
 
+import json
+from collections import Counter
+
 FORMATS = {  # field that tells a format -> its name in the report
     "messages": "OpenAI's messages",
     "conversations": "ShareGPT's conversations",
@@ -52,6 +55,31 @@ def conversation(record):
     if persona:
         messages.insert(0, {"role": "system", "content": persona})
     return FORMATS[name], messages, n_blank
+
+
+class ConversationReader:
+    """Reads records, and counts what they were."""
+
+    def __init__(self):
+        self.counts = Counter()  # records of each format
+        self.n_blank = 0  # replies
+
+    def __call__(self, record):
+        """Return (key, messages) of a record, None if it has no reply to learn. Equal conversations
+        have equal keys, whatever other fields differ."""
+        for field in ("label", "labels", "weight"):
+            if record.get(field) in (0, "0"):
+                raise ValueError(f"{field} is 0: read replies that were rejected with retry.py")
+        name, messages, n_blank = conversation(record)
+        self.counts[name] += 1
+        self.n_blank += n_blank
+        turns = [(message["role"], message["content"]) for message in messages]
+        return (json.dumps(turns), messages) if n_learned(messages) else None
+
+    def report(self):
+        """Return in one line what was read."""
+        formats = ", ".join(f"{name} ({n:,})" for name, n in self.counts.items()) or "nothing"
+        return f"recognised {formats}; left out {self.n_blank:,} blank replies"
 
 
 def turns_of(record):

@@ -13,9 +13,7 @@ these, is the bot's persona. A reply with "weight": 0 or "train": false is conte
 Equal conversations share a split.
 """
 
-import json
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanochatgpt.configurator import run
 from prepare.corpus import Config as CorpusConfig
 from prepare.corpus import divide, existing, prepare
-from prepare.formats import conversation, n_learned
+from prepare.formats import ConversationReader
 from prepare.records import read_records
 
 
@@ -34,25 +32,10 @@ class Config(CorpusConfig):
 
 
 def read(source):
-    """Yield (key, messages) of a file's conversations, then print what they were. Equal ones have
-    equal keys, whatever other fields differ; those without a reply to learn are left out."""
-    counts = Counter()  # records of each format
-    n_blank = 0  # replies
-
-    def parse(record):
-        nonlocal n_blank
-        for field in ("label", "labels", "weight"):
-            if record.get(field) in (0, "0"):
-                raise ValueError(f"{field} is 0: read replies that were rejected with retry.py")
-        name, messages, n = conversation(record)
-        counts[name] += 1
-        n_blank += n
-        turns = [(message["role"], message["content"]) for message in messages]
-        return (json.dumps(turns), messages) if n_learned(messages) else None
-
-    yield from read_records(source, parse)
-    formats = ", ".join(f"{name} ({n:,})" for name, n in counts.items()) or "nothing"
-    print(f"{source}: recognised {formats}; left out {n_blank:,} blank replies")
+    """Yield (key, messages) of a file's conversations, then print what they were."""
+    reader = ConversationReader()
+    yield from read_records(source, reader)
+    print(f"{source}: {reader.report()}")
 
 
 def main(config):

@@ -1,0 +1,278 @@
+"""Any chat set of the Hugging Face hub, or one on disk: python prepare/hub.py --dataset=org/name
+
+--dataset is a name on the hub, or a folder or file of Parquet, JSON Lines, CSV or Arrow. Needs
+`pip install -e '.[hub]'`. Rows are streamed, and an interrupted run goes on where it stopped. A row
+is a conversation as prepare/jsonl.py reads it; a pair of a chosen and a rejected reply, as
+prepare/retry.py reads it for a reward model; or one message of a tree, as in OpenAssistant.
+--columns=prompt=question,completion=answer names the columns of other sets.
+"""
+
+import itertools
+import json
+import math
+import os
+import sys
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nanochatgpt.configurator import at_least, run
+from nanochatgpt.files import read_json, replacing
+from prepare.corpus import divide, prepare
+from prepare.formats import ConversationReader
+from prepare.preferences import examples, with_label
+
+CONVERTED = "refs/convert/parquet"  # the hub's own conversion of a set that has a loading script
+BATCH_SIZE = 1000  # rows in memory
+
+
+@dataclass
+class Config:
+    dataset: str = ""  # org/name on the hub, or a folder or a file
+    config: str = ""  # the configuration, of a set that has several
+    revision: str = ""  # a branch, tag or commit of the hub; by default main
+    split: str = "train"  # the split to learn from
+    val_split: str = ""  # the split for val.bin; by default one conversation in twenty of `split`
+    columns: str = ""  # FIELD=COLUMN,...: read these columns, as these fields of a format
+    where: str = ""  # COLUMN=VALUE: take only the rows that have it, as in lang=en
+    max_examples: int = 0  # rows of each split, the first ones (0 = all)
+    skip_bad: bool = False  # leave out and count the rows that cannot be read
+    out_dir: str = ""  # where train.bin and val.bin go; by default data/ and the set's name
+    template: str = "human_bot"  # how conversations are written: one of TEMPLATES in tokenizer.py
+
+    def __post_init__(self):
+        """Raises ValueError for a value that makes no sense."""
+        at_least(0, self, "max_examples")
+        if not self.dataset:
+            raise ValueError("--dataset=org/name is needed: a set of the hub, a folder or a file")
+        for knob in ("columns", "where"):
+            for pair in filter(None, getattr(self, knob).split(",")):
+                if "=" not in pair:
+                    raise ValueError(f"{knob}={pair} must be as in {EXAMPLES[knob]}")
+
+
+EXAMPLES = {"columns": "prompt=question,completion=answer", "where": "lang=en"}
+
+
+# --- the data set ---------------------------------------------------------------------------------
+
+
+def open_dataset(config):
+    """Return the builder of the data set, from the datasets library. Raises FileNotFoundError,
+    ConnectionError or ValueError with the remedy."""
+    os.environ.setdefault("USE_TORCH", "0")  # datasets would import it: half of the memory
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"{error}: pip install -e '.[hub]'") from error
+    datasets.disable_progress_bars()
+
+    options = {"path": config.dataset, "name": config.config or None}
+    path = Path(config.dataset).absolute()
+    if path.is_file():
+        options |= {"path": str(path.parent), "data_files": str(path)}
+    elif path.exists():
+        options["path"] = str(path)  # absolute: "csv" alone would be a reader of datasets
+    try:
+        try:
+            builder = datasets.load_dataset_builder(**options, revision=config.revision or None)
+        except RuntimeError:  # it has a loading script
+            builder = datasets.load_dataset_builder(**options, revision=CONVERTED)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        remedy = "check the name; of a gated or private set, accept its terms and set HF_TOKEN"
+        raise FileNotFoundError(f"{first_line(error)}\n{remedy}") from error
+    except (ValueError, OSError, RuntimeError) as error:
+        raise type(error)(f"{config.dataset}: {first_line(error)}") from error
+
+    # small batches; text columns of a .csv stay text
+    for name, value in {"batch_size": BATCH_SIZE, "dtype": str, "keep_default_na": False}.items():
+        if hasattr(builder.config, name):
+            setattr(builder.config, name, value)
+    return builder
+
+
+def first_line(error):
+    """Return the message of an error of the datasets library in one line."""
+    return " ".join(str(error).partition("Example of usage")[0].split())
+
+
+def rows_of(config, builder, split):
+    """Return the rows of a split as tables, an IterableDataset. Raises ValueError."""
+    try:
+        dataset = builder.as_streaming_dataset(split=split)
+    except ValueError as error:  # it lists the splits
+        raise ValueError(f"{config.dataset}: {first_line(error)}") from error
+    return dataset.with_format("arrow")  # converting tables is faster than reading rows
+
+
+def pairs_of(text):
+    """Return {"a": "b"} of "a=b,..."."""
+    return dict(pair.split("=", 1) for pair in text.split(",") if pair)
+
+
+# --- from rows to conversations -------------------------------------------------------------------
+
+
+class Reader:
+    """Reads the conversations of a data set, and keeps in a file how far it came."""
+
+    def __init__(self, config, path):
+        self.config = config
+        self.path = path  # of the file
+        self.columns = pairs_of(config.columns)  # field -> column
+        self.where = pairs_of(config.where)  # column -> value
+        self.parse = ConversationReader()
+        self.state = {}  # of the shards: where `prepare` goes on
+        self.digests = {}  # of the first two keys, for `divide`
+        # in which split the next row is, and where: the dataset's state before the current batch
+        # and the rows of this batch that were read; then the counts of the split's rows
+        self.position = {"split": "", "stream": None, "index": 0, "n_rows": 0, "n_bad": 0}
+
+        # go on where a run with the same knobs stopped
+        saved = read_json(path) if path.exists() else {}
+        if saved.get("knobs") == asdict(config):
+            self.state = saved["state"]
+            self.digests = saved["digests"]
+            self.position = saved["position"]
+            self.parse.n_blank = saved["n_blank"]
+            self.parse.counts.update(saved["counts"])
+            print(f"going on after row {self.position['n_rows']:,} of {self.position['split']}")
+
+    def save(self, state):
+        """Keep the state of the shards, and of the rows that follow what they hold."""
+        progress = {
+            "knobs": asdict(self.config),
+            "state": state,
+            "digests": self.digests,
+            "position": self.position,
+            "n_blank": self.parse.n_blank,
+            "counts": self.parse.counts,
+        }
+        with replacing(self.path) as part:
+            part.write_text(json.dumps(progress), encoding="utf-8")
+
+    def conversations(self, builder):
+        """Yield (split, messages)."""
+        config = self.config
+        if not config.val_split:
+            yield from divide(self.read(builder, config.split), self.digests)
+            return
+        if self.position["split"] in ("", config.split):
+            for _, messages in self.read(builder, config.split):
+                yield "train", messages
+        for _, messages in self.read(builder, config.val_split):
+            yield "val", messages
+
+    def read(self, builder, split):
+        """Yield (key, messages) of a split; equal keys share a split of ours. Raises ValueError
+        that names the row."""
+        rows = self.rows(builder, split)
+        first = next(rows, None)
+        if first is None:
+            raise ValueError(f"{self.config.dataset}: no row of {split} is left; see --where")
+        rows = itertools.chain([first], rows)
+        if "parent_id" in first and "message_id" in first:
+            yield from paths_of_trees(rows)
+            return
+        for row in rows:
+            try:
+                conversations = self.conversations_of(row)
+            except ValueError as error:
+                if not self.config.skip_bad:
+                    place = f"{self.config.dataset}, {split}, row {self.position['n_rows']:,}"
+                    remedy = (
+                        "name the columns by --columns, or leave such rows out: --skip_bad=true"
+                    )
+                    raise ValueError(f"{place}: {error}\n{remedy}") from error
+                self.position["n_bad"] += 1
+                continue
+            yield from conversations
+
+    def rows(self, builder, split):
+        """Yield the rows of a split as dicts, after `where` and `columns`, and keep the position.
+        A batch of `prepare` ends between two rows: the two replies of a pair are in one batch."""
+        dataset = rows_of(self.config, builder, split)
+        position = self.position
+        if position["split"] == split and position["stream"]:
+            dataset.load_state_dict(position["stream"])
+        if position["split"] != split:
+            position |= {"split": split, "stream": None, "index": 0, "n_rows": 0, "n_bad": 0}
+        for table in dataset.iter(batch_size=BATCH_SIZE):
+            rows = table.to_pylist()
+            for row in rows[position["index"] :]:
+                if position["n_rows"] == self.config.max_examples > 0:
+                    return
+                position["index"] += 1
+                if all(str(self.cell(row, name)) == text for name, text in self.where.items()):
+                    position["n_rows"] += 1
+                    fields = {name: self.cell(row, column) for name, column in self.columns.items()}
+                    yield fields or row
+            position["stream"] = dataset.state_dict()
+            position["index"] = 0
+
+    def cell(self, row, column):
+        if column not in row:
+            raise ValueError(f"{self.config.dataset} has no column {column}: {', '.join(row)}")
+        return row[column]
+
+    def conversations_of(self, row):
+        """Return [(key, messages)] of a row: a conversation, or the two replies of a pair."""
+        if "chosen" in row or "preferred_output" in row:
+            key, labelled = examples(row)
+            self.parse.counts["pairs of replies"] += bool(labelled)
+            return [(key, with_label(messages, label)) for messages, label in labelled]
+        conversation = self.parse(row)
+        return [conversation] if conversation else []
+
+
+def paths_of_trees(rows):
+    """Yield (key, messages) of trees of messages, a row each, as OpenAssistant publishes them. Of
+    several replies, the one of the lowest rank goes on; of what a human answers, each is a
+    conversation. A reply that several conversations share is learned in the first."""
+    children = defaultdict(list)  # id -> the messages that follow it
+    for row in rows:
+        children[row["parent_id"]].append(row)
+
+    def paths(row, before):
+        role = "assistant" if row["role"] == "assistant" else "user"
+        messages = [*before, {"role": role, "content": row["text"].strip()}]
+        following = children[row["message_id"]]
+        replies = [child for child in following if child["role"] == "assistant"]
+        if replies:
+            following = [min(replies, key=rank)]
+        for child in following:
+            yield from paths(child, messages)
+        if not following:
+            yield messages
+
+    for root in children[None]:
+        for messages in paths(root, []):
+            if any(message["role"] == "assistant" for message in messages):
+                yield root["message_id"], [dict(message) for message in messages]
+            for message in messages:  # the dicts are those of the paths to come
+                message["weight"] = 0
+
+
+def rank(row):
+    """Return the rank of a reply, 0 for the best; without one it comes last."""
+    return math.inf if row.get("rank") is None else row["rank"]
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+
+def main(config):
+    name = Path(config.dataset.rstrip("/")).name.partition(".")[0]
+    config.out_dir = config.out_dir or f"data/{name}"
+    builder = open_dataset(config)
+    reader = Reader(config, Path(config.out_dir) / "resume.json")
+    prepare(config, name, reader.conversations(builder), reader)
+    reader.path.unlink(missing_ok=True)
+    n_bad = reader.position["n_bad"]
+    print(f"{config.dataset}: {reader.parse.report()}, {n_bad:,} rows that could not be read")
+
+
+if __name__ == "__main__":
+    run(main, Config)
