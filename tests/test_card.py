@@ -9,12 +9,13 @@ import shutil
 import socket
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 import torch
-from conftest import records, small_talk, write_jsonl, write_shards
+from conftest import ROOT, records, small_talk, write_jsonl, write_shards
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers import AutoModelForCausalLM
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -311,6 +312,56 @@ def test_a_damaged_note_is_an_error_that_names_it(home):
     (home / "data" / "talk" / "source.json").write_text("{")
     with pytest.raises(ValueError, match=r"talk/source\.json"):
         write(home / "chat", "gpt2")
+
+
+# --- where it goes --------------------------------------------------------------------------------
+
+
+def test_the_upload_in_the_docs_leaves_out_the_state_of_the_run(out):
+    docs = (ROOT / "docs" / "using.md").read_text()
+    [command] = re.findall(r"^hf upload .*", docs, re.MULTILINE)
+    excluded = re.findall(r'--exclude "?([^"\s]+)', command)
+    (out / "wandb_id").write_text("1a2b3c")
+    files = [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()]
+    assert "last/state.pt" in files
+    uploaded = set(filter_repo_objects(files, ignore_patterns=excluded))
+    assert {"README.md", "model.safetensors", "metrics.jsonl", "chat_template.jinja"} <= uploaded
+    assert not [name for name in uploaded if name.startswith("last") or name == "wandb_id"]
+
+
+# Modelfile's Go template in Jinja; Go itself made the same of it
+GO_TO_JINJA = {
+    "{{ range $i, $message := .Messages }}{{ if $i }}\n{{ end }}": "{% for m in messages %}"
+    "{% if not loop.first %}{{ newline }}{% endif %}",
+    'if eq .Role "system" }}': 'if m.role == "system" -%}',
+    'else if eq .Role "user" }}': 'elif m.role == "user" -%}',
+    "else }}": "else -%}",
+    '{{ if ne (slice (print .Content ".") 0 1) " " }} {{ end }}': "{{ space(m.content) }}",
+    "{{- end }}\n{{- end }}\n": "{%- endif -%}{% endfor %}{{ newline }}",
+    ".Content": "m.content",
+    "{{- ": "{%- ",
+}
+
+
+def test_ollamas_template_writes_what_we_render():
+    modelfile = (ROOT / "docs" / "Modelfile").read_text()
+    [template] = re.findall(r'TEMPLATE """(.*?)"""', modelfile, re.DOTALL)
+    for go, jinja in GO_TO_JINJA.items():
+        assert go in template, go
+        template = template.replace(go, jinja)
+    environment = jinja2.Environment()
+    environment.globals |= {"newline": "\n", "space": lambda s: "" if s[:1] == " " else " "}
+    tokenizer = Tokenizer()
+    for messages in small_talk(30):
+        messages = [*messages, {"role": "user", "content": "what now?"}]
+        ids, _ = tokenizer.render(messages, add_generation_prompt=True)
+        text = environment.from_string(template).render(messages=messages)
+        assert text == tokenizer.decode(ids)
+    stops = re.findall(r'PARAMETER stop "(.*)"', modelfile)
+    assert set(stops) == {*tokenizer.stop_strings, "<|endoftext|>"}
+    options = dict(re.findall(r"PARAMETER (\w+) ([\d.]+)", modelfile))
+    for name in ("temperature", "top_k", "top_p", "frequency_penalty"):
+        assert float(options[name]) == getattr(ChatSampling(), name)
 
 
 # --- the notes ------------------------------------------------------------------------------------
