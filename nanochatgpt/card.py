@@ -50,8 +50,8 @@ messages = [{{"role": "user", "content": "hi!"}}]
 print(generate(messages, max_new_tokens=50)[0]["generated_text"][-1]["content"])
 ```
 
-For llama.cpp, Ollama and vLLM see "Sharing" in nanoChatGPT's `docs/using.md`. This is what the chat
-template makes of a persona, a message and a reply:
+For llama.cpp, Ollama and vLLM see "Other programs" in nanoChatGPT's `docs/using.md`. The chat
+template writes a persona, a message and a reply as
 
 ```
 {example}
