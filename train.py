@@ -13,6 +13,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from model import GPT, GPTConfig
+from nanochatgpt.card import write_card
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.configurator import at_least, run
 from nanochatgpt.device import move, peak_flops, precision
@@ -80,9 +81,8 @@ def make_model(config, state, distributed):
         model.load_state_dict(state.pop("model"))
     elif source == "scratch":
         tokenizer = Tokenizer(config.template or "human_bot")
-        model = GPT(
-            GPTConfig(config.block_size, tokenizer.n_vocab, dropout=config.dropout, **shape)
-        )
+        sizes = GPTConfig(config.block_size, tokenizer.n_vocab, dropout=config.dropout, **shape)
+        model = GPT(sizes)
     else:
         with distributed.rank_zero_first():
             model, tokenizer = load_model(source, dropout=config.dropout)
@@ -211,14 +211,16 @@ def main(config):
             for split, loader in loaders.items():
                 losses[split] = evaluate(raw_model, loader, config, distributed, autocast)
             divergence.check("validation loss", losses["val"], it, best_val_loss)
+            improved = losses["val"] < best_val_loss
+            best_val_loss = min(best_val_loss, losses["val"])
             whole_model = gathered(raw_model, sharded)
             if distributed.master:
                 log(iter=it, train_loss=losses["train"], val_loss=losses["val"])
                 print(f"iter {it}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
                 print(f"  {sample_reply(whole_model, tokenizer)}")
-                if losses["val"] < best_val_loss:
+                write_card(config, whole_model, tokenizer, loaders["train"], it, best_val_loss)
+                if improved:
                     save_model(whole_model, tokenizer, config.out_dir)
-            best_val_loss = min(best_val_loss, losses["val"])
             training_run.save(
                 whole_model, whole_model, iter=it, best_val_loss=best_val_loss, data=data
             )
@@ -296,10 +298,8 @@ def main(config):
                 divergence.check("gradient norm", norm.item(), it + 1)
 
     if it == config.max_iters and distributed.master:
-        print(
-            f"best validation loss {best_val_loss:.4f}, weights in {config.out_dir}; "
-            f"chat with them: python chat.py --init_from={config.out_dir}"
-        )
+        print(f"best validation loss {best_val_loss:.4f}, weights and card in {config.out_dir}")
+        print(f"chat with them: python chat.py --init_from={config.out_dir}")
     distributed.leave()
 
 

@@ -20,17 +20,28 @@ HUB = {
 }
 
 
+def hub_id(init_from):
+    """Return the "org/name" on the hub that `init_from` means, None if it means something else."""
+    path = Path(init_from)
+    if path.exists():
+        return None
+    if init_from in HUB:
+        owner = "distilbert" if init_from == "distilgpt2" else "openai-community"
+        return f"{owner}/{init_from}"
+    # out/NAME is not an org/name: train.py writes there
+    if init_from.count("/") != 1 or path.parent.is_dir() or path.parts[0] == "out":
+        return None
+    return init_from
+
+
 def find_on_hub(name):
     """Return ({name: StoredTensor}, GPTConfig, Tokenizer) of a short name in HUB, or of org/name.
     Raises FileNotFoundError if it is neither."""
+    repo = hub_id(name)
     if name in HUB:
-        owner = "distilbert" if name == "distilgpt2" else "openai-community"
-        weights = hub_file(f"{owner}/{name}", "model.safetensors", sha256=HUB[name])
+        weights = hub_file(repo, "model.safetensors", sha256=HUB[name])
         return open_tensors(weights), GPTConfig(**PRESETS[name]), Tokenizer()
-
-    # out/NAME is not an org/name: train.py writes there
-    path = Path(name)
-    if name.count("/") != 1 or path.parent.is_dir() or path.parts[0] == "out":
+    if not repo:
         names = f"one of nano, {', '.join(HUB)}, or an org/name on the hub"
         raise FileNotFoundError(f"init_from={name}: train this directory first, or take {names}")
 

@@ -11,6 +11,7 @@ from reprlib import repr as short_repr
 
 from model import GPTConfig
 from nanochatgpt.files import check_format, read_json
+from nanochatgpt.sampling import ChatSampling, for_template
 from nanochatgpt.tokenizer import END_OF_TEXT, TEMPLATES, Tokenizer, gpt2_vocab, vocab_file
 
 # Options that change the arithmetic, and the one value of each that model.py implements
@@ -79,12 +80,17 @@ def config_files(model, tokenizer):
     config |= {"vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size}
     config |= {"n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
     config |= {"embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "resid_pdrop": c.dropout}
-    if model.architecture == "GPT2ForSequenceClassification":  # a reward model: one label
-        config |= {"id2label": {0: "kept"}, "label2id": {"kept": 0}}
     ids = {"bos_token_id": END_OF_TEXT, "eos_token_id": tokenizer.eos_id}
     ids["pad_token_id"] = tokenizer.pad_id
+    generation = dict(ids)
+    if model.architecture == "GPT2ForSequenceClassification":  # a reward model: one label
+        config |= {"id2label": {0: "kept"}, "label2id": {"kept": 0}}
+    else:  # chat.py's sampling; these programs have no frequency_penalty in this file
+        sampling = for_template(ChatSampling(), tokenizer.template)
+        generation |= {"do_sample": True, "temperature": sampling.temperature}
+        generation |= {"top_k": sampling.top_k, "top_p": sampling.top_p}
     config = json.dumps(config | ids, indent=2)
-    return {"config.json": config, "generation_config.json": json.dumps(ids, indent=2)}
+    return {"config.json": config, "generation_config.json": json.dumps(generation, indent=2)}
 
 
 # --- tokenizer files ------------------------------------------------------------------------------

@@ -14,6 +14,13 @@ from nanochatgpt.configurator import run
 from prepare.chitchat_package import packaged, read
 from prepare.corpus import divide, prepare
 
+ORIGIN = {  # for the model card
+    "name": "chitchat-dataset",
+    "url": "https://pypi.org/project/chitchat-dataset/",
+    "licence": "MIT",
+    "language": "en",
+}
+
 
 @dataclass
 class Config:
@@ -23,7 +30,8 @@ class Config:
 
 def main(config):
     # the id of a conversation decides its split
-    prepare(config, "chitchat", divide((key, talk) for key, talk, _ in read(packaged())))
+    talks = divide((key, talk) for key, talk, _ in read(packaged()))
+    prepare(config, "chitchat", talks, ORIGIN)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,12 @@ from prepare.corpus import divide, prepare
 from prepare.records import find_file, read_records
 
 REPO = "Locutusque/ColumnedChatCombined"  # on the Hugging Face hub
+ORIGIN = {  # for the model card
+    "name": "ColumnedChatCombined",
+    "hub": REPO,
+    "url": f"https://huggingface.co/datasets/{REPO}",
+    "licence": "see there",
+}
 
 
 @dataclass
@@ -77,7 +83,7 @@ def examples(config, path):
 def main(config):
     at_least(0, config, "max_examples")
     path = find_file(config.source, REPO, "formatted_data.json")  # 2.66 GB
-    prepare(config, "columned_chat", examples(config, path))
+    prepare(config, "columned_chat", examples(config, path), ORIGIN)
 
 
 if __name__ == "__main__":

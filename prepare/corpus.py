@@ -5,6 +5,7 @@ A script makes (split, messages) pairs; `prepare` tokenizes them, writes them an
 
 import hashlib
 import itertools
+import json
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -28,10 +29,10 @@ class Config:
     template: str = "human_bot"  # how conversations are written: one of TEMPLATES in tokenizer.py
 
 
-def prepare(config, name, conversations, checkpoint=None):
+def prepare(config, name, conversations, origin=None, checkpoint=None):
     """Write (split, messages) pairs to two shards and print a report. Memory does not grow with the
-    corpus. checkpoint: its `state` is where to go on, its `save` keeps one every SAVE_INTERVAL.
-    Raises ValueError, and writes nothing, for an empty split."""
+    corpus. origin: see `write_origin`. checkpoint: its `state` is where to go on, its `save` keeps
+    one every SAVE_INTERVAL. Raises ValueError for an empty split and writes nothing."""
     conversations = iter(conversations)
     tokenizer = Tokenizer(config.template)  # writes conversations in this template
     state = checkpoint.state if checkpoint else {}
@@ -54,6 +55,7 @@ def prepare(config, name, conversations, checkpoint=None):
         for split, writer in writers.items():
             if not writer.n_conversations:  # raised in here, so that no shard appears
                 raise ValueError(f"no conversation for {split}.bin: at least two are needed")
+    write_origin(folder, origin)
 
     # report
     for shard in splits.values():
@@ -136,9 +138,10 @@ def shard_writers(folder, tokenizer, state=None):
         val.finish()
 
 
-def prepare_text(config, name, texts):
+def prepare_text(config, name, texts, origin=None):
     """Write (split, text) pairs as nanoGPT's .bin files, tokens end to end, all supervised. None
-    ends a document. Raises ValueError, and writes nothing, for an empty split."""
+    ends a document. origin: see `write_origin`. Raises ValueError, and writes nothing, for an empty
+    split."""
     tokenizer = Tokenizer()
     n_tokens = {"train": 0, "val": 0}  # per split
     with (
@@ -156,8 +159,21 @@ def prepare_text(config, name, texts):
                 n_tokens[split] += len(tokens)
         if not all(n_tokens.values()):
             raise ValueError("no text for one of the splits: at least two are needed")
+    write_origin(folder, origin)
     for split, n in n_tokens.items():
         print(f"{folder / split}.bin: {n:,} tokens, all supervised")
+
+
+def write_origin(folder, origin):
+    """Write source.json, from which train.py's model card takes the data set's origin: a dict of
+    texts, "name" and, as far as they are known, "url", "licence", "language" (as in "en") and
+    "hub", its id on the Hugging Face hub. None, for private data, leaves no file."""
+    path = folder / "source.json"
+    if origin is None:
+        path.unlink(missing_ok=True)  # of another corpus that was here
+        return
+    with replacing(path) as part:
+        part.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 
 def divide(conversations, digests=None):

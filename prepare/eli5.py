@@ -27,6 +27,13 @@ FILES = {  # split -> file, bytes, sha256; downloads are checked against them
     "train": ("eli5-category-train.json.gz", 62_314_944, TRAIN_SHA256),
     "val": ("eli5-category-validation-1.json.gz", 4_997_144, VAL_SHA256),
 }
+ORIGIN = {  # for the model card
+    "name": "ELI5 category",
+    "hub": REPO,
+    "url": f"https://huggingface.co/datasets/{REPO}",
+    "licence": "not stated; text by users of Reddit",
+    "language": "en",
+}
 
 
 @dataclass
@@ -80,9 +87,9 @@ def questions(config, parse):
 def main(config):
     at_least(0, config, "max_examples")
     if config.mask == "reply":
-        prepare(config, "eli5", questions(config, as_messages))
+        prepare(config, "eli5", questions(config, as_messages), ORIGIN)
     elif config.mask == "all":
-        prepare_text(config, "eli5", questions(config, as_text))
+        prepare_text(config, "eli5", questions(config, as_text), ORIGIN)
     else:
         raise ValueError(f"mask={config.mask} is not one of reply, all")
 

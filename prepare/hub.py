@@ -260,6 +260,15 @@ def rank(row):
     return math.inf if row.get("rank") is None else row["rank"]
 
 
+def origin_of(config, builder):
+    """Return what the model card says of a set on the hub, None of a local one."""
+    if Path(config.dataset).exists():
+        return None
+    repo = config.dataset
+    origin = {"name": repo, "hub": repo, "url": f"https://huggingface.co/datasets/{repo}"}
+    return origin | ({"licence": builder.info.license} if builder.info.license else {})
+
+
 # --- the script -----------------------------------------------------------------------------------
 
 
@@ -268,7 +277,7 @@ def main(config):
     config.out_dir = config.out_dir or f"data/{name}"
     builder = open_dataset(config)
     reader = Reader(config, Path(config.out_dir) / "resume.json")
-    prepare(config, name, reader.conversations(builder), reader)
+    prepare(config, name, reader.conversations(builder), origin_of(config, builder), reader)
     reader.path.unlink(missing_ok=True)
     n_bad = reader.position["n_bad"]
     print(f"{config.dataset}: {reader.parse.report()}, {n_bad:,} rows that could not be read")

@@ -20,6 +20,13 @@ from prepare.parlai import dialogs, files, messages
 URL = "http://parl.ai/downloads/personachat/personachat.tgz"  # ParlAI's archive
 SIZE = 223_221_886  # bytes
 SHA256 = "507cf8641d333240654798870ea584d854ab5261071c5e3521c20d8fa41d5622"  # of the archive
+ORIGIN = {  # for the model card
+    "name": "PersonaChat",
+    "hub": "bavard/personachat_truecased",
+    "url": "https://parl.ai/projects/personachat/",
+    "licence": "CC BY 4.0",
+    "language": "en",
+}
 
 
 def read(lines, name):
@@ -53,7 +60,7 @@ def main(config):
         source = existing(config.source)
     else:
         source = download(URL, Path("data/downloads/personachat.tgz"), SIZE, SHA256)
-    prepare(config, "personachat", conversations(source))
+    prepare(config, "personachat", conversations(source), ORIGIN)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,12 @@ from nanochatgpt.configurator import run
 from prepare.corpus import prepare
 from prepare.recall_generator import Speaker, conversation
 
+ORIGIN = {  # for the model card
+    "name": "recall, made up by nanoChatGPT's prepare/recall.py",
+    "licence": "MIT",
+    "language": "en",
+}
+
 
 @dataclass
 class Config:
@@ -34,7 +40,7 @@ def conversations(config):
 
 
 def main(config):
-    prepare(config, "recall", conversations(config))
+    prepare(config, "recall", conversations(config), ORIGIN)
 
 
 if __name__ == "__main__":

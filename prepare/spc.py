@@ -22,6 +22,13 @@ FILES = {  # split -> file
     "train": ["data/Synthetic-Persona-Chat_train.csv"],
     "val": ["data/Synthetic-Persona-Chat_valid.csv"],
 }
+ORIGIN = {  # for the model card
+    "name": "Synthetic-Persona-Chat",
+    "hub": REPO,
+    "url": f"https://huggingface.co/datasets/{REPO}",
+    "licence": "CC BY 4.0",
+    "language": "en",
+}
 COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
 
 
@@ -41,7 +48,7 @@ def read(path):
 
 def main(config):
     # both sides of a conversation have its text as key
-    prepare(config, "spc", published(config.source, REPO, FILES, read))
+    prepare(config, "spc", published(config.source, REPO, FILES, read), ORIGIN)
 
 
 if __name__ == "__main__":

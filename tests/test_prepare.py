@@ -623,7 +623,7 @@ def real_chats():
 
 def test_no_conversation_of_the_package_is_lost(prepare, monkeypatch):
     pairs = []
-    collect = lambda config, name, conversations: pairs.extend(conversations)  # noqa: E731
+    collect = lambda config, name, conversations, origin: pairs.extend(conversations)  # noqa: E731
     monkeypatch.setattr(chitchat, "prepare", collect)
     assert prepare(chitchat).returncode == 0
     human_first = [messages for _, messages in pairs[::2]]
