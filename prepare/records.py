@@ -8,11 +8,12 @@ import itertools
 import json
 import zlib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import ijson
 
-from nanochatgpt.hub import hub_file
 from prepare.corpus import divide, existing
+from prepare.ways import File, Way, fetch
 
 PARQUET = b"PAR1"  # its first bytes
 CONVERT_TABLE = "read it with `python prepare/hub.py --dataset=FILE`"
@@ -34,23 +35,27 @@ CONVERT = "convert it with `iconv -f ENCODING -t utf-8`"
 DAMAGE = (ijson.JSONError, csv.Error, gzip.BadGzipFile, zlib.error, EOFError, RecursionError)
 
 
-def find_file(source, repo, name, size=None, sha256=None):
-    """Return the path of a corpus's file: `source`, in the folder `source`, or downloaded from
-    `repo` on the Hugging Face hub if source is ""."""
+def find_file(source, repo, file, mirror=""):
+    """Return the path of a corpus's file: `source`, in the folder `source`, or downloaded if source
+    is "", from `repo` on the Hugging Face hub or else from the folder `mirror` on the web. file:
+    (name, size, sha256)."""
     if not source:
-        return hub_file(repo, name, size, sha256, kind="datasets")
+        ways = [Way("the Hugging Face hub", [File(*file)], repo=repo)]
+        if mirror:
+            ways.append(Way(urlsplit(mirror).netloc, [File(*file)], url=mirror))
+        return fetch(ways)[0]
     path = existing(source)
-    return existing(path / Path(name).name) if path.is_dir() else path
+    return existing(path / Path(file[0]).name) if path.is_dir() else path
 
 
-def published(source, repo, files, read):
+def published(source, repo, files, read, mirror=""):
     """Yield (split, example) of a corpus; read(path) yields (key, example). files: {split: (name in
-    `repo`, size, sha256)}. If source is a file, it is divided by key."""
+    `repo` or `mirror`, size, sha256)}. If source is a file, it is divided by key."""
     if Path(source).is_file():
         yield from divide(read(Path(source)))
         return
     for split, file in files.items():
-        for _, example in read(find_file(source, repo, *file)):
+        for _, example in read(find_file(source, repo, file, mirror)):
             yield split, example
 
 
