@@ -1,7 +1,7 @@
 # Train the small chat model in assets/nano/ on two CPU cores. First:
 #   python assets/nano/start.py
 #   python prepare/recall.py --conversations=150000
-#   python prepare/personachat.py && python prepare/spc.py
+#   python prepare/personachat.py --natural=false && python prepare/spc.py
 #   python prepare/text.py --source=FOLDER  (.txt files: TinyStories, books of Project Gutenberg)
 init_from = "out/start"  # random weights with heads that copy
 out_dir = "out/nano"

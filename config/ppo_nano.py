@@ -1,5 +1,6 @@
 # Train the model in the box for the reward of out/reward, on two CPU cores. First:
-#   python prepare/personachat.py && python train_reward.py config/train_reward_nano.py
+#   python prepare/personachat.py --natural=false
+#   python train_reward.py config/train_reward_nano.py
 init_from = "nano"
 reward = "out/reward"
 out_dir = "out/ppo"

@@ -1,10 +1,11 @@
 """ConvAI2's metrics (arXiv 1902.00098) on PersonaChat's validation set: F1 of the model's replies,
-Hits@1 of 20 candidates, perplexity. After python prepare/personachat.py, which fetches the archive:
+Hits@1 of 20 candidates, perplexity. After python prepare/personachat.py --natural=false, which
+fetches it and writes it as published, to train on what is measured here:
 
     python evaluation/convai2.py --init_from=out/chat
 
-The published numbers are for ConvAI2's edition (430 MB): pass that as --source.
-http://parl.ai/downloads/convai2/convai2_fix_723.tgz
+The published numbers are for ConvAI2's edition. Hugging Face's JSON has it; if you have PersonaChat
+from ParlAI, pass http://parl.ai/downloads/convai2/convai2_fix_723.tgz (430 MB) as --source.
 """
 
 import itertools
@@ -21,7 +22,7 @@ from evaluation.replies import ReplyConfig, load, reply_to
 from evaluation.report import progress, table
 from nanochatgpt.configurator import at_least, run
 from nanochatgpt.tokenizer import fit_context
-from prepare import parlai
+from prepare import editions, parlai
 
 ROWS = {  # metric -> its label and format in the table
     "f1": ("F1", ".1%"),
@@ -29,6 +30,7 @@ ROWS = {  # metric -> its label and format in the table
     # per token of GPT-2, the end token included; the published ones are per word of a dictionary
     "perplexity": ("perplexity per token (published: per word)", ".2f"),
 }
+FETCHED = ("data/downloads/personachat.tgz", "data/downloads/personachat_self_original.json")
 PUBLISHED = {
     # arXiv 1901.08149: a GPT of 117M parameters with a ranking head, on the hidden test set
     "TransferTransfo": {"perplexity": 16.28, "hits_1": 0.807, "f1": 0.195},
@@ -39,18 +41,20 @@ PUBLISHED = {
 
 @dataclass
 class Config(ReplyConfig):
-    source: str = "data/downloads/personachat.tgz"  # the archive, its folder or its valid file
+    source: str = ""  # an edition with candidates; by default what prepare/personachat.py fetched
     max_dialogs: int = 0  # use the first N dialogs (0 = all)
 
 
 def examples(source, max_dialogs=0):
-    """Return [(persona, messages so far, reply, [candidate])], one per reply of a validation file,
-    alone or in an archive or folder; of its first max_dialogs (0 = all). The last candidate is the
+    """Return [(persona, messages so far, reply, [candidate])], one per reply of the validation set
+    in an edition of PersonaChat; of its first max_dialogs (0 = all). The last candidate is the
     reply. Raises ValueError if it is not, FileNotFoundError if there is no such file."""
     replies = []  # as returned
-    for _, name, lines in parlai.files(source, r"(valid)_self_original\.txt"):
+    for split, name, dialogs in editions.read([source], r"(valid)_self_original\.txt"):
+        if split == "train":
+            continue
         # one entry per reply, with all that was said before it
-        dialogs = itertools.islice(parlai.dialogs(lines, name), max_dialogs or None)
+        dialogs = itertools.islice(dialogs, max_dialogs or None)
         for number, (persona, exchanges) in enumerate(dialogs, 1):
             for i, (utterance, reply, candidates) in enumerate(exchanges):
                 if candidates and candidates[-1] != reply:
@@ -90,10 +94,13 @@ def rank(model, tokenizer, lines):
 
 def main(config):
     at_least(0, config, "max_dialogs")
-    if not Path(config.source).exists():
-        raise FileNotFoundError(f"no {config.source}: fetch it with prepare/personachat.py")
+    paths = [Path(path) for path in ([config.source] if config.source else FETCHED)]
+    source = next(filter(Path.exists, paths), None)
+    if source is None:
+        names = " or ".join(map(str, paths))
+        raise FileNotFoundError(f"no {names}: run prepare/personachat.py, or pass --source=PATH")
     lines = []
-    for persona, messages, reply, candidates in examples(Path(config.source), config.max_dialogs):
+    for persona, messages, reply, candidates in examples(source, config.max_dialogs):
         if persona:
             messages.insert(0, {"role": "system", "content": persona})
         lines.append((messages, reply, candidates))

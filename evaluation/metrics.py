@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from sacrebleu.metrics import BLEU, CHRF
 
-SACREBLEU = {"bleu": BLEU(force=True), "chrf": CHRF()}  # force: PersonaChat is tokenized text
+SACREBLEU = {"bleu": BLEU(force=True), "chrf": CHRF()}  # force: text may be tokenized
 HEAD_ROWS = 256  # rows of logits at a time, 50 MB in float32
 
 

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -17,14 +18,24 @@ import urllib3
 
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 TRIES = 5  # attempts in a row without progress before giving up
+HURRY_TIMEOUT = (3, 5)  # the same while there is another server to ask
+SLOW = 100_000  # bytes per second; 200 MB would take more than half an hour
+WINDOW = 5  # seconds over which the rate is measured
+NO_PAGE = rb"(?!\s*<(!doctype|html))"  # a web page may come in place of the file
 
 
-def download(url, path, size=None, sha256=None, headers=None):
+class SlowServer(ConnectionError):
+    """A download in a hurry is slower than SLOW."""
+
+
+def download(url, path, size=None, sha256=None, begins=NO_PAGE, headers=None, hurry=False):
     """Download `url` to the file `path`, unless it exists; return the path.
 
-    The bytes go to path.part, which a later call resumes; it is renamed once its size (bytes) and
-    sha256 are right. Raises ConnectionError, FileNotFoundError (404), PermissionError (401, 403),
-    ValueError (wrong file), OSError (disk full).
+    The bytes go to path.part, which a later call resumes; it is renamed once its size (bytes),
+    sha256 and first bytes (a regular expression) are right. hurry: another server may be asked, so
+    give up one that is down, silent or slow within seconds. Raises ConnectionError, SlowServer,
+    FileNotFoundError (404), PermissionError (401, 403), ValueError (wrong file), OSError (disk
+    full).
     """
     path = Path(path)
     if is_finished(path, size):
@@ -34,7 +45,7 @@ def download(url, path, size=None, sha256=None, headers=None):
     while True:
         length = _length(part)
         try:
-            _receive(url, part, headers or {})
+            _receive(url, part, headers or {}, hurry)
             break
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             failures = 1 if _length(part) > length else failures + 1
@@ -42,7 +53,8 @@ def download(url, path, size=None, sha256=None, headers=None):
             problem = f"cannot fetch from {urlsplit(url).netloc}: {reason}"
             # retry a flaky connection; give up at once if there is none
             no_network = failures == 1 and isinstance(error, requests.ConnectionError)
-            if failures == TRIES or no_network:
+            in_vain = hurry and _length(part) == length
+            if failures == TRIES or no_network or in_vain:
                 remedy = f"check the network or proxy and run again, or place the file at {path}"
                 raise ConnectionError(f"{problem}\n{remedy}") from error
         print(f"{problem}; trying again in {2**failures} s", file=sys.stderr)
@@ -51,22 +63,25 @@ def download(url, path, size=None, sha256=None, headers=None):
     # keep only the right file: not another version, nor a network's login page
     with part.open("rb+") as file:
         os.fsync(file.fileno())  # on the disk before it gets its name
+        is_wrong = not re.match(begins, file.read(1000), re.IGNORECASE)
+        file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
-    if digest != sha256 or size not in (None, _length(part)):
+    if is_wrong or digest != sha256 or size not in (None, _length(part)):
         part.unlink()
         remedy = f"run again to download it anew, or place the right file at {path}"
-        raise ValueError(f"{url} has the wrong size or sha256\n{remedy}")
+        raise ValueError(f"{url} has the wrong size, sha256 or first bytes\n{remedy}")
     part.replace(path)
     return path
 
 
-def _receive(url, part, headers):
+def _receive(url, part, headers, hurry):
     """Request the bytes that `part` lacks, once, and append them."""
     done = _length(part)  # bytes
     headers = headers | {"Accept-Encoding": "identity"}  # the bytes as they are stored
     if done:
         headers["Range"] = f"bytes={done}-"
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+    timeout = HURRY_TIMEOUT if hurry else TIMEOUT
+    with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
         status = response.status_code
         if status == 404:
             raise FileNotFoundError(f"{url} does not exist (404): check the name")
@@ -76,6 +91,10 @@ def _receive(url, part, headers):
             part.unlink(missing_ok=True)
         if status not in (200, 206):  # `download` tries again
             raise requests.HTTPError(f"{status} {response.reason}")
+        if response.headers.get("Content-Type", "").startswith("text/html"):
+            place = part.with_name(part.name.removesuffix(".part"))
+            remedy = f"log in to the network if it asks for that, or place the file at {place}"
+            raise ValueError(f"{url} is a web page, not the file\n{remedy}")
         if status == 200:  # the whole file, from a server without ranges
             done = 0
 
@@ -86,10 +105,29 @@ def _receive(url, part, headers):
         with naming(part), part.open("ab" if done else "wb") as file:
             # raw: requests would unpack a .tgz that is labelled Content-Encoding: gzip
             chunks = response.raw.stream(1 << 16, decode_content=False)
+            if hurry:
+                chunks = _fast_chunks(response)
             for chunk in _with_progress(chunks, part.stem, done, total):
                 file.write(chunk)
         if total not in (None, _length(part)):
             raise requests.HTTPError(f"{_length(part):,} bytes instead of {total:,}")
+
+
+def _fast_chunks(response):
+    """Yield the bytes of a response as they arrive. Raises SlowServer if a window has too few."""
+    start = time.monotonic()  # of the window
+    n_bytes = 0  # in it
+    while chunk := response.raw.read1(1 << 16, decode_content=False):  # waits for one byte only
+        yield chunk
+        n_bytes += len(chunk)
+        seconds = time.monotonic() - start
+        if seconds > WINDOW:
+            rate = n_bytes / seconds
+            if rate < SLOW:
+                host = urlsplit(response.url).netloc
+                raise SlowServer(f"{host} sends {rate / 1000:.1f} kB/s, which is slow")
+            start += seconds
+            n_bytes = 0
 
 
 def _with_progress(chunks, name, done, total):

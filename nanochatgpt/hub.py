@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from model import PRESETS, GPTConfig
-from nanochatgpt.files import download, is_finished
+from nanochatgpt.files import NO_PAGE, download, is_finished
 from nanochatgpt.huggingface import ADAPTER, read_config, read_tokenizer
 from nanochatgpt.tokenizer import Tokenizer
 from nanochatgpt.weights import WEIGHTS, open_tensors, open_weights
@@ -67,29 +67,15 @@ def find_on_hub(name):
     return stored, read_config(config), read_tokenizer(tokenizer.parent)
 
 
-def hub_file(repo, name, size=None, sha256=None, kind="models"):
-    """Return the path of a file of `repo` ("org/name") on the Hugging Face hub: in transformers'
-    cache, else in ours, else downloaded into ours. kind: "models" or "datasets". HF_HUB_CACHE,
-    HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to transformers. For size,
-    sha256 and errors see `download`."""
+def hub_file(repo, name, size=None, sha256=None, begins=NO_PAGE, kind="models", hurry=False):
+    """Return the path of a file of `repo` ("org/name") on the Hugging Face hub, downloaded if it is
+    in no cache. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to transformers. For
+    the other arguments and errors see `hub_path` and `download`."""
     env = os.environ
-    cache = env.get("XDG_CACHE_HOME") or "~/.cache"
-    home = env.get("HF_HOME") or f"{cache}/huggingface"
-    hub = Path(os.path.expanduser(env.get("HF_HUB_CACHE") or f"{home}/hub"))  # transformers' cache
-    # gpt2 and distilgpt2 had no organization until 2024; transformers caches either name
-    short = repo.removeprefix("openai-community/").removeprefix("distilbert/")
-    for alias in (repo, short):
-        folder = hub / f"{kind}--{alias.replace('/', '--')}"
-        if (folder / "refs/main").exists():
-            revision = (folder / "refs/main").read_text().strip()
-            path = folder / "snapshots" / revision / name
-            if is_finished(path, size):
-                return path
-
-    path = Path(os.path.expanduser(cache)) / "nanochatgpt" / kind / repo / name  # our cache
+    path = hub_path(repo, name, size, kind)
     offline = env.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     if offline and not is_finished(path, size):
-        remedy = f"unset HF_HUB_OFFLINE, or place the file at {path} (or in {hub})"
+        remedy = f"unset HF_HUB_OFFLINE, or place the file at {path} (or in {hub_cache()})"
         raise FileNotFoundError(f"{repo}/{name} is not here, and HF_HUB_OFFLINE is set\n{remedy}")
 
     endpoint = (env.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -97,4 +83,29 @@ def hub_file(repo, name, size=None, sha256=None, kind="models"):
     url = f"{endpoint}/{folder}{repo}/resolve/main/{name}"
     token = env.get("HF_TOKEN", "").strip()
     headers = {"Authorization": f"Bearer {token}"} if token else {}  # not sent to other hosts
-    return download(url, path, size, sha256, headers)
+    return download(url, path, size, sha256, begins, headers, hurry)
+
+
+def hub_path(repo, name, size=None, kind="models"):
+    """Return the path of a file of `repo` in transformers' cache if it is there, with this size in
+    bytes if it is known, else its path in ours. kind: "models" or "datasets"."""
+    # gpt2 and distilgpt2 had no organization until 2024; transformers caches either name
+    short = repo.removeprefix("openai-community/").removeprefix("distilbert/")
+    for alias in (repo, short):
+        folder = hub_cache() / f"{kind}--{alias.replace('/', '--')}"
+        if (folder / "refs/main").exists():
+            revision = (folder / "refs/main").read_text().strip()
+            path = folder / "snapshots" / revision / name
+            if is_finished(path, size):
+                return path
+    return Path(os.path.expanduser(user_cache())) / "nanochatgpt" / kind / repo / name
+
+
+def hub_cache():
+    """Return the folder of transformers' cache, for which HF_HUB_CACHE and HF_HOME are read."""
+    home = os.environ.get("HF_HOME") or f"{user_cache()}/huggingface"
+    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or f"{home}/hub"))
+
+
+def user_cache():
+    return os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -82,7 +82,7 @@ def examples(config, path):
 
 def main(config):
     at_least(0, config, "max_examples")
-    path = find_file(config.source, REPO, "formatted_data.json")  # 2.66 GB
+    path = find_file(config.source, REPO, ["formatted_data.json"])  # 2.66 GB
     prepare(config, "columned_chat", examples(config, path), ORIGIN)
 
 

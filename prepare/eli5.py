@@ -76,7 +76,7 @@ def questions(config, parse):
     if not config.max_examples:
         yield from published(config.source, REPO, FILES, lambda path: read_records(path, parse))
         return
-    path = find_file(config.source, REPO, *FILES["train"])
+    path = find_file(config.source, REPO, FILES["train"])
     examples = list(itertools.islice(read_records(path, parse), config.max_examples))
     n = len(examples)
     held_out = set(random.Random(42).sample(range(n), n // 5))  # indices, the same each time

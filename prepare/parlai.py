@@ -7,7 +7,9 @@ from pathlib import Path
 
 from prepare.records import open_bytes, text_lines
 
-ESCAPES = {"\\n": "\n", "\\t": "\t", "__PIPE__": "|", "__SILENCE__": ""}
+ESCAPES = {"\\n": "\n", "\\t": "\t", "__PIPE__": "|"}
+SILENCE = re.compile("__ ?silence ?__", re.IGNORECASE)  # editions spell it differently
+NAMES = r"(train|valid)_self_original(_no_cands)?\.txt"
 
 
 def dialogs(lines, name):
@@ -68,7 +70,7 @@ def unescape(text):
     """Return a field without ParlAI's escapes and its mark of silence."""
     for escape, meaning in ESCAPES.items():
         text = text.replace(escape, meaning)
-    return text.strip()
+    return SILENCE.sub("", text).strip()
 
 
 def messages(exchanges):
@@ -80,10 +82,18 @@ def messages(exchanges):
     return [turn for turn in turns if turn["content"]]
 
 
-def files(source, names=r"(train|valid)_self_original(_no_cands)?\.txt"):
+def is_archive(path):
+    """Return whether a file is a tar archive, also gzipped."""
+    try:
+        return tarfile.is_tarfile(path)
+    except (EOFError, zlib.error):  # cut short at its beginning; reading it says so
+        return False
+
+
+def files(source, names=NAMES):
     """Yield (split, name, lines) of the files with these names in an archive or a folder, or of
     `source` if it is such a file. split is "train", "val", or "" if there is only one file."""
-    if source.is_file() and not tarfile.is_tarfile(source):
+    if source.is_file() and not is_archive(source):
         with open_bytes(source) as file:
             yield "", source.name, text_lines(file, source)
         return

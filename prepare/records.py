@@ -8,18 +8,22 @@ import itertools
 import json
 import zlib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import ijson
 
-from nanochatgpt.hub import hub_file
 from prepare.corpus import divide, existing
+from prepare.ways import File, Way, fetch
 
+PARQUET = b"PAR1"  # its first bytes
+CONVERT_TABLE = "read it with `python prepare/hub.py --dataset=FILE`"
 FOREIGN = {  # first bytes -> what to do about it
     codecs.BOM_UTF32_LE: "it is UTF-32: save it as UTF-8",
     codecs.BOM_UTF16_LE: "it is UTF-16: save it as UTF-8",
     codecs.BOM_UTF16_BE: "it is UTF-16: save it as UTF-8",
-    b"PAR1": "it is Parquet: write it as JSON Lines, with to_json of pandas or datasets",
-    b"ARROW1": "it is Arrow: write it as JSON Lines, with to_json of datasets",
+    PARQUET: f"it is Parquet: {CONVERT_TABLE}",
+    b"ARROW1": f"it is Arrow: {CONVERT_TABLE}",
+    b"\xff\xff\xff\xff": f"it is Arrow: {CONVERT_TABLE}",  # as `datasets` saves it
     b"\x28\xb5\x2f\xfd": "it is compressed by zstd: unpack it with `zstd -d`",
     b"\xfd7zXZ": "it is compressed by xz: unpack it with `xz -d`",
     b"BZh": "it is compressed by bzip2: unpack it with `bzip2 -d`",
@@ -31,23 +35,27 @@ CONVERT = "convert it with `iconv -f ENCODING -t utf-8`"
 DAMAGE = (ijson.JSONError, csv.Error, gzip.BadGzipFile, zlib.error, EOFError, RecursionError)
 
 
-def find_file(source, repo, name, size=None, sha256=None):
-    """Return the path of a corpus's file: `source`, in the folder `source`, or downloaded from
-    `repo` on the Hugging Face hub if source is ""."""
+def find_file(source, repo, file, mirror=""):
+    """Return the path of a corpus's file: `source`, in the folder `source`, or downloaded if source
+    is "", from `repo` on the Hugging Face hub or else from the folder `mirror` on the web. file:
+    (name, size, sha256)."""
     if not source:
-        return hub_file(repo, name, size, sha256, kind="datasets")
+        ways = [Way("the Hugging Face hub", [File(*file)], repo=repo)]
+        if mirror:
+            ways.append(Way(urlsplit(mirror).netloc, [File(*file)], url=mirror))
+        return fetch(ways)[0]
     path = existing(source)
-    return existing(path / Path(name).name) if path.is_dir() else path
+    return existing(path / Path(file[0]).name) if path.is_dir() else path
 
 
-def published(source, repo, files, read):
+def published(source, repo, files, read, mirror=""):
     """Yield (split, example) of a corpus; read(path) yields (key, example). files: {split: (name in
-    `repo`, size, sha256)}. If source is a file, it is divided by key."""
+    `repo` or `mirror`, size, sha256)}. If source is a file, it is divided by key."""
     if Path(source).is_file():
         yield from divide(read(Path(source)))
         return
     for split, file in files.items():
-        for _, example in read(find_file(source, repo, *file)):
+        for _, example in read(find_file(source, repo, file, mirror)):
             yield split, example
 
 
@@ -61,7 +69,10 @@ def open_bytes(path):
     file = open(path, "rb")  # noqa: SIM115
     if file.peek(2).startswith(b"\x1f\x8b"):
         file = gzip.open(file)  # noqa: SIM115
-    head = file.peek(64)
+    try:
+        head = file.peek(64)
+    except DAMAGE as error:
+        raise NotText(f"{path} is damaged: {error}") from error
     for magic, problem in FOREIGN.items():
         if head.startswith(magic):
             raise NotText(f"{path}: {problem}")
@@ -72,9 +83,41 @@ def open_bytes(path):
     return file
 
 
+def is_parquet(path):
+    """Return whether a file is Parquet."""
+    with open(path, "rb") as file:
+        return file.read(len(PARQUET)) == PARQUET
+
+
+def is_csv(path):
+    return path.name.lower().removesuffix(".gz").endswith(".csv")
+
+
+def parquet_rows(file, path):
+    """Yield the rows of a Parquet file, 100 in memory at a time."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise NotText(f"{path}: it is Parquet: to read it, pip install -e '.[hub]'") from error
+    try:
+        # without these, a row group is read as a whole
+        table = ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)  # bytes
+        for batch in table.iter_batches(100):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:  # OSError does not name the file
+        raise ValueError(error) from error
+
+
 def text_lines(file, name):
     """Yield the lines of a file of bytes as text. Raises NotText."""
-    for number, line in enumerate(file, 1):
+    for number in itertools.count(1):
+        try:
+            line = next(file)
+        except StopIteration:
+            return
+        except DAMAGE as error:
+            raise NotText(f"{name}, line {number:,} is damaged: {error}") from error
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
@@ -99,19 +142,25 @@ def is_pretty_printed(head):
 
 
 def read_records(path, parse, list_name=""):
-    """Yield parse(record) for each record of a file, also gzipped: a .csv with column names, a JSON
-    list, or JSON objects, one per line or pretty-printed. list_name: read this list of a JSON
-    object instead. Records for which `parse` returns None are left out and counted. Raises
-    ValueError that names the first record that is damaged or that `parse` cannot use."""
+    """Yield parse(record) for each record of a file: Parquet, or, also gzipped, a .csv with column
+    names, a JSON list, or JSON objects, one per line or pretty-printed. list_name: read this list
+    of a JSON object instead; a table is the list "train". Records for which `parse` returns None
+    are left out and counted. Raises ValueError that names the first record that is damaged or that
+    `parse` cannot use."""
     number = 1  # of the current record or line
     unit = "record"
     n_records = 0
     n_left_out = 0
     try:
-        with open_bytes(path) as file:
+        parquet = is_parquet(path)
+        if (parquet or is_csv(path)) and list_name not in ("", "train"):
+            return
+        with open(path, "rb") if parquet else open_bytes(path) as file:
             # choose the reader
             head = file.peek(1).lstrip()
-            if path.name.lower().removesuffix(".gz").endswith(".csv"):
+            if parquet:
+                records = parquet_rows(file, path)
+            elif is_csv(path):
                 records = csv.DictReader(text_lines(file, path), restval="")  # of a short row
             elif list_name:
                 records = ijson.items(file, f"{list_name}.item", use_float=True)

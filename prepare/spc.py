@@ -17,7 +17,8 @@ from nanochatgpt.configurator import run
 from prepare.corpus import Config, prepare
 from prepare.records import merge_turns, published, read_records
 
-REPO = "google/Synthetic-Persona-Chat"  # on the Hugging Face hub
+REPO = "google/Synthetic-Persona-Chat"  # on the Hugging Face hub, and the same on GitHub:
+MIRROR = "https://raw.githubusercontent.com/google-research-datasets/Synthetic-Persona-Chat/main"
 FILES = {  # split -> file
     "train": ["data/Synthetic-Persona-Chat_train.csv"],
     "val": ["data/Synthetic-Persona-Chat_valid.csv"],
@@ -48,7 +49,7 @@ def read(path):
 
 def main(config):
     # both sides of a conversation have its text as key
-    prepare(config, "spc", published(config.source, REPO, FILES, read), ORIGIN)
+    prepare(config, "spc", published(config.source, REPO, FILES, read, MIRROR), ORIGIN)
 
 
 if __name__ == "__main__":

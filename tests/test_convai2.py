@@ -1,6 +1,7 @@
 """ConvAI2's metrics against brute force and counts by hand; the first batches of fine-tuning
 against a training loop."""
 
+import json
 import math
 import tarfile
 from pathlib import Path
@@ -58,6 +59,40 @@ def test_a_line_is_the_persona_the_messages_the_reply_and_its_candidates(valid):
     assert texts == ["hi there", "hello , how are you ?", "fine . and you ?"]
     assert third[:3] == ("i am old.", [], "good morning .")  # __SILENCE__ is no message
     assert len(convai2.examples(valid, max_dialogs=1)) == 2
+
+
+def test_hugging_faces_json_gives_the_same_lines(valid, tmp_path):
+    turns = [
+        {
+            "history": ["hi there"],
+            "candidates": ["i am a cook .", "no .", "hello , how are you ?"],
+        },
+        {
+            "history": ["hi there", "hello , how are you ?", "fine . and you ?"],
+            "candidates": ["yes .", "hello , how are you ?", "i drink tea ."],
+        },
+        {
+            "history": ["__ SILENCE __"],
+            "candidates": ["no .", "hello , how are you ?", "good morning ."],
+        },
+    ]
+    conversations = [
+        {"personality": ["i like tea.", "i have a dog."], "utterances": turns[:2]},
+        {"personality": ["i am old."], "utterances": turns[2:]},
+    ]
+    path = tmp_path / "personachat_self_original.json"
+    other = {"personality": ["i train."], "utterances": turns[:1]}
+    path.write_text(json.dumps({"train": [other], "valid": conversations}))
+    assert convai2.examples(path) == convai2.examples(valid)
+
+
+def test_the_downloaded_edition_is_measured(call, valid):
+    folder = Path("data/downloads")
+    folder.mkdir(parents=True)
+    turn = {"history": ["hi"], "candidates": ["no .", "hello ."]}
+    lists = {"train": [], "valid": [{"personality": ["i ski ."], "utterances": [turn]}]}
+    (folder / "personachat_self_original.json").write_text(json.dumps(lists))
+    assert "Hits@1" in call(convai2, max_new_tokens=4).stdout
 
 
 @pytest.mark.parametrize(
@@ -178,6 +213,7 @@ def test_it_stands_next_to_the_published_numbers(call, valid):
 
 def test_a_wrong_file_is_one_clear_line(call, valid, tmp_path):
     assert_refused(call(convai2, source="nothing"), "nothing")
+    assert_refused(call(convai2), "data/downloads/personachat.tgz", "--source")
     valid.write_text(DIALOGS.replace("|good morning .", ""))
     assert_refused(call(convai2, source=valid), "dialog 2", "good morning .")
     archive = tmp_path / "cut.tgz"

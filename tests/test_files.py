@@ -5,8 +5,10 @@ import gzip
 import hashlib
 import os
 import random
+import re
 import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from conftest import largest_file
 from safetensors.torch import save_file
 
 from nanochatgpt import files
-from nanochatgpt.files import download, load_tensors, replacing
+from nanochatgpt.files import SlowServer, download, load_tensors, replacing
 from nanochatgpt.hub import hub_file
 
 BODY = random.Random(0).randbytes(300_000)
@@ -27,7 +29,7 @@ class Server(ThreadingHTTPServer):
     """Serves `bodies` {path: bytes}, with ranges, and keeps the headers of each request in `seen`.
 
     Each request takes the next of `faults`: None, a status to answer, "stall" (no answer in time),
-    or a number of bytes after which the connection is cut.
+    "drip" (2 kB per second), or a number of bytes after which the connection is cut.
     """
 
     daemon_threads = True
@@ -81,6 +83,12 @@ class Handler(BaseHTTPRequestHandler):
         if server.lengths:
             headers["Content-Length"] = str(len(body))
         self.answer(status, headers)
+        if fault == "drip":
+            for start in range(0, 20_000, 100):
+                self.wfile.write(body[start : start + 100])
+                if server.stalled.wait(0.05):
+                    break
+            return None
         self.wfile.write(body[:fault])  # HTTP/1.0: returning closes the connection
 
     def answer(self, status, headers):
@@ -194,9 +202,12 @@ def test_a_server_without_ranges_sends_the_whole_file(server, path, part, length
 
 
 @pytest.mark.parametrize("length", [len(BODY), len(BODY) + 9])
-def test_a_part_that_is_not_shorter_than_the_file_is_fetched_again(server, path, part, length):
+@pytest.mark.parametrize("hurry", [False, True])
+def test_a_part_that_is_not_shorter_than_the_file_is_fetched_again(
+    server, path, part, length, hurry
+):
     part.write_bytes(b"x" * length)
-    assert download(server.file_url, path, sha256=SHA256).read_bytes() == BODY
+    assert download(server.file_url, path, sha256=SHA256, hurry=hurry).read_bytes() == BODY
     assert server.requested_ranges == [f"bytes={length}-", None]
 
 
@@ -303,6 +314,66 @@ def test_proxies_of_the_environment_are_used(path, monkeypatch):
         download("http://example.test/file.bin", path)
 
 
+# --- in a hurry: another server has the file too --------------------------------------------------
+
+
+@pytest.fixture
+def hurry(monkeypatch):
+    """The limits of a download in a hurry, shorter than they are."""
+    monkeypatch.setattr(files, "HURRY_TIMEOUT", (0.3, 0.3))
+    monkeypatch.setattr(files, "WINDOW", 0.3)
+
+
+@pytest.mark.parametrize("fault", ["stall", "drip", 429, 503, 0])
+def test_in_a_hurry_a_bad_server_is_given_up_soon_and_asked_once(server, path, waits, hurry, fault):
+    server.faults = [fault]
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1"):
+        download(server.file_url, path, hurry=True)
+    assert time.monotonic() - start < 3
+    assert (len(server.seen), waits) == (1, [])
+    assert not path.exists()
+
+
+def test_in_a_hurry_a_good_server_is_resumed_where_it_was_cut(server, path, hurry):
+    server.faults = [100_000, 50_000]
+    assert download(server.file_url, path, sha256=SHA256, hurry=True).read_bytes() == BODY
+    assert server.requested_ranges == [None, "bytes=100000-", "bytes=150000-"]
+
+
+def test_what_a_slow_server_sent_is_kept_for_the_patient(server, path, hurry):
+    server.faults = ["drip"]
+    with pytest.raises(SlowServer, match="kB/s"):
+        download(server.file_url, path, hurry=True)
+    assert download(server.file_url, path, sha256=SHA256).read_bytes() == BODY
+    done = int(server.requested_ranges[1].removeprefix("bytes=").removesuffix("-"))
+    assert 100 <= done < 20_000
+
+
+def test_the_rate_is_that_of_each_window(monkeypatch):
+    """A server that begins fast and then drips is slow, one that is fast all the time is not."""
+    now = 0.0
+    monkeypatch.setattr(files.time, "monotonic", lambda: now)
+
+    class Response:
+        """Sends `rates`, bytes of each second."""
+
+        url = "http://host/file"
+
+        def __init__(self, rates):
+            self.raw = self
+            self.rates = list(rates)
+
+        def read1(self, _size, decode_content):
+            nonlocal now
+            now += 1
+            return bytes(self.rates.pop(0)) if self.rates else b""
+
+    assert len(b"".join(files._fast_chunks(Response([files.SLOW + 1] * 30)))) > 30 * files.SLOW
+    with pytest.raises(SlowServer, match="host"):
+        list(files._fast_chunks(Response([9 * files.SLOW] * 10 + [1000] * 20)))
+
+
 # --- the wrong file, refusals, a full disk --------------------------------------------------------
 
 
@@ -316,6 +387,38 @@ def test_a_wrong_hash_or_size_is_an_error_and_keeps_nothing(server, path, expect
     assert len(str(error.value).splitlines()) == 2
     assert list(path.parent.iterdir()) == []
     assert len(server.seen) == 1
+
+
+PAGE = b"\n <!DOCTYPE html><html><body>Please log in</body></html>"
+
+
+@pytest.mark.parametrize("content_type", ["text/html; charset=utf-8", "application/octet-stream"])
+@pytest.mark.parametrize("hurry", [True, False])
+def test_a_page_in_place_of_a_file_is_never_kept(server, path, content_type, hurry):
+    server.bodies["/file.bin"] = PAGE
+    server.extra_headers = {"Content-Type": content_type}
+    with pytest.raises(ValueError) as error:
+        download(server.file_url, path, hurry=hurry)
+    assert server.file_url in str(error.value) and str(path) in str(error.value)
+    assert len(str(error.value).splitlines()) == 2
+    assert not path.exists() and not path.with_name("file.bin.part").exists()
+
+
+def test_a_page_does_not_overwrite_the_part_of_a_file(server, path, part):
+    part.write_bytes(BODY[:100_000])
+    server.ranges = False
+    server.bodies["/file.bin"] = PAGE
+    server.extra_headers = {"Content-Type": "text/html"}
+    with pytest.raises(ValueError):
+        download(server.file_url, path)
+    assert part.read_bytes() == BODY[:100_000]
+
+
+def test_a_file_with_other_first_bytes_is_refused(server, path):
+    with pytest.raises(ValueError, match="first bytes"):
+        download(server.file_url, path, begins=rb"\s*\{")
+    assert list(path.parent.iterdir()) == []
+    assert download(server.file_url, path, begins=re.escape(BODY[:20])).read_bytes() == BODY
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,11 @@ learned that should not be."""
 
 import codecs
 import gzip
+import importlib
+import io
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import assert_refused
@@ -234,10 +238,57 @@ def test_lines_and_lists_are_read_whatever_their_name(prepared, content, name):
     assert text.count("« hello<|endoftext|>»") == 3
 
 
+def parquet(records):
+    """Return the bytes of a Parquet file, in row groups of two."""
+    table = pytest.importorskip("pyarrow").Table.from_pylist(records)
+    buffer = io.BytesIO()
+    importlib.import_module("pyarrow.parquet").write_table(table, buffer, row_group_size=2)
+    return buffer.getvalue()
+
+
+def test_parquet_is_read_as_json_lines_are(prepared):
+    for records in (RECORDS, [as_sharegpt(f"be {n}", [("hi", "hello", True)]) for n in range(5)]):
+        done, text = prepared(parquet(records), "talk.parquet")
+        assert done.returncode == 0, done.stderr
+        assert text == prepared(lines(*records))[1]
+        assert text.count("« hello<|endoftext|>»") == len(records)
+
+
+def test_other_scripts_read_parquet_too(as_main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs = [as_trl(f"hi {n}", "good", "bad") for n in range(60)]
+    columns = [{"System": "", "User": f"hi {n}", "Assistant": "hello"} for n in range(60)]
+    for script, records in (("retry", pairs), ("columned_chat", columns)):
+        Path("table").write_bytes(parquet(records))
+        Path("lists").write_bytes(lines(*records))
+        if script == "columned_chat":
+            Path("lists").write_text(json.dumps({"train": records}))
+        for source in ("table", "lists"):
+            knobs = [f"--source={source}", f"--out_dir={script}/{source}"]
+            done = as_main(f"prepare/{script}.py", *knobs)
+            assert done.returncode == 0, done.stderr
+        for split in ("train.bin", "val.bin"):
+            bodies = [Path(script, source, split).read_bytes() for source in ("table", "lists")]
+            assert bodies[0] == bodies[1]
+
+
+def test_a_damaged_parquet_file_and_a_missing_pyarrow_are_named(prepared, monkeypatch):
+    whole = parquet(RECORDS)
+    for body in (whole[:-10], whole[:4] + bytes(40) + whole[44:]):
+        assert_refused(prepared(body)[0], "talk.jsonl")
+    bad = prepared(parquet([RECORDS[0], {"messages": None}, RECORDS[1]]))[0]
+    assert_refused(bad, "talk.jsonl", "record 2")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert_refused(prepared(whole)[0], "talk.jsonl", "pip install -e '.[hub]'")
+
+
 @pytest.mark.parametrize(
     ("content", "word"),
     [
         (JSONL.decode().encode("utf-16"), "UTF-16"),
+        (b"ARROW1" + bytes(100), "prepare/hub.py"),
+        (b"\xff\xff\xff\xff" + bytes(100), "prepare/hub.py"),
+        (gzip.compress(b"PAR1" + bytes(100)), "Parquet"),
         (b"PAR1" + bytes(100), "Parquet"),
         (b"\x28\xb5\x2f\xfd" + bytes(100), "zstd"),
         (JSONL + b'{"messages": "\xe9"}\n', "line 4"),

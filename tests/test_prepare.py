@@ -3,14 +3,15 @@
 import csv
 import gzip
 import hashlib
+import importlib
 import io
 import itertools
 import json
 import re
-import socket
 import sys
 import tarfile
 import threading
+import time
 import tracemalloc
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +20,9 @@ from pathlib import Path
 
 import pytest
 from conftest import assert_refused, largest_file, small_talk, write_jsonl
+from test_files import Server, closed_port
 
+from nanochatgpt import files
 from nanochatgpt.configurator import run
 from nanochatgpt.shards import open_shard
 from nanochatgpt.tokenizer import END_OF_TEXT, Tokenizer, gpt2_encoding
@@ -36,6 +39,7 @@ from prepare import (
 )
 from prepare import parlai as parlai_format
 from prepare import text as plain_text
+from prepare.natural import natural
 from prepare.records import read_records
 
 
@@ -665,7 +669,8 @@ def parlai(dialogs, candidates=""):
 
 
 def read_parlai(lines):
-    return [messages for _, messages in personachat.read(lines, "file.txt")]
+    dialogs = parlai_format.dialogs(lines, "file.txt")
+    return [messages for _, messages in personachat.read(dialogs, natural_writing=False)]
 
 
 TRAIN = dialogs(60, seed=1)
@@ -726,7 +731,7 @@ SOURCES = {
 def test_every_dialog_of_personachat_is_read_in_order_and_split_as_published(
     prepared, tmp_path, make
 ):
-    splits = prepared(personachat, source=make(tmp_path))
+    splits = prepared(personachat, source=make(tmp_path), natural="false")
     for conversations, published in ((splits["train"], TRAIN), (splits["val"], VALID)):
         assert texts(conversations) == [utterances for _, utterances in published]
         for messages, (persona, _) in zip(conversations, published, strict=True):
@@ -775,7 +780,7 @@ def test_half_of_the_conversations_keep_the_persona_the_same_ones_each_time():
 def test_one_file_alone_is_divided_and_nothing_is_lost(prepared, tmp_path, candidates):
     path = tmp_path / "valid_self_original.txt"
     path.write_text(parlai(dialogs(300), candidates))
-    splits = prepared(personachat, source=path)
+    splits = prepared(personachat, source=path, natural="false")
     train, val = (texts(splits[split]) for split in ("train", "val"))
     assert sorted(train + val) == sorted(utterances for _, utterances in dialogs(300))
     assert 4 < len(val) < 30
@@ -792,7 +797,7 @@ def test_the_two_sides_of_a_dialog_share_a_split(tmp_path):
     path = tmp_path / "train_self_original.txt"
     path.write_text(text)
     splits = {}
-    for split, messages in personachat.conversations(path):
+    for split, messages in personachat.conversations([path], natural_writing=False):
         splits.setdefault(without_persona(messages)[0]["content"], set()).add(split)
     assert len(splits) == 301
     assert [first for first, names in splits.items() if len(names) > 1] == []
@@ -879,34 +884,406 @@ def test_a_damaged_archive_is_named(refused, tmp_path, damage):
     refused(personachat, path.name, source=path)
 
 
+@pytest.mark.parametrize("module", [personachat, plain_text])
+@pytest.mark.parametrize("length", [12, 0.5, 0.99])
+def test_a_gzipped_text_that_is_cut_short_is_named(refused, tmp_path, module, length):
+    body = gzip.compress(parlai(dialogs(300)).encode())
+    path = tmp_path / "train.txt.gz"
+    path.write_bytes(body[: length if length > 1 else int(len(body) * length)])
+    refused(module, path.name, source=path)
+
+
 def test_a_file_of_one_dialog_is_refused(refused, tmp_path):
     path = tmp_path / "train_self_original.txt"
     path.write_text("1 your persona: i like tea.\n2 hi\thello\n3 how are you ?\tfine\n")
     refused(personachat, "at least two", source=path)
 
 
-def test_personachat_is_downloaded_once_and_verified(prepare, web, monkeypatch):
-    published = archive(web.folder / "personachat.tgz", PERSONACHAT)
-    size, sha256 = size_and_hash(published)
-    monkeypatch.setattr(personachat, "URL", f"{web.url}/personachat.tgz")
-    monkeypatch.setattr(personachat, "SIZE", size)
-    monkeypatch.setattr(personachat, "SHA256", "0" * 64)
+# ---- the editions of PersonaChat
+
+
+def as_records(dialogs, silence="__ SILENCE __"):
+    """Return dialogs as Hugging Face's JSON has them, with every turn's history."""
+    conversations = []
+    for persona, utterances in dialogs:
+        said = [text or silence for text in utterances]
+        turns = []
+        for i in range(1, len(said), 2):
+            turns.append({"history": said[:i], "candidates": ["no .", "yes .", said[i]]})
+        conversations.append({"personality": persona, "utterances": turns})
+    return conversations
+
+
+def as_rows(dialogs):
+    """Return dialogs as bavard/personachat_truecased has them on the hub, a row for each turn."""
+    rows = []
+    for number, record in enumerate(as_records(dialogs)):
+        for i, turn in enumerate(record["utterances"]):
+            row = {"conv_id": number, "utterance_idx": i, "personality": record["personality"]}
+            rows.append(row | turn)
+    return rows
+
+
+def as_lines(records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def write_parquet(path, records, **options):
+    arrow = pytest.importorskip("pyarrow")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = arrow.Table.from_pylist(records)
+    importlib.import_module("pyarrow.parquet").write_table(table, path, **options)
+    return path
+
+
+def both_sides(dialogs):
+    """Return dialogs as ConvAI2 has them: each again from the side that begins, after a silence."""
+    twice = []
+    for number, (persona, utterances) in enumerate(dialogs):
+        twice.append((persona, utterances))
+        twice.append(([f"I begin {number}."], ["", *utterances[:-1]]))
+    return twice
+
+
+def say(n, name):
+    """Return n dialogs in natural writing, which all editions may have."""
+    dialogs = []
+    for i in range(n):
+        texts = [f"Hello, {name} {i}.", "Hi! How are you?", "I'm fine.", "So am I."]
+        dialogs.append(([f"I am {name} {i}.", "I like tea."], texts[: 2 + 2 * (i % 2)]))
+    return both_sides(dialogs)
+
+
+TALK = {"train": say(12, "Anna"), "valid": say(4, "Bob")}
+
+
+def write_parlai(folder):
+    files = {}
+    for split, talk in TALK.items():
+        lines = [(persona, [text or "__SILENCE__" for text in said]) for persona, said in talk]
+        files[f"{split}_self_original.txt"] = parlai(lines)
+    return archive(folder / "personachat.tgz", files)
+
+
+def write_json(folder, indent=None):
+    path = folder / "personachat_self_original.json"
+    lists = {split: as_records(talk) for split, talk in TALK.items()}
+    path.write_text(json.dumps(lists, indent=indent))
+    return path
+
+
+def write_truecased(folder):
+    for split, talk in TALK.items():
+        path = folder / f"personachat_truecased_full_{split}.json"
+        path.write_text(json.dumps(as_records(talk, silence="__ Silence __")))
+        excerpt = folder / f"personachat_truecased_sample_{split}.json"
+        excerpt.write_text(json.dumps(as_records(say(3, "Carl"))))
+    (folder / "dataset_infos.json").write_text("{}")
+    return folder
+
+
+def write_json_lines(folder):
+    for split, talk in TALK.items():
+        (folder / f"{split}.jsonl").write_text(as_lines(as_rows(talk)))
+    return folder
+
+
+def write_lists_of_rows(folder):
+    (folder / "train.json").write_text(json.dumps(as_rows(TALK["train"])))
+    (folder / "validation.json.gz").write_bytes(
+        gzip.compress(json.dumps(as_rows(TALK["valid"]), indent=1).encode())
+    )
+    return folder
+
+
+def write_conversion(folder):
+    """As the hub's revision refs/convert/parquet, with a conversation over two files."""
+    rows = as_rows(TALK["train"])
+    write_parquet(folder / "full/train/0000.parquet", rows[:9], row_group_size=4)
+    write_parquet(folder / "full/train/0001.parquet", rows[9:])
+    write_parquet(folder / "full/validation/0000.parquet", as_rows(TALK["valid"]))
+    write_parquet(folder / "sample/train/0000.parquet", as_rows(say(3, "Carl")))
+    return folder
+
+
+EDITIONS = [
+    write_json,
+    partial(write_json, indent=2),
+    write_truecased,
+    write_json_lines,
+    write_lists_of_rows,
+    write_conversion,
+]
+
+
+@pytest.mark.parametrize("write", EDITIONS)
+def test_each_edition_gives_the_same_conversations(prepare, tmp_path, write):
+    folder = tmp_path / "edition"
+    folder.mkdir()
+    assert prepare(personachat, source=write_parlai(tmp_path), out_dir="parlai").returncode == 0
+    done = prepare(personachat, source=write(folder), out_dir="other")
+    assert done.returncode == 0, done.stderr
+    assert files_in("other") == files_in("parlai")
+    splits = read_back("other")
+    for split, talk in (("train", TALK["train"]), ("val", TALK["valid"])):
+        assert texts(splits[split]) == [list(filter(None, said)) for _, said in talk]
+        roles = [without_persona(messages)[-1]["role"] for messages in splits[split]]
+        assert set(roles) == {"assistant"}
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "parquet", "lists"])
+def test_an_edition_of_one_split_is_divided_with_both_sides_together(prepared, tmp_path, form):
+    talk = say(150, "Anna")
+    path = tmp_path / f"talk.{form}"
+    if form == "parquet":
+        write_parquet(path, as_rows(talk))
+    else:
+        forms = {"json": as_records(talk), "lists": {"train": as_records(talk)}}
+        path.write_text(json.dumps(forms[form]) if form in forms else as_lines(as_records(talk)))
+    splits = prepared(personachat, source=path)
+    numbers = {}  # split -> those of its dialogs
+    for split, conversations in splits.items():
+        greetings = [said[0] for said in texts(conversations)]
+        numbers[split] = [int(re.search(r"\d+", text)[0]) for text in greetings]
+    assert len(numbers["train"] + numbers["val"]) == 300
+    assert not set(numbers["train"]) & set(numbers["val"])
+
+
+LOWER = (["i like tea ."], ["hello , i am anna .", "hi ! how are you ?"])
+
+
+@pytest.mark.parametrize("write", [parlai, lambda talk: json.dumps(as_records(talk))])
+def test_natural_writing_is_the_default_and_the_published_text_a_choice(prepared, tmp_path, write):
+    path = tmp_path / "talk"
+    path.write_text(write([LOWER] * 40 + [(["i ski ."], ["hey !", "hello ."])]))
+    persona, said = LOWER
+    assert natural(said[0]) != said[0]
+    for knobs, expected in (
+        ({}, [natural(text) for text in (*said, *persona)]),
+        ({"natural": "false"}, [*said, *persona]),
+    ):
+        conversations = everything(prepared(personachat, source=path, **knobs))
+        assert texts(conversations).count(expected[:2]) == 40
+        first = [talk[0] for talk in conversations]
+        assert expected[2] in {m["content"] for m in first if m["role"] == "system"}
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"messages": []}, ["record 2", "personality"]),
+        ({"personality": [], "utterances": [{"history": ["hi"]}]}, ["record 2", "candidates"]),
+        ({"personality": [], "conv_id": 1, "history": ["a"], "candidates": []}, ["candidates"]),
+        ({"personality": [], "conv_id": 1, "history": "['a']", "candidates": ["b"]}, ["history"]),
+        ({"personality": [5], "utterances": []}, ["personality"]),
+        (as_rows(TALK["train"])[0], ["conv_id 0", "sort"]),
+    ],
+)
+def test_a_record_of_another_form_is_named(refused, tmp_path, record, words):
+    rows = as_rows(TALK["train"])
+    records = [rows[0], record, rows[1]] if words[0] == "record 2" else [*rows, record]
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps(records))
+    refused(personachat, "talk.json", *words, source=path)
+
+
+def test_a_conversation_without_turns_is_left_out(prepared, tmp_path):
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps([*as_records(TALK["train"]), {"personality": [], "utterances": []}]))
+    assert len(everything(prepared(personachat, source=path))) == len(TALK["train"])
+
+
+# ---- where PersonaChat can be had
+
+
+@pytest.fixture
+def ways(web, monkeypatch):
+    """The three places that have PersonaChat are on `web`; ways(url) puts the first elsewhere,
+    ways(url, url) the first two."""
+    monkeypatch.setattr(files, "HURRY_TIMEOUT", (0.3, 0.3))
+    monkeypatch.setattr(files, "WINDOW", 0.1)
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    size, sha256 = size_and_hash(write_parlai(web.folder))
+    write_json(web.folder)
+    hub = hub_folder(web, "bavard/personachat_truecased")
+    write_truecased(hub)
+
+    def point(*urls):
+        urls = [*urls, web.url, web.url]
+        first, second, third = WAYS
+        archive = first.files[0]._replace(size=size, sha256=sha256)
+        truecased = []
+        for file in third.files:
+            truecased.append(file._replace(sha256=size_and_hash(hub / file.name)[1]))
+        first = first._replace(files=[archive], url=urls[0])
+        second = second._replace(url=urls[1])
+        monkeypatch.setattr(personachat, "WAYS", [first, second, third._replace(files=truecased)])
+
+    point()
+    return point
+
+
+WAYS = personachat.WAYS
+
+
+@pytest.fixture
+def bad(monkeypatch):
+    """A server that misbehaves: bad("drip") -> url of its folder."""
+    servers = []
+
+    def start(fault):
+        if fault == "down":
+            return f"http://127.0.0.1:{closed_port()}"
+        server = Server()
+        servers.append(server)
+        for way in WAYS[:2]:
+            name = f"/{way.files[0].name}"
+            server.bodies[name] = b"x" * 100_000
+            if fault in ("page", "page in disguise"):
+                server.bodies[name] = b"<html>moved</html>"
+        if fault == "page":
+            server.extra_headers = {"Content-Type": "text/html"}
+        server.faults = [fault] * 50 if fault in ("stall", "drip", 404, 503) else []
+        return server.url
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+FAULTS = ["down", "stall", "drip", 404, 503, "page", "page in disguise", "other file"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_server_is_passed_over_within_seconds(prepare, ways, bad, fault):
+    url = bad(fault)
+    ways(url)
+    start = time.monotonic()
     done = prepare(personachat)
-    assert done.returncode == 2 and "sha256" in done.stderr and "Traceback" not in done.stderr
-    monkeypatch.setattr(personachat, "SHA256", sha256)
+    assert time.monotonic() - start < 5
+    assert done.returncode == 0, done.stderr
+    [line] = [line for line in done.stderr.splitlines() if "passed over" in line]
+    for word in (url.removeprefix("http://"), WAYS[0].title, WAYS[1].title):
+        assert word in line
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("from ")]
+    assert WAYS[1].title in line and "personachat_self_original.json" in line
+    assert not Path("data/downloads/personachat.tgz").exists()
+
+    # the other one is down too, and an HTML page is no JSON
+    Path("data/downloads/personachat_self_original.json").unlink()
+    ways(url, url)
+    done = prepare(personachat, out_dir="hub")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("passed over") == 2
+    assert f"from {WAYS[2].title}" in done.stdout
+    assert files_in("hub") == files_in("data/personachat")
+    assert {path.suffix for path in Path("data/downloads").glob("*")} <= {".part"}
+
+
+def test_a_slow_server_is_better_than_none(prepare, ways, web, monkeypatch):
+    nobody = f"http://127.0.0.1:{closed_port()}"
+    monkeypatch.setenv("HF_ENDPOINT", nobody)
+    slow = Server()
+    slow.bodies["/personachat.tgz"] = (web.folder / "personachat.tgz").read_bytes()
+    slow.faults = ["drip", "drip"]
+    ways(slow.url, nobody)
+    done = prepare(personachat)
+    slow.close()
+    assert done.returncode == 0 and done.stderr.count("passed over") == 3
+    assert f"from {WAYS[0].title}" in done.stdout
+
+
+def test_what_is_here_already_is_taken_before_the_network_is_asked(prepare, ways, web, tmp_path):
     assert prepare(personachat).returncode == 0
-    assert texts(read_back("data/personachat")["train"]) == [utterances for _, utterances in TRAIN]
-    published.unlink()
+    first = files_in("data/personachat")
+    Path("data/downloads/personachat.tgz").unlink()
+    snapshot = tmp_path / "hf/datasets--bavard--personachat_truecased/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    write_truecased(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("abc")
+    ways("http://nowhere.test")
+    done = prepare(personachat, out_dir="again")
+    assert done.returncode == 0 and "passed over" not in done.stderr
+    assert WAYS[2].title in done.stdout and files_in("again") == first
+
+
+def test_the_part_of_one_way_is_resumed_later_and_does_not_block_the_others(prepare, ways, web):
+    whole = (web.folder / "personachat.tgz").read_bytes()
+    part = Path("data/downloads/personachat.tgz.part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(whole[:300])
+    ways(f"http://127.0.0.1:{closed_port()}")
+    assert prepare(personachat).returncode == 0
+    assert part.read_bytes() == whole[:300]
+    Path("data/downloads/personachat_self_original.json").unlink()
+    server = Server()
+    server.bodies["/personachat.tgz"] = whole
+    ways(server.url)
+    assert WAYS[0].title in prepare(personachat).stdout
+    server.close()
+    assert server.requested_ranges == ["bytes=300-"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_no_reason_to_go_elsewhere(prepare, ways):
+    part = Path("data/downloads/personachat.tgz.part")
+    part.parent.mkdir(parents=True)
+    part.symlink_to("/dev/full")
+    done = prepare(personachat)
+    assert done.returncode == 2 and "passed over" not in done.stderr
+    assert str(part) in done.stderr
+
+
+def test_if_all_ways_fail_what_is_left_is_named(prepare, ways, monkeypatch):
+    down = f"127.0.0.1:{closed_port()}"
+    ways(f"http://{down}", f"http://{down}")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{down}")
+    done = prepare(personachat)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    *passed, problem, remedy = done.stderr.splitlines()
+    assert len(passed) == 2 and all("passed over" in line for line in passed)
+    assert down in problem
+    for word in ("--source", "HF_ENDPOINT", "data/downloads/personachat.tgz"):
+        assert word in remedy
+
+
+def test_personachat_is_downloaded_once_and_verified(prepare, ways, web):
+    archive = web.folder / "personachat.tgz"
+    body = archive.read_bytes()
+    archive.write_bytes(body[:-1] + b"x")  # of the same size
+    done = prepare(personachat)
+    assert done.returncode == 0 and "sha256" in done.stderr and WAYS[1].title in done.stdout
+    archive.write_bytes(body)
+    Path("data/downloads/personachat_self_original.json").unlink()
+    assert prepare(personachat).returncode == 0
+    archive.unlink()
     assert prepare(personachat, out_dir="again").returncode == 0
     assert files_in("again") == files_in("data/personachat")
 
 
-def test_without_a_network_the_error_names_the_place_for_the_file(refused, web, monkeypatch):
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # and does not listen
-        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/personachat.tgz"
-        monkeypatch.setattr(personachat, "URL", url)
-        refused(personachat, "127.0.0.1", "data/downloads/personachat.tgz")
+@pytest.mark.parametrize("module", [eli5, columned_chat, spc])
+def test_a_corpus_of_the_hub_names_the_ways_left(prepare, web, monkeypatch, module):
+    nobody = f"http://127.0.0.1:{closed_port()}"
+    monkeypatch.setenv("HF_ENDPOINT", nobody)
+    monkeypatch.setattr(spc, "MIRROR", nobody)
+    done = prepare(module)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("passed over") == (module is spc)
+    problem, remedy = done.stderr.splitlines()[-2:]
+    assert nobody.removeprefix("http://") in problem
+    for word in ("--source", "HF_ENDPOINT", "cache/nanochatgpt/datasets", module.REPO):
+        assert word in remedy
+
+
+def test_synthetic_persona_chat_comes_from_github_if_the_hub_is_down(prepare, web, monkeypatch):
+    for split, (name,) in spc.FILES.items():
+        spc_file(web.folder / name, spc_talks(5, split))
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
+    monkeypatch.setattr(spc, "MIRROR", web.url)
+    done = prepare(spc)
+    assert done.returncode == 0 and done.stderr.count("passed over") == 2
+    assert len(read_back("data/spc")["val"]) == 10
 
 
 # ---- ELI5
