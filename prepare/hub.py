@@ -83,8 +83,10 @@ def open_dataset(config):
     except datasets.exceptions.DatasetNotFoundError as error:
         remedy = "check the name; of a gated or private set, accept its terms and set HF_TOKEN"
         raise FileNotFoundError(f"{first_line(error)}\n{remedy}") from error
-    except (ValueError, OSError, RuntimeError) as error:
-        raise type(error)(f"{config.dataset}: {first_line(error)}") from error
+    except ConnectionError as error:
+        raise ConnectionError(f"{first_line(error)}: check the network") from error
+    except Exception as error:  # of many types
+        raise ValueError(f"{config.dataset}: {first_line(error)}") from error
 
     # small batches; text columns of a .csv stay text
     for name, value in {"batch_size": BATCH_SIZE, "dtype": str, "keep_default_na": False}.items():
@@ -105,6 +107,20 @@ def rows_of(config, builder, split):
     except ValueError as error:  # it lists the splits
         raise ValueError(f"{config.dataset}: {first_line(error)}") from error
     return dataset.with_format("arrow")  # converting tables is faster than reading rows
+
+
+def batches(dataset, name):
+    """Yield lists of rows, each a dict. Raises ConnectionError if the next ones cannot be read."""
+    tables = dataset.iter(batch_size=BATCH_SIZE)
+    while True:
+        try:
+            table = next(tables, None)
+        except Exception as error:  # of many types
+            remedy = "if the file is not damaged, run again to go on from there"
+            raise ConnectionError(f"{name}: {first_line(error)}\n{remedy}") from error
+        if table is None:
+            return
+        yield table.to_pylist()
 
 
 def pairs_of(text):
@@ -132,7 +148,8 @@ class Reader:
 
         # go on where a run with the same knobs stopped
         saved = read_json(path) if path.exists() else {}
-        if saved.get("knobs") == asdict(config):
+        parts = list(path.parent.glob("*.bin*.part"))  # three of each shard
+        if saved.get("knobs") == asdict(config) and len(parts) == 6:
             self.state = saved["state"]
             self.digests = saved["digests"]
             self.position = saved["position"]
@@ -199,8 +216,7 @@ class Reader:
             dataset.load_state_dict(position["stream"])
         if position["split"] != split:
             position |= {"split": split, "stream": None, "index": 0, "n_rows": 0, "n_bad": 0}
-        for table in dataset.iter(batch_size=BATCH_SIZE):
-            rows = table.to_pylist()
+        for rows in batches(dataset, f"{self.config.dataset}, {split}"):
             for row in rows[position["index"] :]:
                 if position["n_rows"] == self.config.max_examples > 0:
                     return
