@@ -3,6 +3,7 @@ commands are accepted by their scripts, examples run, the file tree is complete.
 
 import ast
 import importlib
+import json
 import re
 import shlex
 
@@ -13,13 +14,28 @@ from forked import Forked
 from nanochatgpt.configurator import parse
 
 DOCS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"]
-DOCS += [ROOT / "assets/nano/README.md"]
+DOCS += [ROOT / "assets/nano/README.md", ROOT / "docs/finetune.ipynb"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def read(path):
+    """Return a page as Markdown; a notebook's commands are shell blocks."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            commands = re.findall(r"^ *!((?:.*\\\n)*.*)", source, re.MULTILINE)
+            source = "\n".join(["```sh", *commands, "```"])
+        parts.append(source)
+    return "\n\n".join(parts)
 
 
 def anchors(path):
     """Return the anchors that GitHub makes of a file's headings."""
-    text = BLOCK.sub("", path.read_text(encoding="utf-8"))
+    text = BLOCK.sub("", read(path))
     headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
     return {re.sub(r"[^\w\s-]", "", h).strip().lower().replace(" ", "-") for h in headings}
 
@@ -27,7 +43,7 @@ def anchors(path):
 def commands():
     """Yield (file, command) for each `python SCRIPT.py ...` in a shell block or inline code."""
     for path in DOCS:
-        text = path.read_text(encoding="utf-8")
+        text = read(path)
         inline = re.findall(r"`(python [^`\n]+\.py[^`]*)`", BLOCK.sub("", text))
         lines = [line.replace("\n", " ") for line in inline]
         for language, block in BLOCK.findall(text):
@@ -45,7 +61,7 @@ COMMANDS = [pytest.param(*pair, id=pair[1][:60]) for pair in dict.fromkeys(comma
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files_anchors_and_names(path):
-    text = BLOCK.sub("", path.read_text(encoding="utf-8"))
+    text = BLOCK.sub("", read(path))
     for label, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", text):
         if target.startswith("http"):
             continue
