@@ -23,6 +23,7 @@ from nanochatgpt.files import read_json, replacing
 from prepare.corpus import divide, prepare
 from prepare.formats import ConversationReader
 from prepare.preferences import examples, with_label
+from prepare.records import parquet_batches
 
 CONVERTED = "refs/convert/parquet"  # the hub's own conversion of a set that has a loading script
 BATCH_SIZE = 1000  # rows in memory
@@ -88,10 +89,10 @@ def open_dataset(config):
     except Exception as error:  # of many types
         raise ValueError(f"{config.dataset}: {first_line(error)}") from error
 
-    # small batches; text columns of a .csv stay text
-    for name, value in {"batch_size": BATCH_SIZE, "dtype": str, "keep_default_na": False}.items():
-        if hasattr(builder.config, name):
-            setattr(builder.config, name, value)
+    # text columns of a .csv stay text
+    if type(builder.config).__name__ == "CsvConfig":
+        builder.config.dtype = str
+        builder.config.keep_default_na = False
     return builder
 
 
@@ -100,27 +101,39 @@ def first_line(error):
     return " ".join(str(error).partition("Example of usage")[0].split())
 
 
-def rows_of(config, builder, split):
-    """Return the rows of a split as tables, an IterableDataset. Raises ValueError."""
+def batches(builder, name, split, state):
+    """Yield ([row], state) of a split: rows as dicts, and where to go on after them, None if that
+    is not known yet. state: where to begin, None: at the start. Raises ValueError for a split that
+    does not exist, ConnectionError if rows cannot be read."""
+    files = builder.config.data_files or {}
     try:
-        dataset = builder.as_streaming_dataset(split=split)
-    except ValueError as error:  # it lists the splits
-        raise ValueError(f"{config.dataset}: {first_line(error)}") from error
-    return dataset.with_format("arrow")  # converting tables is faster than reading rows
-
-
-def batches(dataset, name):
-    """Yield lists of rows, each a dict. Raises ConnectionError if the next ones cannot be read."""
-    tables = dataset.iter(batch_size=BATCH_SIZE)
-    while True:
-        try:
-            table = next(tables, None)
-        except Exception as error:  # of many types
-            remedy = "if the file is not damaged, run again to go on from there"
-            raise ConnectionError(f"{name}: {first_line(error)}\n{remedy}") from error
-        if table is None:
+        if all(file.endswith(".parquet") for file in files.get(split, [""])):
+            # datasets would keep whole row groups in memory
+            yield from parquet_files(files[split], state or (0, 0))
             return
-        yield table.to_pylist()
+        dataset = builder.as_streaming_dataset(split=split).with_format("arrow")
+        if state:
+            dataset.load_state_dict(state)
+        for table in dataset.iter(batch_size=BATCH_SIZE):
+            yield table.to_pylist(), dataset.state_dict()
+    except Exception as error:  # of many types
+        if "Bad split" in str(error):  # the message lists the splits
+            raise ValueError(f"{name}: {first_line(error)}") from error
+        remedy = "if the file is not damaged, run again to go on from there"
+        raise ConnectionError(f"{name}, {split}: {first_line(error)}\n{remedy}") from error
+
+
+def parquet_files(paths, state):
+    """Yield what `batches` does, of Parquet files, on disk or on the hub. state: (index of a file,
+    index of its row group)."""
+    import fsspec
+
+    first_file, first_group = state
+    for number, path in enumerate(paths[first_file:], first_file):
+        with fsspec.open(path) as file:
+            for rows, group in parquet_batches(file, path, first_group):
+                yield rows, None if group is None else (number, group)
+        first_group = 0
 
 
 def pairs_of(text):
@@ -142,9 +155,9 @@ class Reader:
         self.parse = ConversationReader()
         self.state = {}  # of the shards: where `prepare` goes on
         self.digests = {}  # of the first two keys, for `divide`
-        # in which split the next row is, and where: the dataset's state before the current batch
-        # and the rows of this batch that were read; then the counts of the split's rows
-        self.position = {"split": "", "stream": None, "index": 0, "n_rows": 0, "n_bad": 0}
+        # in which split the next row is, and where: a state of `batches` and the rows read since;
+        # then the counts of the split's rows
+        self.position = {"split": "", "state": None, "index": 0, "n_rows": 0, "n_bad": 0}
 
         # go on where a run with the same knobs stopped
         saved = read_json(path) if path.exists() else {}
@@ -210,14 +223,15 @@ class Reader:
     def rows(self, builder, split):
         """Yield the rows of a split as dicts, after `where` and `columns`, and keep the position.
         A batch of `prepare` ends between two rows: the two replies of a pair are in one batch."""
-        dataset = rows_of(self.config, builder, split)
         position = self.position
-        if position["split"] == split and position["stream"]:
-            dataset.load_state_dict(position["stream"])
         if position["split"] != split:
-            position |= {"split": split, "stream": None, "index": 0, "n_rows": 0, "n_bad": 0}
-        for rows in batches(dataset, f"{self.config.dataset}, {split}"):
-            for row in rows[position["index"] :]:
+            position |= {"split": split, "state": None, "index": 0, "n_rows": 0, "n_bad": 0}
+        n_skipped = position["index"]
+        for rows, state in batches(builder, self.config.dataset, split, position["state"]):
+            for row in rows:
+                if n_skipped:
+                    n_skipped -= 1
+                    continue
                 if position["n_rows"] == self.config.max_examples > 0:
                     return
                 position["index"] += 1
@@ -225,8 +239,9 @@ class Reader:
                     position["n_rows"] += 1
                     fields = {name: self.cell(row, column) for name, column in self.columns.items()}
                     yield fields or row
-            position["stream"] = dataset.state_dict()
-            position["index"] = 0
+            if state is not None:
+                position["state"] = state
+                position["index"] = 0
 
     def cell(self, row, column):
         if column not in row:

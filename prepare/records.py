@@ -93,8 +93,9 @@ def is_csv(path):
     return path.name.lower().removesuffix(".gz").endswith(".csv")
 
 
-def parquet_rows(file, path):
-    """Yield the rows of a Parquet file, 100 in memory at a time."""
+def parquet_batches(file, path, first_group=0):
+    """Yield ([row], next row group) of a Parquet file, 100 rows in memory at a time, from a row
+    group on. The next row group is None as long as this one goes on."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -103,8 +104,10 @@ def parquet_rows(file, path):
     try:
         # without these, a row group is read as a whole
         table = ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)  # bytes
-        for batch in table.iter_batches(100):
-            yield from batch.to_pylist()
+        for group in range(first_group, table.num_row_groups):
+            for batch in table.iter_batches(100, row_groups=[group]):
+                yield batch.to_pylist(), None
+            yield [], group + 1
     except (pyarrow.ArrowException, OSError) as error:  # OSError does not name the file
         raise ValueError(error) from error
 
@@ -159,7 +162,7 @@ def read_records(path, parse, list_name=""):
             # choose the reader
             head = file.peek(1).lstrip()
             if parquet:
-                records = parquet_rows(file, path)
+                records = (row for rows, _ in parquet_batches(file, path) for row in rows)
             elif is_csv(path):
                 records = csv.DictReader(text_lines(file, path), restval="")  # of a short row
             elif list_name:
