@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 
 import requests
 import safetensors
-import torch
 import urllib3
 
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
@@ -205,6 +204,8 @@ def read_json(path):
 def load_tensors(path, mmap=False):
     """Return what torch.save wrote to `path`; mmap: leave tensors on the disk until they are used.
     Raises ValueError if that is not tensors and plain values: anything else could run code."""
+    import torch  # here, because those who prepare data need no 200 MB of it
+
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged bytes raise errors of many types

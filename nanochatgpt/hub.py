@@ -4,11 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from model import PRESETS, GPTConfig
 from nanochatgpt.files import NO_PAGE, download, is_finished
-from nanochatgpt.huggingface import ADAPTER, read_config, read_tokenizer
-from nanochatgpt.tokenizer import Tokenizer
-from nanochatgpt.weights import WEIGHTS, open_tensors, open_weights
 
 # short name -> sha256 of its model.safetensors
 HUB = {
@@ -37,6 +33,12 @@ def hub_id(init_from):
 def find_on_hub(name):
     """Return ({name: StoredTensor}, GPTConfig, Tokenizer) of a short name in HUB, or of org/name.
     Raises FileNotFoundError if it is neither."""
+    # here, because those who prepare data need none of it
+    from model import PRESETS, GPTConfig
+    from nanochatgpt.huggingface import ADAPTER, read_config, read_tokenizer
+    from nanochatgpt.tokenizer import Tokenizer
+    from nanochatgpt.weights import WEIGHTS, open_tensors, open_weights
+
     repo = hub_id(name)
     if name in HUB:
         weights = hub_file(repo, "model.safetensors", sha256=HUB[name])
