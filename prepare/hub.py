@@ -153,6 +153,7 @@ class Reader:
         self.columns = pairs_of(config.columns)  # field -> column
         self.where = pairs_of(config.where)  # column -> value
         self.parse = ConversationReader()
+        self.in_trees = False  # whether a row is a message of a tree
         self.state = {}  # of the shards: where `prepare` goes on
         self.digests = {}  # of the first two keys, for `divide`
         # in which split the next row is, and where: a state of `batches` and the rows read since;
@@ -172,6 +173,8 @@ class Reader:
 
     def save(self, state):
         """Keep the state of the shards, and of the rows that follow what they hold."""
+        if self.in_trees:  # all rows are read before the first conversation
+            return
         progress = {
             "knobs": asdict(self.config),
             "state": state,
@@ -204,6 +207,7 @@ class Reader:
             raise ValueError(f"{self.config.dataset}: no row of {split} is left; see --where")
         rows = itertools.chain([first], rows)
         if "parent_id" in first and "message_id" in first:
+            self.in_trees = True
             yield from paths_of_trees(rows)
             return
         for row in rows:

@@ -179,7 +179,9 @@ def tree(root, lang="en"):
     return rows
 
 
-def test_conversations_are_the_best_paths_through_trees_and_learned_once(tmp_path, prepared):
+def test_conversations_are_the_best_paths_through_trees_and_learned_once(
+    tmp_path, prepare, prepared, monkeypatch
+):
     rows = [row for i in range(10) for row in tree(f"tree {i}")]
     rows += tree("baum", lang="de")
     # whichever order the rows come in
@@ -193,6 +195,14 @@ def test_conversations_are_the_best_paths_through_trees_and_learned_once(tmp_pat
         [*exchange("thanks", "you are welcome")],
     ]
     assert all(talk[1]["content"] == "hello!" for talk in talks)
+    # an interrupted run starts anew: it has to read all messages first
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1)
+        done = prepare(dataset="trees", where="lang=en", out_dir="again")
+        assert done.returncode == 130
+    assert prepare(dataset="trees", where="lang=en", out_dir="again").returncode == 0
+    assert files_in("again") == files_in("out")
+
     # each reply and its end token once
     learned = []
     for split in ("train", "val"):

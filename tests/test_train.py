@@ -551,7 +551,9 @@ def fit_on_two(stop_after="", **knobs):
         for process in ranks:
             process.kill()
     assert [process.returncode for process in done] == [0, 0], done
-    assert done[1].stdout.replace("sharded\n", "") == ""  # one process speaks
+    # one process speaks, and the Gloo of torch 2.9
+    lines = done[1].stdout.splitlines()
+    assert [line for line in lines if line != "sharded" and not line.startswith("[Gloo]")] == []
     n_sharded = 3 if knobs.get("strategy") == "fsdp" else 0  # two blocks and the rest
     assert [process.stdout.count("sharded") for process in done] == [n_sharded] * 2
     return done[0].stdout
@@ -894,6 +896,9 @@ def test_without_a_compiler_compile_is_refused_and_the_run_stays_as_it_was(compi
     env = {"PATH": str(Path("bin").resolve()), "TORCHINDUCTOR_CACHE_DIR": str(Path("cache"))}
     knobs = {"compile": "true", "init_from": "resume"}
     done = Forked(["train.py", *arguments(**knobs)], Path.cwd(), env).wait()
+    # a CUDA build of torch warns where there is nvcc but no GPU
+    lines = done.stderr.splitlines(keepends=True)
+    done.stderr = "".join(line for line in lines if "No CUDA runtime is found" not in line)
     assert_refused(done, "compile=true", "C++ compiler")
     assert {path: path.read_bytes() for path in Path("out/last").iterdir()} == before
 
