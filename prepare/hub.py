@@ -46,8 +46,6 @@ class Config:
     def __post_init__(self):
         """Raises ValueError for a value that makes no sense."""
         at_least(0, self, "max_examples")
-        if not self.dataset:
-            raise ValueError("--dataset=org/name is needed: a set of the hub, a folder or a file")
         for knob in ("columns", "where"):
             for pair in filter(None, getattr(self, knob).split(",")):
                 if "=" not in pair:
@@ -308,6 +306,8 @@ def origin_of(config, builder):
 
 
 def main(config):
+    if not config.dataset:
+        raise ValueError("--dataset=org/name is needed: a set of the hub, a folder or a file")
     name = Path(config.dataset.rstrip("/")).name.partition(".")[0]
     config.out_dir = config.out_dir or f"data/{name}"
     builder = open_dataset(config)
