@@ -155,7 +155,7 @@ class Reader:
         self.state = {}  # of the shards: where `prepare` goes on
         self.digests = {}  # of the first two keys, for `divide`
         # in which split the next row is, and where: a state of `batches` and the rows read since;
-        # then the counts of the split's rows
+        # how many of the split's rows were taken; how many of all could not be read
         self.position = {"split": "", "state": None, "index": 0, "n_rows": 0, "n_bad": 0}
 
         # go on where a run with the same knobs stopped
@@ -202,7 +202,9 @@ class Reader:
         rows = self.rows(builder, split)
         first = next(rows, None)
         if first is None:
-            raise ValueError(f"{self.config.dataset}: no row of {split} is left; see --where")
+            if not self.position["n_rows"]:
+                raise ValueError(f"{self.config.dataset}: no row of {split} is left; see --where")
+            return  # the run that goes on here had read them all
         rows = itertools.chain([first], rows)
         if "parent_id" in first and "message_id" in first:
             self.in_trees = True
@@ -211,12 +213,10 @@ class Reader:
         for row in rows:
             try:
                 conversations = self.conversations_of(row)
-            except ValueError as error:
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
                 if not self.config.skip_bad:
                     place = f"{self.config.dataset}, {split}, row {self.position['n_rows']:,}"
-                    remedy = (
-                        "name the columns by --columns, or leave such rows out: --skip_bad=true"
-                    )
+                    remedy = "name the columns by --columns, or skip such rows: --skip_bad=true"
                     raise ValueError(f"{place}: {error}\n{remedy}") from error
                 self.position["n_bad"] += 1
                 continue
@@ -227,7 +227,7 @@ class Reader:
         A batch of `prepare` ends between two rows: the two replies of a pair are in one batch."""
         position = self.position
         if position["split"] != split:
-            position |= {"split": split, "state": None, "index": 0, "n_rows": 0, "n_bad": 0}
+            position |= {"split": split, "state": None, "index": 0, "n_rows": 0}
         n_skipped = position["index"]
         for rows, state in batches(builder, self.config.dataset, split, position["state"]):
             for row in rows:
@@ -270,7 +270,7 @@ def paths_of_trees(rows):
 
     def paths(row, before):
         role = "assistant" if row["role"] == "assistant" else "user"
-        messages = [*before, {"role": role, "content": row["text"].strip()}]
+        messages = [*before, {"role": role, "content": (row["text"] or "").strip()}]
         following = children[row["message_id"]]
         replies = [child for child in following if child["role"] == "assistant"]
         if replies:

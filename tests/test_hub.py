@@ -2,6 +2,7 @@
 that behaves like the hub; what was written is read back from the shards."""
 
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -260,6 +261,21 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path, prepare, monkeypatch, 
     assert "going on" in done.stdout
     assert files_in("out") == files_in("whole")
     assert done.stdout.splitlines()[-1] == whole.stdout.splitlines()[-1]
+
+
+def test_a_run_goes_on_when_all_rows_have_been_read(tmp_path, prepare, monkeypatch):
+    write_parquet(tmp_path / "talk", rows_of_talk(2500))
+    knobs = {"dataset": "talk", "max_examples": 2000}
+    assert prepare(out_dir="whole", **knobs).returncode == 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1000)  # never
+        finish = corpus.ShardWriter.finish
+        patch.setattr(corpus.ShardWriter, "finish", lambda writer: sys.exit(3))
+        assert prepare(out_dir="out", **knobs).returncode == 3
+        patch.setattr(corpus.ShardWriter, "finish", finish)
+    done = prepare(out_dir="out", **knobs)
+    assert "going on" in done.stdout
+    assert files_in("out") == files_in("whole")
 
 
 def test_with_other_knobs_or_a_part_gone_it_starts_anew(tmp_path, prepare, monkeypatch):
