@@ -288,7 +288,7 @@ def test_a_damaged_parquet_file_and_a_missing_pyarrow_are_named(prepared, monkey
         (JSONL.decode().encode("utf-16"), "UTF-16"),
         (b"ARROW1" + bytes(100), "prepare/hub.py"),
         (b"\xff\xff\xff\xff" + bytes(100), "prepare/hub.py"),
-        (gzip.compress(b"PAR1" + bytes(100)), "Parquet"),
+        (gzip.compress(b"PAR1" + bytes(100), mtime=0), "Parquet"),
         (b"PAR1" + bytes(100), "Parquet"),
         (b"\x28\xb5\x2f\xfd" + bytes(100), "zstd"),
         (JSONL + b'{"messages": "\xe9"}\n', "line 4"),
