@@ -31,6 +31,7 @@ FOREIGN = {  # first bytes -> what to do about it
     b"PK\x03\x04": "it is a zip file: unpack it",
     b"version https://git-lfs": "it is a Git LFS pointer: fetch the file with `git lfs pull`",
 }
+BLANK = object()  # in place of the record of a blank line
 CONVERT = "convert it with `iconv -f ENCODING -t utf-8`"
 DAMAGE = (ijson.JSONError, csv.Error, gzip.BadGzipFile, zlib.error, EOFError, RecursionError)
 
@@ -174,9 +175,9 @@ def read_records(path, parse, list_name=""):
             else:
                 unit = "line"
                 lines = text_lines(file, path)
-                records = (json.loads(line) if line.strip() else "" for line in lines)
+                records = (json.loads(line) if line.strip() else BLANK for line in lines)
             for record in records:  # one in memory at a time
-                if record == "" and unit == "line":  # a blank one
+                if record is BLANK:
                     number += 1
                     continue
                 if not isinstance(record, dict):

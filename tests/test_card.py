@@ -6,6 +6,7 @@ import getpass
 import json
 import re
 import shutil
+import signal
 import socket
 from pathlib import Path
 
@@ -73,7 +74,10 @@ def config_of(folder, **knobs):
 
 
 def fit(folder, **knobs):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     train.main(config_of(folder, **knobs))
+    for number, handler in handlers.items():  # a run replaces them
+        signal.signal(number, handler)
 
 
 def write(out_dir, init_from, losses=(4.0,), read=True, **knobs):
