@@ -26,7 +26,7 @@ from prepare.preferences import examples, with_label
 from prepare.records import parquet_batches
 
 CONVERTED = "refs/convert/parquet"  # the hub's own conversion of a set that has a loading script
-BATCH_SIZE = 1000  # rows in memory
+STATE_INTERVAL = 1000  # rows between two states of a data set
 
 
 @dataclass
@@ -73,7 +73,11 @@ def open_dataset(config):
     if path.is_file():
         options |= {"path": str(path.parent), "data_files": str(path)}
     elif path.exists():
-        options["path"] = str(path)  # absolute: "csv" alone would be a reader of datasets
+        options["path"] = str(path)
+    elif "/" not in config.dataset:  # datasets would take "csv" for all files here
+        raise FileNotFoundError(
+            f"no folder or file {config.dataset}; names on the hub are org/name"
+        )
     try:
         try:
             builder = datasets.load_dataset_builder(**options, revision=config.revision or None)
@@ -109,11 +113,11 @@ def batches(builder, name, split, state):
             # datasets would keep whole row groups in memory
             yield from parquet_files(files[split], state or (0, 0))
             return
-        dataset = builder.as_streaming_dataset(split=split).with_format("arrow")
+        dataset = builder.as_streaming_dataset(split=split)
         if state:
             dataset.load_state_dict(state)
-        for table in dataset.iter(batch_size=BATCH_SIZE):
-            yield table.to_pylist(), dataset.state_dict()
+        for number, row in enumerate(dataset, 1):
+            yield [row], dataset.state_dict() if number % STATE_INTERVAL == 0 else None
     except Exception as error:  # of many types
         if "Bad split" in str(error):  # the message lists the splits
             raise ValueError(f"{name}: {first_line(error)}") from error
@@ -168,6 +172,8 @@ class Reader:
             self.parse.n_blank = saved["n_blank"]
             self.parse.counts.update(saved["counts"])
             print(f"going on after row {self.position['n_rows']:,} of {self.position['split']}")
+        else:
+            path.unlink(missing_ok=True)  # its parts are going to be overwritten
 
     def save(self, state):
         """Keep the state of the shards, and of the rows that follow what they hold."""
@@ -308,7 +314,8 @@ def origin_of(config, builder):
 def main(config):
     if not config.dataset:
         raise ValueError("--dataset=org/name is needed: a set of the hub, a folder or a file")
-    name = Path(config.dataset.rstrip("/")).name.partition(".")[0]
+    path = Path(config.dataset).absolute()
+    name = path.name.partition(".")[0] if path.is_file() else path.name
     config.out_dir = config.out_dir or f"data/{name}"
     builder = open_dataset(config)
     reader = Reader(config, Path(config.out_dir) / "resume.json")

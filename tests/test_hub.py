@@ -129,6 +129,19 @@ def test_a_single_file_of_each_kind_is_read(tmp_path, prepared, form):
     assert everything(prepared(dataset=path)) == sorted(small_talk(30), key=str)
 
 
+def test_json_lines_with_mixed_types_are_read_as_jsonl_reads_them(tmp_path, prepared):
+    rows = [{"messages": exchange(f"question {i}", "yes\n“quoted”")} for i in range(20)]
+    expected = [row["messages"] for row in rows]
+    parts = [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]
+    rows.append({"messages": [{"role": "user", "content": parts}, expected[0][1]]})
+    rows.append({"messages": [*exchange("a", "b"), *exchange("c", "d")], "meta": {"x": [1, "a"]}})
+    rows[-1]["messages"][1]["weight"] = 0
+    (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    expected += [exchange("in parts", expected[0][1]["content"])]
+    expected += [[*exchange("a", "b"), *exchange("c", "d")]]
+    assert everything(prepared(dataset="mixed.jsonl")) == sorted(expected, key=str)
+
+
 def test_pairs_make_the_shard_that_retry_makes(tmp_path, prepare, in_process):
     rows = []
     for i in range(60):
@@ -312,6 +325,7 @@ def test_with_other_knobs_or_a_part_gone_it_starts_anew(tmp_path, prepare, monke
         ({"dataset": "talk", "max_examples": -1}, ["max_examples"]),
         ({"dataset": "texts"}, ["texts", "row 1", "text", "columns"]),
         ({"dataset": "./nothing"}, ["nothing"]),
+        ({"dataset": "json"}, ["json", "org/name"]),
         ({"dataset": "empty"}, ["empty"]),
         ({"dataset": "damaged"}, ["damaged"]),
     ],
