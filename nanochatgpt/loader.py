@@ -127,7 +127,7 @@ class Loader:
                     f"  warning: {name} may be drowned by the others: raise its share, {name}:N"
                 )
             if epochs > 50:
-                remedy = f"lower its share, {name}:N, or max_iters"
+                remedy = "lower max_iters or its share, or add data"
                 lines.append(
                     f"  warning: {name} comes over 50 times, and may be memorised: {remedy}"
                 )

@@ -1,6 +1,6 @@
 """Your own conversations: python prepare/jsonl.py --source=FILE.jsonl --out_dir=data/mine
 
-FILE is JSON Lines or a JSON list, also gzipped. A record is one of
+FILE is JSON Lines, a JSON list, CSV or Parquet, also gzipped. A record is one of
 
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
     {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}

@@ -24,10 +24,10 @@ SPACED = "I'd I'll he'd he'll it'd it'll it's she'd she'll they'd we'd we'll we'
 # "its" and "lets" are "it's" and "let's" before these words
 AFTER_ITS = (
     "a about all also always an at because been being called coming for from getting going gonna"
-    " gotta her his how in just kinda like literally my never no not ok okay on our really so"
-    " something still such super the too totally very what when where why worth your"
+    " gotta her his how in just kinda like literally my never no not ok okay on our"
+    " something still the what when where why worth your"
 )
-AFTER_LETS = "be chat do eat go hear hope just make play say see start talk"
+AFTER_LETS = "be chat do eat go hear hope just make say see start talk"
 
 # given names that are also words, so that only a greeting or "I am" makes them names
 GIVEN_NAME = (

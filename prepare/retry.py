@@ -1,6 +1,6 @@
 """Replies that people kept or rejected, to learn a reward: python prepare/retry.py --source=PATH
 
-PATH is a file of records: .jsonl, .json (a list) or .csv, also with .gz. A record is one of
+PATH is a file of records: .jsonl, .json (a list), .csv or Parquet, also .gz. A record is one of
 
     {"input_text" or "text": ..., "labels" or "label": 0 or 1}      1: the reply at its end was kept
     {"messages": [...], "label": 0 or 1}, {"prompt": ..., "completion": ..., "label": true or false}
