@@ -7,6 +7,7 @@ prepare/retry.py reads it for a reward model; or one message of a tree, as in Op
 --columns=prompt=question,completion=answer names the columns of other sets.
 """
 
+import difflib
 import itertools
 import json
 import math
@@ -50,9 +51,19 @@ class Config:
             for pair in filter(None, getattr(self, knob).split(",")):
                 if "=" not in pair:
                     raise ValueError(f"{knob}={pair} must be as in {EXAMPLES[knob]}")
+        for field in pairs_of(self.columns):
+            if field not in FIELDS:
+                nearest = difflib.get_close_matches(field, FIELDS, n=1, cutoff=0)[0]
+                raise ValueError(f"columns={field}=...: no format has it, did you mean {nearest}?")
+        if self.where.count("=") > len(pairs_of(self.where)):
+            raise ValueError(f"where={self.where} names a column twice")
 
 
 EXAMPLES = {"columns": "prompt=question,completion=answer", "where": "lang=en"}
+# what --columns can name
+FIELDS = "messages conversations dialog instruction input output context response history prompt"
+FIELDS += " completion system chosen rejected label message_id parent_id role text rank"
+FIELDS = FIELDS.split()
 
 
 # --- the data set ---------------------------------------------------------------------------------
