@@ -2,18 +2,18 @@
 
 --dataset is a name on the hub, or a folder or file of Parquet, JSON Lines, CSV or Arrow. Needs
 `pip install -e '.[hub]'`. Rows are streamed, and an interrupted run goes on where it stopped. A row
-is a conversation as prepare/jsonl.py reads it; a pair of a chosen and a rejected reply, as
-prepare/retry.py reads it for a reward model; or one message of a tree, as in OpenAssistant.
+is a conversation as prepare/jsonl.py reads it; for a reward model, a pair of replies or a reply
+with a label as prepare/retry.py reads it; or one message of a tree, as in OpenAssistant. Trees are
+held in memory, and start again after an interruption.
 --columns=prompt=question,completion=answer names the columns of other sets.
 """
 
 import difflib
+import glob
 import itertools
 import json
-import math
 import os
 import sys
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanochatgpt.configurator import at_least, run
 from nanochatgpt.files import read_json, replacing
+from prepare import trees
 from prepare.corpus import divide, prepare
 from prepare.formats import ConversationReader
 from prepare.preferences import examples, with_label
@@ -47,6 +48,8 @@ class Config:
     def __post_init__(self):
         """Raises ValueError for a value that makes no sense."""
         at_least(0, self, "max_examples")
+        if self.val_split == self.split:
+            raise ValueError(f"val_split={self.val_split} is the split to learn from: leave it out")
         for knob in ("columns", "where"):
             for pair in filter(None, getattr(self, knob).split(",")):
                 if "=" not in pair:
@@ -78,62 +81,83 @@ def open_dataset(config):
     except ImportError as error:
         raise ValueError(f"{error}: pip install -e '.[hub]'") from error
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # we report errors ourselves
 
     options = {"path": config.dataset, "name": config.config or None}
     path = Path(config.dataset).absolute()
     if path.is_file():
-        options |= {"path": str(path.parent), "data_files": str(path)}
+        options |= {"path": str(path.parent), "data_files": glob.escape(str(path))}
     elif path.exists():
         options["path"] = str(path)
     elif "/" not in config.dataset:  # datasets would take "csv" for all files here
-        raise FileNotFoundError(
-            f"no folder or file {config.dataset}; names on the hub are org/name"
-        )
+        problem = f"no folder or file {config.dataset}"
+        raise FileNotFoundError(f"{problem}; names on the hub are org/name")
     try:
         try:
             builder = datasets.load_dataset_builder(**options, revision=config.revision or None)
-        except RuntimeError:  # it has a loading script
+        except RuntimeError:  # it has a loading script: take the hub's conversion, a folder each
+            options = {"path": config.dataset, "data_dir": config.config or "default"}
             builder = datasets.load_dataset_builder(**options, revision=CONVERTED)
     except datasets.exceptions.DatasetNotFoundError as error:
         remedy = "check the name; of a gated or private set, accept its terms and set HF_TOKEN"
-        raise FileNotFoundError(f"{first_line(error)}\n{remedy}") from error
+        raise FileNotFoundError(f"{one_line(error)}\n{remedy}") from error
     except ConnectionError as error:
-        raise ConnectionError(f"{first_line(error)}: check the network") from error
+        raise ConnectionError(f"{one_line(error)}: check the network") from error
     except Exception as error:  # of many types
-        raise ValueError(f"{config.dataset}: {first_line(error)}") from error
+        raise ValueError(f"{config.dataset}: {one_line(error)}") from error
 
-    # text columns of a .csv stay text
+    # fail now, not after the first split
+    for split in filter(None, (config.split, config.val_split)):
+        if split not in builder.config.data_files:
+            splits = ", ".join(builder.config.data_files)
+            raise ValueError(f"{config.dataset} has no split {split}, only {splits}")
+
+    # all columns of a .csv are text
     if type(builder.config).__name__ == "CsvConfig":
-        builder.config.dtype = str
         builder.config.keep_default_na = False
+        first = next(iter(builder.as_streaming_dataset(split=config.split)))
+        features = datasets.Features(dict.fromkeys(first, datasets.Value("string")))
+        builder.config.features = features
+        builder.info.features = features
     return builder
 
 
-def first_line(error):
+def one_line(error):
     """Return the message of an error of the datasets library in one line."""
     return " ".join(str(error).partition("Example of usage")[0].split())
 
 
+def versions_of(builder):
+    """Return the paths of a data set's files, with size and time of change of those on disk. Paths
+    on the hub have a commit in them."""
+    versions = []
+    for files in builder.config.data_files.values():
+        for file in files:
+            path = Path(file)
+            stat = path.stat() if path.exists() else None
+            versions.append([file, stat and stat.st_size, stat and stat.st_mtime_ns])
+    return versions
+
+
 def batches(builder, name, split, state):
     """Yield ([row], state) of a split: rows as dicts, and where to go on after them, None if that
-    is not known yet. state: where to begin, None: at the start. Raises ValueError for a split that
-    does not exist, ConnectionError if rows cannot be read."""
-    files = builder.config.data_files or {}
+    is not known yet. state: where to begin, None: at the start. Raises ValueError that names the
+    data set if rows cannot be read."""
+    files = builder.config.data_files[split]
     try:
-        if all(file.endswith(".parquet") for file in files.get(split, [""])):
+        if all(file.endswith(".parquet") for file in files):
             # datasets would keep whole row groups in memory
-            yield from parquet_files(files[split], state or (0, 0))
+            yield from parquet_files(files, state or (0, 0))
             return
         dataset = builder.as_streaming_dataset(split=split)
         if state:
             dataset.load_state_dict(state)
         for number, row in enumerate(dataset, 1):
-            yield [row], dataset.state_dict() if number % STATE_INTERVAL == 0 else None
+            known = number % STATE_INTERVAL == 0
+            yield [row], dataset.state_dict() if known else None
     except Exception as error:  # of many types
-        if "Bad split" in str(error):  # the message lists the splits
-            raise ValueError(f"{name}: {first_line(error)}") from error
-        remedy = "if the file is not damaged, run again to go on from there"
-        raise ConnectionError(f"{name}, {split}: {first_line(error)}\n{remedy}") from error
+        remedy = "repair the file; after a lost connection, run again to go on from there"
+        raise ValueError(f"{name}, {split}: {one_line(error)}\n{remedy}") from error
 
 
 def parquet_files(paths, state):
@@ -145,7 +169,7 @@ def parquet_files(paths, state):
     for number, path in enumerate(paths[first_file:], first_file):
         with fsspec.open(path) as file:
             for rows, group in parquet_batches(file, path, first_group):
-                yield rows, None if group is None else (number, group)
+                yield rows, (number, group) if group else None
         first_group = 0
 
 
@@ -158,25 +182,31 @@ def pairs_of(text):
 
 
 class Reader:
-    """Reads the conversations of a data set, and keeps in a file how far it came."""
+    """Reads the conversations of a data set, and saves its progress to a file."""
 
-    def __init__(self, config, path):
+    def __init__(self, config, builder):
         self.config = config
-        self.path = path  # of the file
+        self.builder = builder
+        self.path = Path(config.out_dir) / "resume.json"
+        self.run = {"knobs": asdict(config), "files": versions_of(builder)}
         self.columns = pairs_of(config.columns)  # field -> column
         self.where = pairs_of(config.where)  # column -> value
         self.parse = ConversationReader()
         self.in_trees = False  # whether a row is a message of a tree
         self.state = {}  # of the shards: where `prepare` goes on
         self.digests = {}  # of the first two keys, for `divide`
-        # in which split the next row is, and where: a state of `batches` and the rows read since;
-        # how many of the split's rows were taken; how many of all could not be read
-        self.position = {"split": "", "state": None, "index": 0, "n_rows": 0, "n_bad": 0}
+        self.position = {
+            "split": "",  # that is being read
+            "state": None,  # of `batches`
+            "index": 0,  # rows read since this state
+            "n_rows": 0,  # rows of this split that were taken
+            "n_bad": 0,  # rows of all splits that could not be read
+        }
 
-        # go on where a run with the same knobs stopped
-        saved = read_json(path) if path.exists() else {}
-        parts = list(path.parent.glob("*.bin*.part"))  # three of each shard
-        if saved.get("knobs") == asdict(config) and len(parts) == 6:
+        # go on where a run with the same knobs and files stopped
+        saved = read_json(self.path) if self.path.exists() else {}
+        parts = list(self.path.parent.glob("*.bin*.part"))  # three of each shard
+        if saved.get("run") == self.run and len(parts) == 6:
             self.state = saved["state"]
             self.digests = saved["digests"]
             self.position = saved["position"]
@@ -184,14 +214,14 @@ class Reader:
             self.parse.counts.update(saved["counts"])
             print(f"going on after row {self.position['n_rows']:,} of {self.position['split']}")
         else:
-            path.unlink(missing_ok=True)  # its parts are going to be overwritten
+            self.path.unlink(missing_ok=True)  # its parts are going to be overwritten
 
     def save(self, state):
         """Keep the state of the shards, and of the rows that follow what they hold."""
         if self.in_trees:  # all rows are read before the first conversation
             return
         progress = {
-            "knobs": asdict(self.config),
+            "run": self.run,
             "state": state,
             "digests": self.digests,
             "position": self.position,
@@ -201,31 +231,33 @@ class Reader:
         with replacing(self.path) as part:
             part.write_text(json.dumps(progress), encoding="utf-8")
 
-    def conversations(self, builder):
+    def conversations(self):
         """Yield (split, messages)."""
         config = self.config
         if not config.val_split:
-            yield from divide(self.read(builder, config.split), self.digests)
+            yield from divide(self.read(config.split), self.digests)
             return
         if self.position["split"] in ("", config.split):
-            for _, messages in self.read(builder, config.split):
+            for _, messages in self.read(config.split):
                 yield "train", messages
-        for _, messages in self.read(builder, config.val_split):
+        for _, messages in self.read(config.val_split):
             yield "val", messages
 
-    def read(self, builder, split):
+    def read(self, split):
         """Yield (key, messages) of a split; equal keys share a split of ours. Raises ValueError
         that names the row."""
-        rows = self.rows(builder, split)
+        rows = self.rows(split)
         first = next(rows, None)
         if first is None:
             if not self.position["n_rows"]:
                 raise ValueError(f"{self.config.dataset}: no row of {split} is left; see --where")
             return  # the run that goes on here had read them all
         rows = itertools.chain([first], rows)
-        if "parent_id" in first and "message_id" in first:
+        if first.keys() >= trees.FIELDS:
             self.in_trees = True
-            yield from paths_of_trees(rows)
+            for conversation in trees.conversations(rows):
+                self.parse.counts["paths through trees"] += 1
+                yield conversation
             return
         for row in rows:
             try:
@@ -239,14 +271,15 @@ class Reader:
                 continue
             yield from conversations
 
-    def rows(self, builder, split):
+    def rows(self, split):
         """Yield the rows of a split as dicts, after `where` and `columns`, and keep the position.
         A batch of `prepare` ends between two rows: the two replies of a pair are in one batch."""
         position = self.position
         if position["split"] != split:
             position |= {"split": split, "state": None, "index": 0, "n_rows": 0}
+        where = {name: value.lower() for name, value in self.where.items()}
         n_skipped = position["index"]
-        for rows, state in batches(builder, self.config.dataset, split, position["state"]):
+        for rows, state in batches(self.builder, self.config.dataset, split, position["state"]):
             for row in rows:
                 if n_skipped:
                     n_skipped -= 1
@@ -254,7 +287,7 @@ class Reader:
                 if position["n_rows"] == self.config.max_examples > 0:
                     return
                 position["index"] += 1
-                if all(str(self.cell(row, name)) == text for name, text in self.where.items()):
+                if all(str(self.cell(row, name)).lower() == value for name, value in where.items()):
                     position["n_rows"] += 1
                     fields = {name: self.cell(row, column) for name, column in self.columns.items()}
                     yield fields or row
@@ -268,55 +301,24 @@ class Reader:
         return row[column]
 
     def conversations_of(self, row):
-        """Return [(key, messages)] of a row: a conversation, or the two replies of a pair."""
-        if "chosen" in row or "preferred_output" in row:
+        """Return [(key, messages)] of a row: a conversation, the two replies of a pair, or a reply
+        with a label."""
+        labelled_reply = "completion" in row and "label" in row
+        if labelled_reply or "chosen" in row or "preferred_output" in row:
             key, labelled = examples(row)
-            self.parse.counts["pairs of replies"] += bool(labelled)
+            name = "replies with labels" if labelled_reply else "pairs of replies"
+            self.parse.counts[name] += bool(labelled)
             return [(key, with_label(messages, label)) for messages, label in labelled]
         conversation = self.parse(row)
         return [conversation] if conversation else []
 
 
-def paths_of_trees(rows):
-    """Yield (key, messages) of trees of messages, a row each, as OpenAssistant publishes them. Of
-    several replies, the one of the lowest rank goes on; of what a human answers, each is a
-    conversation. A reply that several conversations share is learned in the first."""
-    children = defaultdict(list)  # id -> the messages that follow it
-    for row in rows:
-        children[row["parent_id"]].append(row)
-
-    def paths(row, before):
-        role = "assistant" if row["role"] == "assistant" else "user"
-        messages = [*before, {"role": role, "content": (row["text"] or "").strip()}]
-        following = children[row["message_id"]]
-        replies = [child for child in following if child["role"] == "assistant"]
-        if replies:
-            following = [min(replies, key=rank)]
-        for child in following:
-            yield from paths(child, messages)
-        if not following:
-            yield messages
-
-    for root in children[None]:
-        for messages in paths(root, []):
-            if any(message["role"] == "assistant" for message in messages):
-                yield root["message_id"], [dict(message) for message in messages]
-            for message in messages:  # the dicts are those of the paths to come
-                message["weight"] = 0
-
-
-def rank(row):
-    """Return the rank of a reply, 0 for the best; without one it comes last."""
-    return math.inf if row.get("rank") is None else row["rank"]
-
-
-def origin_of(config, builder):
+def origin_of(dataset):
     """Return what the model card says of a set on the hub, None of a local one."""
-    if Path(config.dataset).exists():
+    if Path(dataset).exists():
         return None
-    repo = config.dataset
-    origin = {"name": repo, "hub": repo, "url": f"https://huggingface.co/datasets/{repo}"}
-    return origin | ({"licence": builder.info.license} if builder.info.license else {})
+    url = f"https://huggingface.co/datasets/{dataset}"
+    return {"name": dataset, "hub": dataset, "url": url, "licence": "see its page"}
 
 
 # --- the script -----------------------------------------------------------------------------------
@@ -329,8 +331,8 @@ def main(config):
     name = path.name.partition(".")[0] if path.is_file() else path.name
     config.out_dir = config.out_dir or f"data/{name}"
     builder = open_dataset(config)
-    reader = Reader(config, Path(config.out_dir) / "resume.json")
-    prepare(config, name, reader.conversations(builder), origin_of(config, builder), reader)
+    reader = Reader(config, builder)
+    prepare(config, name, reader.conversations(), origin_of(config.dataset), reader)
     reader.path.unlink(missing_ok=True)
     n_bad = reader.position["n_bad"]
     print(f"{config.dataset}: {reader.parse.report()}, {n_bad:,} rows that could not be read")

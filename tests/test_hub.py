@@ -95,8 +95,11 @@ def test_a_parquet_set_of_sharegpts_conversations_is_divided_as_jsonl_does(
     assert [len(splits[split]) for split in ("train", "val")] != [60, 0]
 
 
-def test_the_columns_of_a_csv_are_named_by_hand_and_stay_text(tmp_path, prepared):
+@pytest.mark.parametrize("numbers", [False, True])
+def test_the_columns_of_a_csv_are_named_by_hand_and_stay_text(tmp_path, prepared, numbers):
     answers = ["4", "NA", "null", "1e3", "007", "yes"] * 5
+    if numbers:
+        answers = [f"{i:03}" for i in range(30)]
     columns = {"q": [f"question {i}" for i in range(30)], "a": answers, "unused": [0.5] * 30}
     csv.write_csv(pyarrow.table(columns), tmp_path / "faq.csv")
     (tmp_path / "folder").mkdir()
@@ -172,6 +175,20 @@ def test_texts_of_hh_rlhf_are_pairs(tmp_path, prepare):
     assert tokenizer.decode(learned.tolist()) == " yes<|endoftext|>"
 
 
+def test_replies_with_labels_make_the_shard_that_retry_makes(tmp_path, prepare, in_process):
+    rows = []
+    for i in range(60):
+        rows.append({"prompt": f"hi {i}", "completion": "yes", "label": i % 3 > 0})
+    write_parquet(tmp_path / "labels", rows)
+    columns = "prompt=prompt,completion=completion,label=label"
+    for out_dir, knobs in (("a", {}), ("c", {"columns": columns})):
+        assert prepare(dataset="labels", out_dir=out_dir, **knobs).returncode == 0
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    args = ["--source=labels.jsonl", "--out_dir=b"]
+    assert in_process(lambda: run(retry.main, retry.Config), "retry.py", *args).returncode == 0
+    assert files_in("a") == files_in("b") == files_in("c")
+
+
 def tree(root, lang="en"):
     """Messages of one tree as OpenAssistant has them, a row each:
 
@@ -193,22 +210,21 @@ def tree(root, lang="en"):
     return rows
 
 
+@pytest.mark.parametrize("order", [1, -1])  # of the rows, and so of the paths
 def test_conversations_are_the_best_paths_through_trees_and_learned_once(
-    tmp_path, prepare, prepared, monkeypatch
+    tmp_path, prepare, prepared, monkeypatch, order
 ):
     rows = [row for i in range(10) for row in tree(f"tree {i}")]
     rows += tree("baum", lang="de")
-    # whichever order the rows come in
-    write_parquet(tmp_path / "trees", rows[::-1])
+    write_parquet(tmp_path / "trees", rows[::order])
     splits = prepared(dataset="trees", where="lang=en")
     talks = everything(splits)
-    assert len(talks) == 20
-    ends = [talk[2:] for talk in talks if talk[0]["content"] == "hi from tree 3"]
-    assert sorted(ends, key=len) == [
-        [{"role": "user", "content": "tell me more"}],
-        [*exchange("thanks", "you are welcome")],
-    ]
-    assert all(talk[1]["content"] == "hello!" for talk in talks)
+    start = exchange("hi from tree 3", "hello!")
+    paths = [[*start, *exchange("thanks", "you are welcome")]]
+    if order == -1:  # else "hello!" has been learned, and there is no other reply
+        paths.insert(0, [*start, {"role": "user", "content": "tell me more"}])
+    assert sorted([talk for talk in talks if talk[:2] == start], key=len) == paths
+    assert len(talks) == 10 * len(paths)
     # an interrupted run starts anew: it has to read all messages first
     with monkeypatch.context() as patch:
         interrupt(patch, 1)
@@ -291,7 +307,7 @@ def test_a_run_goes_on_when_all_rows_have_been_read(tmp_path, prepare, monkeypat
     assert files_in("out") == files_in("whole")
 
 
-def test_with_other_knobs_or_a_part_gone_it_starts_anew(tmp_path, prepare, monkeypatch):
+def test_with_other_knobs_or_files_or_a_part_gone_it_starts_anew(tmp_path, prepare, monkeypatch):
     write_parquet(tmp_path / "talk", rows_of_talk(2500))
     with monkeypatch.context() as patch:
         interrupt(patch, 4)
@@ -307,6 +323,14 @@ def test_with_other_knobs_or_a_part_gone_it_starts_anew(tmp_path, prepare, monke
     assert prepare(dataset="talk", out_dir="out").returncode == 0
     assert files_in("out") == files_in("whole")
 
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4)
+        assert prepare(dataset="talk", out_dir="out").returncode == 130
+    write_parquet(tmp_path / "talk", rows_of_talk(2600, seed=9))
+    assert prepare(dataset="talk", out_dir="out").returncode == 0
+    assert prepare(dataset="talk", out_dir="whole").returncode == 0
+    assert files_in("out") == files_in("whole")
+
 
 # ---- what cannot be read
 
@@ -316,6 +340,11 @@ def test_with_other_knobs_or_a_part_gone_it_starts_anew(tmp_path, prepare, monke
     [
         ({}, ["dataset"]),
         ({"dataset": "talk", "split": "dev"}, ["dev", "train"]),
+        ({"dataset": "talk", "val_split": "train"}, ["val_split"]),
+        (
+            {"dataset": "tree", "columns": "message_id=id,parent_id=up"},
+            ["row 1", "message_id"],
+        ),
         ({"dataset": "talk", "val_split": "dev"}, ["dev", "train"]),
         ({"dataset": "talk", "config": "large"}, ["large", "default"]),
         ({"dataset": "talk", "columns": "messages"}, ["messages", "columns"]),
@@ -335,6 +364,7 @@ def test_with_other_knobs_or_a_part_gone_it_starts_anew(tmp_path, prepare, monke
 def test_a_mistake_is_named_with_its_remedy(tmp_path, prepare, knobs, words):
     write_parquet(tmp_path / "talk", rows_of_talk(30))
     write_parquet(tmp_path / "texts", [{"text": "no chat", "url": "x"}] * 30)
+    write_parquet(tmp_path / "tree", [{"id": "a", "up": None, "t": "hi"}] * 30)
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged" / "data").mkdir(parents=True)
     bytes_ = (tmp_path / "talk/data/train-00000-of-00001.parquet").read_bytes()
@@ -459,15 +489,34 @@ def test_a_set_of_the_hub_is_streamed(tmp_path, from_hub):
 def test_of_a_set_with_a_loading_script_the_hubs_conversion_is_taken(tmp_path, from_hub):
     (tmp_path / "hub/org/scripted/main").mkdir(parents=True)
     (tmp_path / "hub/org/scripted/main/scripted.py").write_text("raise SystemExit('run')")
-    folder = tmp_path / "hub/org/scripted/converted/default/train"
-    folder.mkdir(parents=True)
-    table = pyarrow.Table.from_pylist(rows_of_talk(30))
-    parquet.write_table(table, folder / "0000.parquet")
-    done = from_hub("--dataset=org/scripted")
-    assert done.returncode == 0, done.stderr
-    assert everything(read_back(tmp_path / "data/scripted")) == sorted(small_talk(30), key=str)
+    for seed, config in enumerate(("default", "large")):
+        folder = tmp_path / "hub/org/scripted/converted" / config / "train"
+        folder.mkdir(parents=True)
+        table = pyarrow.Table.from_pylist(rows_of_talk(30, seed))
+        parquet.write_table(table, folder / "0000.parquet")
+        knobs = [f"--config={config}"] if seed else []
+        done = from_hub("--dataset=org/scripted", *knobs)
+        assert done.returncode == 0, done.stderr
+        talks = everything(read_back(tmp_path / "data/scripted"))
+        assert talks == sorted(small_talk(30, seed), key=str)
 
 
 @pytest.mark.parametrize(("name", "word"), [("org/wrong", "name"), ("org/gated", "HF_TOKEN")])
 def test_a_wrong_or_a_gated_name_is_refused_with_the_remedy(from_hub, name, word):
     assert_refused(from_hub(f"--dataset={name}"), name, word)
+
+
+def test_a_tree_may_be_as_deep_as_it_likes(tmp_path, prepared):
+    rows = []
+    for i in range(3000):
+        role = "assistant" if i % 2 else "prompter"
+        parent = str(i - 1) if i else None
+        rows.append({"message_id": str(i), "parent_id": parent, "role": role, "text": f"t{i}"})
+    write_parquet(tmp_path / "deep", [*rows, *tree("another")])
+    splits = prepared(dataset="deep")
+    assert max(map(len, everything(splits))) == 3000
+
+
+def test_the_name_of_a_file_may_look_like_a_pattern(tmp_path, prepared):
+    path = write_jsonl(tmp_path / "my[1].jsonl", small_talk(30))
+    assert everything(prepared(dataset=path)) == sorted(small_talk(30), key=str)
