@@ -112,7 +112,7 @@ def write_card(config, model, tokenizer, loader, it, best_val_loss):
 
     # the data, and the loss: its best evaluation and others, evenly spaced
     rows_per_step = config.batch_size * config.gradient_accumulation_steps
-    sources, data = _data(loader, it * rows_per_step / loader.n_rows)
+    sources, data = _data(loader, it * rows_per_step)
     log = read_log(path.with_name("metrics.jsonl"))
     curve = [record for _, record in log if record.get("val_loss") is not None]
     best = min(range(len(curve)), key=lambda i: abs(curve[i]["val_loss"] - best_val_loss))
@@ -185,14 +185,12 @@ def _metadata(config, sources):
     return "\n".join(f"{name}: {json.dumps(value)}" for name, value in values.items() if value)
 
 
-def _data(loader, epochs):
-    """Return what prepare/ noted in source.json about each data set, and a table of them."""
-    folders = {}  # folder -> its PackedShards
-    for part in loader.parts:
-        folders.setdefault(part.shard.path.parent, []).append(part)
+def _data(loader, n_rows):
+    """Return what prepare/ noted in source.json about each data set, and a table of them with
+    their epochs in n_rows rows of training."""
     sources = []
     rows = [("data", "licence", "share of a step", "epochs")]
-    for folder, parts in folders.items():
+    for folder, rows_of_corpus, share in loader.corpora():
         path = folder / "source.json"  # your own data has none
         note = read_json(path) if path.is_file() else {}
         source = {name: text for name, text in note.items() if isinstance(text, str)}
@@ -200,10 +198,8 @@ def _data(loader, epochs):
         name = source.get("name", folder.name)
         if "url" in source:
             name = f"[{name}]({source['url']})"
-        n_rows = sum(part.rows_per_epoch for part in parts)
-        passes = epochs * n_rows / sum(len(part.rows) for part in parts)
         licence = source.get("licence", "not stated")
-        rows.append([name, licence, f"{n_rows / loader.n_rows:.1%}", f"{passes:.3g}"])
+        rows.append([name, licence, f"{share:.1%}", f"{n_rows * share / rows_of_corpus:.3g}"])
     return sources, _table(rows)
 
 

@@ -110,27 +110,29 @@ class Loader:
             text += f"; {self.n_lost:,} tokens dropped: exchanges longer than block_size"
         return text
 
-    def mixture(self, max_iters, rows_per_step):
-        """Return a line on max_iters steps and one on each corpus, its rows, its share of a step
-        and its epochs; with warnings if it drowns in the others or comes too often."""
-        n_rows = max_iters * rows_per_step
-        lines = [f"{max_iters:,} steps are {n_rows / self.n_rows:,.3g} epochs"]
+    def corpora(self):
+        """Return [(folder, rows, share of a step)] of the folders that the shards are in."""
+        corpora = []
         for folder in dict.fromkeys(part.shard.path.parent for part in self.parts):
             parts = [part for part in self.parts if part.shard.path.parent == folder]
             rows = sum(len(part.rows) for part in parts)
             share = sum(part.rows_per_epoch for part in parts) / self.n_rows
+            corpora.append((folder, rows, share))
+        return corpora
+
+    def mixture(self, max_iters, rows_per_step):
+        """Return a line on max_iters steps and one on each corpus, its rows, its share of a step
+        and its epochs; with a warning if it has under 1% of a step or over 50 epochs."""
+        n_rows = max_iters * rows_per_step
+        lines = [f"{max_iters:,} steps are {n_rows / self.n_rows:,.3g} epochs"]
+        for folder, rows, share in self.corpora():
             epochs = n_rows * share / rows
             name = folder.name
-            lines.append(f"  {name}: {rows:,} rows, {share:.1%} of a step, {epochs:,.3g} epochs")
+            lines.append(f"  {name}: {rows:,} rows, {share:.2%} of a step, {epochs:,.3g} epochs")
             if share < 0.01:
-                lines.append(
-                    f"  warning: {name} may be drowned by the others: raise its share, {name}:N"
-                )
+                lines.append(f"  warning: {name} is under 1% of a step: raise its share, {name}:N")
             if epochs > 50:
-                remedy = "lower max_iters or its share, or add data"
-                lines.append(
-                    f"  warning: {name} comes over 50 times, and may be memorised: {remedy}"
-                )
+                lines.append(f"  warning: {name} is seen more than 50 times and may be memorised")
         return "\n".join(lines)
 
     def _order(self, epoch):

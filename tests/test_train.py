@@ -838,7 +838,7 @@ def test_a_dataset_with_a_share_gives_an_epoch_that_share_of_its_rows(capsys):
     for name, taken in (("talk", n_rows["talk"]), ("more", round(n_rows["more"] / 2))):
         share = taken / per_epoch
         epochs = 6 * 4 * share / n_rows[name]
-        assert f"{name}: {n_rows[name]:,} rows, {share:.1%} of a step, {epochs:,.3g} epochs" in said
+        assert f"{name}: {n_rows[name]:,} rows, {share:.2%} of a step, {epochs:,.3g} epochs" in said
     assert "warning" not in said
     assert losses(out)[-1] < losses(out)[0] - 1
 
