@@ -18,13 +18,14 @@ from nanochatgpt.configurator import at_least, run
 from prepare.corpus import Config as CorpusConfig
 from prepare.corpus import divide, prepare
 from prepare.records import find_file, read_records
+from prepare.ways import File
 
 REPO = "Locutusque/ColumnedChatCombined"  # on the Hugging Face hub
 ORIGIN = {  # for the model card
     "name": "ColumnedChatCombined",
     "hub": REPO,
     "url": f"https://huggingface.co/datasets/{REPO}",
-    "licence": "see there",
+    "licence": "see its page",
 }
 
 
@@ -82,7 +83,7 @@ def examples(config, path):
 
 def main(config):
     at_least(0, config, "max_examples")
-    path = find_file(config.source, REPO, ["formatted_data.json"])  # 2.66 GB
+    path = find_file(config.source, REPO, File("formatted_data.json"))  # 2.66 GB
     prepare(config, "columned_chat", examples(config, path), ORIGIN)
 
 

@@ -21,7 +21,9 @@ def read(sources, parlai_names=parlai.NAMES):
     regular expression of ParlAI's files to read."""
     parts = record_files(sources)
     for split, files in parts.items():
-        yield split if len(parts) == 2 else "", files[0][0], dialogs_of(files)
+        if len(parts) != 2:
+            split = ""
+        yield split, files[0][0], dialogs_of(files)
     if not parts:
         for split, name, lines in parlai.files(sources[0], parlai_names):
             yield split, name, parlai.dialogs(lines, name)
@@ -108,12 +110,15 @@ def exchanges(turns):
     """Return (utterance, reply, candidates) triples from (history, candidates) pairs."""
     candidates_after = {len(history): candidates for history, candidates in turns}  # n texts
     history, candidates = max(turns, key=lambda pair: len(pair[0]))  # has all texts
-    said = [parlai.unescape(text) for text in (*history, candidates[-1])]
-    if len(said) % 2:
-        said.insert(0, "")  # the bot begins
+    utterances = [parlai.unescape(text) for text in (*history, candidates[-1])]
+    if len(utterances) % 2:
+        utterances.insert(0, "")  # the bot begins
     triples = []
-    for i in range(0, len(said), 2):
-        n = len(history) + 2 + i - len(said)  # texts before the reply
-        others = candidates_after.get(n, [])[:-1]
-        triples.append((said[i], said[i + 1], [*others, said[i + 1]] if others else []))
+    for i in range(0, len(utterances), 2):
+        n = len(history) + 2 + i - len(utterances)  # texts before the reply
+        reply = utterances[i + 1]
+        candidates = candidates_after.get(n, [])[:-1]  # without the reply
+        if candidates:
+            candidates = [*candidates, reply]
+        triples.append((utterances[i], reply, candidates))
     return triples

@@ -19,13 +19,14 @@ from nanochatgpt.configurator import at_least, run
 from prepare.corpus import Config as CorpusConfig
 from prepare.corpus import prepare, prepare_text
 from prepare.records import find_file, published, read_records
+from prepare.ways import File
 
 REPO = "rexarski/eli5_category"  # on the Hugging Face hub
 TRAIN_SHA256 = "9bfbed0d20608978fde8889f6383bfb695af575c81c3a3b2ec87c644928c725b"
 VAL_SHA256 = "4b29d4c6eae0d474b629d1e3a825a2543491afec08da0fb0bb06cd573ce718cf"
-FILES = {  # split -> file, bytes, sha256; downloads are checked against them
-    "train": ("eli5-category-train.json.gz", 62_314_944, TRAIN_SHA256),
-    "val": ("eli5-category-validation-1.json.gz", 4_997_144, VAL_SHA256),
+FILES = {  # downloads are checked against size and sha256
+    "train": File("eli5-category-train.json.gz", 62_314_944, TRAIN_SHA256),
+    "val": File("eli5-category-validation-1.json.gz", 4_997_144, VAL_SHA256),
 }
 ORIGIN = {  # for the model card
     "name": "ELI5 category",

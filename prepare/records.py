@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import ijson
 
 from prepare.corpus import divide, existing
-from prepare.ways import File, Way, fetch
+from prepare.ways import Way, fetch
 
 PARQUET = b"PAR1"  # its first bytes
 CONVERT_TABLE = "read it with `python prepare/hub.py --dataset=FILE`"
@@ -38,20 +38,20 @@ DAMAGE = (ijson.JSONError, csv.Error, gzip.BadGzipFile, zlib.error, EOFError, Re
 
 def find_file(source, repo, file, mirror=""):
     """Return the path of a corpus's file: `source`, in the folder `source`, or downloaded if source
-    is "", from `repo` on the Hugging Face hub or else from the folder `mirror` on the web. file:
-    (name, size, sha256)."""
+    is "", from `repo` on the Hugging Face hub or else from the folder `mirror` on the web. file: a
+    File."""
     if not source:
-        ways = [Way("the Hugging Face hub", [File(*file)], repo=repo)]
+        ways = [Way("the Hugging Face hub", [file], repo=repo)]
         if mirror:
-            ways.append(Way(urlsplit(mirror).netloc, [File(*file)], url=mirror))
+            ways.append(Way(urlsplit(mirror).netloc, [file], url=mirror))
         return fetch(ways)[0]
     path = existing(source)
-    return existing(path / Path(file[0]).name) if path.is_dir() else path
+    return existing(path / Path(file.name).name) if path.is_dir() else path
 
 
 def published(source, repo, files, read, mirror=""):
-    """Yield (split, example) of a corpus; read(path) yields (key, example). files: {split: (name in
-    `repo` or `mirror`, size, sha256)}. If source is a file, it is divided by key."""
+    """Yield (split, example) of a corpus; read(path) yields (key, example). files: {split: File in
+    `repo` or `mirror`}. If source is a file, it is divided by key."""
     if Path(source).is_file():
         yield from divide(read(Path(source)))
         return

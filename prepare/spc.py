@@ -16,12 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanochatgpt.configurator import run
 from prepare.corpus import Config, prepare
 from prepare.records import merge_turns, published, read_records
+from prepare.ways import File
 
 REPO = "google/Synthetic-Persona-Chat"  # on the Hugging Face hub, and the same on GitHub:
 MIRROR = "https://raw.githubusercontent.com/google-research-datasets/Synthetic-Persona-Chat/main"
 FILES = {  # split -> file
-    "train": ["data/Synthetic-Persona-Chat_train.csv"],
-    "val": ["data/Synthetic-Persona-Chat_valid.csv"],
+    "train": File("data/Synthetic-Persona-Chat_train.csv"),
+    "val": File("data/Synthetic-Persona-Chat_valid.csv"),
 }
 ORIGIN = {  # for the model card
     "name": "Synthetic-Persona-Chat",

@@ -31,7 +31,7 @@ def fetch(ways):
     ConnectionError that names the problems and the remedies."""
     for way in ways:
         if all(is_finished(place(way, file), file.size) for file in way.files):
-            return taken(way, ways)
+            return chosen(way, ways)
 
     attempts = list(ways)
     problems = []
@@ -39,7 +39,7 @@ def fetch(ways):
         try:
             for file in way.files:
                 fetch_file(way, file, hurry=number < len(ways))
-            return taken(way, ways)
+            return chosen(way, ways)
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno:  # of this machine, such as a full disk
                 raise
@@ -59,7 +59,7 @@ def fetch(ways):
     raise ConnectionError(f"{'; '.join(dict.fromkeys(problems))}\n{remedy}")
 
 
-def taken(way, ways):
+def chosen(way, ways):
     """Return the paths of a way's files; say which way it is if there are several."""
     paths = [place(way, file) for file in way.files]
     if len(ways) > 1:

@@ -41,6 +41,7 @@ from prepare import parlai as parlai_format
 from prepare import text as plain_text
 from prepare.natural import natural
 from prepare.records import read_records
+from prepare.ways import File
 
 
 @pytest.fixture
@@ -317,7 +318,7 @@ def test_both_users_are_the_bot_once_with_their_persona(tmp_path):
 
 
 def test_the_published_files_are_split_as_published_and_one_alone_is_divided(prepared, tmp_path):
-    for split, (name,) in spc.FILES.items():
+    for split, (name, *_) in spc.FILES.items():
         n = 30 if split == "train" else 4
         spc_file(tmp_path / "published" / Path(name).name, spc_talks(n, split))
     splits = prepared(spc, source="published")
@@ -392,7 +393,7 @@ def size_and_hash(path):
 
 def test_synthetic_persona_chat_is_downloaded_from_the_hub_or_a_mirror(prepared, web):
     folder = hub_folder(web, spc.REPO)
-    for split, (name,) in spc.FILES.items():
+    for split, (name, *_) in spc.FILES.items():
         spc_file(folder / name, spc_talks(5, split))
     assert len(prepared(spc)["val"]) == 10
 
@@ -400,9 +401,9 @@ def test_synthetic_persona_chat_is_downloaded_from_the_hub_or_a_mirror(prepared,
 def test_eli5_is_downloaded_once(prepare, web, monkeypatch):
     folder = hub_folder(web, "rexarski/eli5_category")
     files = {}
-    for split, (name, _, _) in eli5.FILES.items():
+    for split, (name, *_) in eli5.FILES.items():
         path = json_gz(folder / name, questions(30, split))
-        files[split] = (name, *size_and_hash(path))
+        files[split] = File(name, *size_and_hash(path))
     monkeypatch.setattr(eli5, "FILES", files)
     assert prepare(eli5).returncode == 0
     expected = [exchange(f"why val {i} ?", f"so {i} .") for i in range(30)]
@@ -1277,7 +1278,7 @@ def test_a_corpus_of_the_hub_names_the_ways_left(prepare, web, monkeypatch, modu
 
 
 def test_synthetic_persona_chat_comes_from_github_if_the_hub_is_down(prepare, web, monkeypatch):
-    for split, (name,) in spc.FILES.items():
+    for split, (name, *_) in spc.FILES.items():
         spc_file(web.folder / name, spc_talks(5, split))
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port()}")
     monkeypatch.setattr(spc, "MIRROR", web.url)
