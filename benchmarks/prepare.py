@@ -15,12 +15,13 @@ from benchmarks.common import peak_memory, run_benchmark
 from nanochatgpt.shards import open_shard
 from nanochatgpt.tokenizer import gpt2_encoding
 from prepare import chitchat_package as chitchat
-from prepare import corpus
+from prepare import corpus, hub
 
 
 @dataclass
 class Config:
     megabytes: int = 64  # of text: chitchat's conversations, over and over
+    parquet: bool = False  # read them from a Parquet file, with prepare/hub.py
 
 
 def measure(config):
@@ -35,8 +36,14 @@ def measure(config):
 
     repeated = itertools.islice(itertools.cycle(conversations), n)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        path = Path(folder) / "talk.parquet"
+        if config.parquet:
+            write_parquet(path, repeated)
         start = time.perf_counter()
-        corpus.prepare(corpus.Config(out_dir=folder), "bench", corpus.divide(repeated))
+        if config.parquet:
+            hub.main(hub.Config(dataset=str(path), out_dir=folder))
+        else:
+            corpus.prepare(corpus.Config(out_dir=folder), "bench", corpus.divide(repeated))
         seconds = time.perf_counter() - start
         tokens = sum(len(open_shard(path).tokens) for path in Path(folder).glob("*.bin"))
     peak = peak_memory("cpu")  # MB, before tiktoken adds to it
@@ -53,6 +60,18 @@ def measure(config):
         "tiktoken_megabytes_per_s": len(texts) * size / tiktoken_seconds,
         "peak_memory_mb": peak,
     }
+
+
+def write_parquet(path, conversations):
+    """Write (key, messages) pairs in row groups of 20,000 rows."""
+    import pyarrow
+    from pyarrow.parquet import ParquetWriter
+
+    schema = pyarrow.Table.from_pylist([{"messages": [{"role": "", "content": ""}]}]).schema
+    with ParquetWriter(path, schema) as writer:
+        while batch := list(itertools.islice(conversations, 20_000)):
+            rows = [{"messages": messages} for _, messages in batch]
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
 
 
 if __name__ == "__main__":

@@ -66,12 +66,22 @@ def test_a_script_prints_its_progress_and_one_line_of_json(script):
     result = json.loads(line)
     assert result["bench"] == "prepare"
     assert result["torch"] == torch.__version__
-    assert result["config"] == {"megabytes": 1}
+    assert result["config"] == {"megabytes": 1, "parquet": False}
     # GPT-2's tokens have about four characters, and the chat format adds some
     assert result["tokens_per_s"] * result["seconds"] == pytest.approx(1e6 / 4, rel=0.4)
     assert result["megabytes_per_s"] * result["seconds"] == pytest.approx(1, abs=0.01)
     assert result["tiktoken_megabytes_per_s"] > 0
     assert result["peak_memory_mb"] > 100
+
+
+def test_preparing_from_parquet_makes_the_same_tokens(script):
+    results = []
+    for parquet in ("false", "true"):
+        done = script("benchmarks/prepare.py", "--megabytes=1", f"--parquet={parquet}")
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        results.append(result["tokens_per_s"] * result["seconds"])
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
 
 
 def test_a_mistake_in_a_script_is_refused(as_main):
