@@ -106,7 +106,7 @@ def write_card(config, model, tokenizer, loader, it, best_val_loss):
     if base:
         start = f"[{init_from}](https://huggingface.co/{base})"
     else:
-        words = {"scratch": "random weights", "nano": "nano, its model in the box"}
+        words = {"scratch": "random weights", "nano": "nano, the small model included with it"}
         start = words.get(init_from, Path(init_from).name)
         init_from = Path(init_from).name
 

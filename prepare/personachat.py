@@ -4,7 +4,7 @@ Without --source, it is downloaded from the first of three places that has it: P
 MB), Hugging Face's personachat_self_original.json (209 MB), bavard/personachat_truecased on the hub
 (205 MB). --source is any of these or ConvAI2's archive, unpacked or not, or one of their files; if
 there is no published split, conversations are divided 95 to 5. The bot is the speaker whose persona
-is given. Half of the conversations keep it, so the model learns to do with and without one.
+is given. Half of the conversations keep it, so the model learns to chat with and without a persona.
 """
 
 import random
