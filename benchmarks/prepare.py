@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +16,7 @@ from benchmarks.common import peak_memory, run_benchmark
 from nanochatgpt.shards import open_shard
 from nanochatgpt.tokenizer import gpt2_encoding
 from prepare import chitchat_package as chitchat
-from prepare import corpus, hub
+from prepare import corpus
 
 
 @dataclass
@@ -41,12 +42,15 @@ def measure(config):
             write_parquet(path, repeated)
         start = time.perf_counter()
         if config.parquet:
-            hub.main(hub.Config(dataset=str(path), out_dir=folder))
+            script = Path(__file__).resolve().parents[1] / "prepare" / "hub.py"
+            command = [sys.executable, script, f"--dataset={path}", f"--out_dir={folder}"]
+            subprocess.run(command, stdout=sys.stderr, check=True)
         else:
             corpus.prepare(corpus.Config(out_dir=folder), "bench", corpus.divide(repeated))
         seconds = time.perf_counter() - start
         tokens = sum(len(open_shard(path).tokens) for path in Path(folder).glob("*.bin"))
-    peak = peak_memory("cpu")  # MB, before tiktoken adds to it
+    # MB, before tiktoken adds to it; hub.py has a process of its own
+    peak = None if config.parquet else peak_memory("cpu")
 
     # tiktoken alone, with all cores, on 64 MB at most
     texts = list(itertools.islice(itertools.cycle(texts), min(n, round(64 / size))))
