@@ -17,11 +17,14 @@ from nanochatgpt.shards import open_shard
 from nanochatgpt.tokenizer import gpt2_encoding
 from prepare import chitchat_package as chitchat
 from prepare import corpus
+from prepare.formats import ConversationReader
+from prepare.records import read_records
 
 
 @dataclass
 class Config:
-    megabytes: int = 64  # of text: chitchat's conversations, over and over
+    megabytes: int = 64  # of text: conversations, over and over
+    source: str = ""  # where they are, as prepare/jsonl.py reads them; by default chitchat's
     parquet: bool = False  # read them from a Parquet file, with prepare/hub.py
 
 
@@ -29,7 +32,11 @@ def measure(config):
     """Tokenize conversations into a shard, then encode at most 64 MB of their text by tiktoken."""
     conversations = []  # (id, messages)
     texts = []
-    for key, messages, _ in chitchat.read(chitchat.packaged()):
+    if config.source:
+        pairs = read_records(Path(config.source), ConversationReader())
+    else:
+        pairs = ((key, messages) for key, messages, _ in chitchat.read(chitchat.packaged()))
+    for key, messages in pairs:
         conversations.append((key, messages))
         texts.append("\n".join(message["content"] for message in messages))
     size = sum(len(text.encode()) for text in texts) / len(texts) / 1e6  # MB per conversation

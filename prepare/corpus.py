@@ -43,8 +43,10 @@ def prepare(config, name, conversations, origin=None, checkpoint=None):
         start = time.perf_counter()
         saved = start
         while batch := list(itertools.islice(conversations, 1000)):
+            rendered = render_batch(tokenizer, [messages for _, messages in batch])
+            pairs = list(zip(batch, rendered, strict=True))
             for split, shard in splits.items():
-                shard.add([messages for s, messages in batch if s == split], tokenizer)
+                shard.add([(messages, ids_mask) for (s, messages), ids_mask in pairs if s == split])
             if sys.stderr.isatty():  # progress; each line overwrites the one before
                 n = sum(writer.n_tokens for writer in writers.values())
                 rate = n / (time.perf_counter() - start)  # tokens per second
@@ -82,10 +84,10 @@ class Split:
         report = {name: value for name, value in vars(self).items() if name != "writer"}
         return {"shard": self.writer.state(), "report": report}
 
-    def add(self, conversations, tokenizer):
-        rendered = render_batch(tokenizer, conversations)  # [(ids, mask)]
-        self.writer.write(rendered)
-        for messages, (ids, mask) in zip(conversations, rendered, strict=True):
+    def add(self, conversations):
+        """conversations: [(messages, (ids, mask))]"""
+        self.writer.write([ids_mask for _, ids_mask in conversations])
+        for messages, (ids, mask) in conversations:
             self.first = self.first or messages
             self.n_turns += len(messages) - (messages[0]["role"] == "system")
             self.n_supervised += int(mask.sum())

@@ -30,9 +30,15 @@ def _render_chunk(tokenizer, conversations):
     piece_sizes = []  # bytes of each opener and each body
     weights = []  # 1 for the body of a reply that is learned, else 0
     for messages in conversations:
-        # the size of each piece in bytes tells later which tokens it has
         pieces = _pieces(template, messages)
-        piece_sizes += [len(piece.encode()) for piece in pieces]
+        text = "".join(pieces)
+        # the size of each piece in bytes tells later which tokens it has
+        if text.isascii():
+            piece_sizes += map(len, pieces)
+        else:
+            pieces = [_as_utf8(piece) for piece in pieces]
+            text = b"".join(pieces).decode()
+            piece_sizes += map(len, pieces)
         n_ends = 0  # replies
         for message in messages:
             is_reply = message["role"] == "assistant"
@@ -40,7 +46,6 @@ def _render_chunk(tokenizer, conversations):
             weights += (0, message.get("weight", 1) if is_reply else 0)
 
         # `render` knows what to do if somebody typed a marker or very much white space
-        text = "".join(pieces)
         n_markers = sum([text.count(marker.strip()) for marker in markers])
         if n_markers == len(messages) + n_ends and len(text) < LONG_SPACE:
             ids = tokenizer._bpe.encode_to_numpy(
@@ -60,17 +65,20 @@ def _render_chunk(tokenizer, conversations):
 
 def _pieces(template, messages):
     """Return the texts of a conversation, an opener and a body in turn."""
+    openers, before, after, end = template.openers, template.before, template.after, template.end
     pieces = []
     for message in messages:
-        end = template.end if message["role"] == "assistant" else ""
-        content = message["content"]
-        if not content.isascii():  # half a surrogate pair becomes U+FFFD
-            content = content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        body = template.before + content + template.after + end
-        pieces += (template.openers[message["role"]], body)
+        role = message["role"]
+        body = before + message["content"] + after
+        pieces += (openers[role], body + end if role == "assistant" else body)
     if pieces:
         pieces[0] = pieces[0].removeprefix("\n")  # it separates an opener from the turn before
     return pieces
+
+
+def _as_utf8(text):
+    """Return the bytes of a text; half a surrogate pair becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 @functools.cache

@@ -66,7 +66,7 @@ def test_a_script_prints_its_progress_and_one_line_of_json(script):
     result = json.loads(line)
     assert result["bench"] == "prepare"
     assert result["torch"] == torch.__version__
-    assert result["config"] == {"megabytes": 1, "parquet": False}
+    assert result["config"] == {"megabytes": 1, "source": "", "parquet": False}
     # GPT-2's tokens have about four characters, and the chat format adds some
     assert result["tokens_per_s"] * result["seconds"] == pytest.approx(1e6 / 4, rel=0.4)
     assert result["megabytes_per_s"] * result["seconds"] == pytest.approx(1, abs=0.01)

@@ -227,9 +227,9 @@ def test_conversations_are_the_best_paths_through_trees_and_learned_once(
     assert len(talks) == 10 * len(paths)
     # an interrupted run starts anew: it has to read all messages first
     with monkeypatch.context() as patch:
-        interrupt(patch, 1)
+        interrupt_at_the_end(patch)
         done = prepare(dataset="trees", where="lang=en", out_dir="again")
-        assert done.returncode == 130
+        assert done.returncode == 3
     assert prepare(dataset="trees", where="lang=en", out_dir="again").returncode == 0
     assert files_in("again") == files_in("out")
 
@@ -260,8 +260,7 @@ def test_max_examples_where_and_a_persona_column(tmp_path, prepared):
 
 
 def interrupt(monkeypatch, n):
-    """Let call n of render_batch, two for each batch of conversations, be interrupted, and a state
-    be saved after each batch."""
+    """Let batch n of the conversations be interrupted, and a state be saved after each batch."""
     monkeypatch.setattr(corpus, "SAVE_INTERVAL", -1)
     render_batch = corpus.render_batch
     calls = iter(range(1000))
@@ -274,7 +273,13 @@ def interrupt(monkeypatch, n):
     monkeypatch.setattr(corpus, "render_batch", failing)
 
 
-@pytest.mark.parametrize(("n", "val_split"), [(2, ""), (5, ""), (3, "test"), (8, "test")])
+def interrupt_at_the_end(monkeypatch):
+    """Let a run stop when all batches are written, and a state be saved after each batch."""
+    monkeypatch.setattr(corpus, "SAVE_INTERVAL", -1)
+    monkeypatch.setattr(corpus.ShardWriter, "finish", lambda writer: sys.exit(3))
+
+
+@pytest.mark.parametrize(("n", "val_split"), [(1, ""), (2, ""), (1, "test"), (4, "test")])
 def test_a_run_goes_on_where_it_was_interrupted(tmp_path, prepare, monkeypatch, n, val_split):
     folder = write_parquet(tmp_path / "talk", rows_of_talk(3500), n_files=3, row_group_size=300)
     write_parquet(folder, rows_of_talk(1500, seed=5), "test")
@@ -297,11 +302,8 @@ def test_a_run_goes_on_when_all_rows_have_been_read(tmp_path, prepare, monkeypat
     knobs = {"dataset": "talk", "max_examples": 2000}
     assert prepare(out_dir="whole", **knobs).returncode == 0
     with monkeypatch.context() as patch:
-        interrupt(patch, 1000)  # never
-        finish = corpus.ShardWriter.finish
-        patch.setattr(corpus.ShardWriter, "finish", lambda writer: sys.exit(3))
+        interrupt_at_the_end(patch)
         assert prepare(out_dir="out", **knobs).returncode == 3
-        patch.setattr(corpus.ShardWriter, "finish", finish)
     done = prepare(out_dir="out", **knobs)
     assert "going on" in done.stdout
     assert files_in("out") == files_in("whole")
@@ -310,7 +312,7 @@ def test_a_run_goes_on_when_all_rows_have_been_read(tmp_path, prepare, monkeypat
 def test_with_other_knobs_or_files_or_a_part_gone_it_starts_anew(tmp_path, prepare, monkeypatch):
     write_parquet(tmp_path / "talk", rows_of_talk(2500))
     with monkeypatch.context() as patch:
-        interrupt(patch, 4)
+        interrupt(patch, 2)
         assert prepare(dataset="talk", out_dir="out").returncode == 130
     Path("out/train.bin.mask.part").unlink()
     assert prepare(dataset="talk", out_dir="out").returncode == 0
@@ -318,13 +320,13 @@ def test_with_other_knobs_or_files_or_a_part_gone_it_starts_anew(tmp_path, prepa
     assert files_in("out") == files_in("whole")
 
     with monkeypatch.context() as patch:
-        interrupt(patch, 4)
+        interrupt(patch, 2)
         assert prepare(dataset="talk", out_dir="out", max_examples=2400).returncode == 130
     assert prepare(dataset="talk", out_dir="out").returncode == 0
     assert files_in("out") == files_in("whole")
 
     with monkeypatch.context() as patch:
-        interrupt(patch, 4)
+        interrupt(patch, 2)
         assert prepare(dataset="talk", out_dir="out").returncode == 130
     write_parquet(tmp_path / "talk", rows_of_talk(2600, seed=9))
     assert prepare(dataset="talk", out_dir="out").returncode == 0
