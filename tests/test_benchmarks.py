@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import assert_refused, small_talk, write_shards
 from transformers import GPT2LMHeadModel
 
-from benchmarks import best_of, common, decode, fidelity, serve, train
+from benchmarks import best_of, common, decode, fidelity, prepare, serve, train
 from model import GPT, GPTConfig
 from nanochatgpt.checkpoint import load_model, save_model
 from nanochatgpt.shards import open_shard
@@ -74,14 +74,16 @@ def test_a_script_prints_its_progress_and_one_line_of_json(script):
     assert result["peak_memory_mb"] > 100
 
 
-def test_preparing_from_parquet_makes_the_same_tokens(script):
-    results = []
-    for parquet in ("false", "true"):
-        done = script("benchmarks/prepare.py", "--megabytes=1", f"--parquet={parquet}")
-        assert done.returncode == 0, done.stderr
-        result = json.loads(done.stdout)
-        results.append(result["tokens_per_s"] * result["seconds"])
-    assert results[0] == pytest.approx(results[1], rel=1e-3)
+def test_preparing_from_parquet_makes_the_same_tokens(tmp_path):
+    source = tmp_path / "talk.jsonl"
+    lines = [json.dumps({"messages": messages}) for messages in small_talk(40)]
+    source.write_text("\n".join(lines))
+    n_tokens = []
+    for parquet in (False, True):
+        config = prepare.Config(megabytes=1, source=str(source), parquet=parquet)
+        figures = prepare.measure(config)
+        n_tokens.append(figures["tokens_per_s"] * figures["seconds"])
+    assert n_tokens[0] == pytest.approx(n_tokens[1], abs=0.5)
 
 
 def test_a_mistake_in_a_script_is_refused(as_main):

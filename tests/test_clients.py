@@ -277,7 +277,8 @@ def test_top_p_of_zero_is_the_most_likely_token(chat_server):
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 @pytest.mark.parametrize("limit", [CONTEXT, 10**12])
 def test_max_tokens_beyond_the_context_are_an_upper_bound(chat_server, name, limit):
-    body = {"messages": HI, "logit_bias": NO_END, name: limit}
+    messages = [{"role": "user", "content": "hello " * (CONTEXT - 50)}]
+    body = {"messages": messages, "logit_bias": NO_END, name: limit}
     response = post(chat_server, **body).json()
     assert response["choices"][0]["finish_reason"] == "length"
     assert response["usage"]["total_tokens"] == CONTEXT
