@@ -37,10 +37,11 @@ GIVEN_NAME = (
 )
 # a word that is a name after "my name is", "named" or "mr"
 NAME = (
-    "(?!(?:a|actually|after|all|also|always|an|and|are|as|because|best|both|but|called|common|cool"
-    "|each|for|from|hard|her|him|his|i|in|is|it|just|kind|kinda|long|me|mine|most|my|name|no|not|now"
-    "|of|on|one|or|our|pretty|probably|really|short|so|something|spelled|still|that|the|them|there"
-    r"|they|this|to|too|two|unique|unusual|very|was|we|weird|what|you|your)\b)([a-z]{2,})"
+    "(?!(?:a|actually|after|all|also|always|an|and|are|as|because|best|boring|both|but|called|common"
+    "|cool|difficult|each|easy|for|from|funny|hard|her|him|his|i|in|is|it|just|kind|kinda|long|me"
+    "|mine|most|my|name|no|not|now|of|odd|old|on|one|or|our|pretty|probably|really|short|so"
+    "|something|spelled|still|strange|that|the|them|there|they|this|to|too|two|unique|unusual|very"
+    r"|was|we|weird|what|you|your)\b)([a-z]{2,})"
 )
 
 
