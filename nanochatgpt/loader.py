@@ -132,7 +132,8 @@ class Loader:
             if share < 0.01:
                 lines.append(f"  warning: {name} is under 1% of a step: raise its share, {name}:N")
             if epochs > 50:
-                lines.append(f"  warning: {name} is seen more than 50 times and may be memorised")
+                problem = f"  warning: {name} is seen more than 50 times and may be memorised"
+                lines.append(f"{problem}: lower max_iters")
         return "\n".join(lines)
 
     def _order(self, epoch):
