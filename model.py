@@ -1,7 +1,6 @@
 """
 GPT-2 in one file, with the names, layouts and arithmetic of Hugging Face's GPT2LMHeadModel, so that
-state dicts pass both ways. nanochatgpt/fast.py computes the same loss and packed attention faster,
-nanochatgpt/engine.py generates faster: the same greedy text, but its own random numbers.
+state dicts pass both ways. Faster, and tested equal: nanochatgpt/fast.py and nanochatgpt/engine.py.
 
 Shapes: B rows, T tokens in a row, C = n_embd, nh heads of size hs = C / nh, V = vocab_size.
 References: openai/gpt-2 (src/model.py), transformers (models/gpt2/modeling_gpt2.py),
@@ -32,7 +31,8 @@ class GPTConfig:
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # attention heads per block
     n_embd: int = 768  # width of the hidden states
-    dropout: float = 0.0  # on embeddings, attention weights and each block's two outputs
+    dropout: float = 0.0  # on embeddings and each block's two outputs
+    attention_dropout: float = 0.0  # on attention weights, which the fast kernels never store
     activation: str = "gelu_new"  # GPT-2's tanh form of GELU; gelu: the exact form, with erf
 
 
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer  # tells the engine's cache which layer calls
         self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.dropout = config.attention_dropout
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)

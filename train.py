@@ -34,6 +34,7 @@ class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scri
     dataset: str = "personachat"  # folders of data_dir: a,b:0.5 takes half of b per epoch
     template: str = ""  # one of TEMPLATES in nanochatgpt/tokenizer.py; by default the model's own
     dropout: float = 0.1  # share of activations dropped in training
+    attention_dropout: float = 0.0  # the same of attention weights: slow, and needs memory
     # the model's shape, from scratch
     n_layer: int = 12  # layers
     n_head: int = 12  # attention heads per layer
@@ -64,8 +65,9 @@ class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scri
         at_least(1, self, "n_layer", "n_head", "n_embd", "block_size")
         at_least(1, self, "gradient_accumulation_steps", "eval_iters", "log_interval")
         at_least(0, self, "max_epochs")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
         if self.strategy not in ("ddp", "fsdp"):
             raise ValueError(f"strategy={self.strategy} is not one of ddp, fsdp")
 
@@ -73,19 +75,19 @@ class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scri
 def make_model(config, state, distributed):
     """Return (GPT, Tokenizer): from the state of a run to resume, from scratch, or from weights."""
     shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
+    dropouts = {"dropout": config.dropout, "attention_dropout": config.attention_dropout}
     source = config.init_from
     if state is not None:
         source = f"the run in {config.out_dir}"
         tokenizer = Tokenizer(state["template"])
-        model = GPT(GPTConfig(**state["config"] | {"dropout": config.dropout}))
+        model = GPT(GPTConfig(**state["config"] | dropouts))
         model.load_state_dict(state.pop("model"))
     elif source == "scratch":
         tokenizer = Tokenizer(config.template or "human_bot")
-        sizes = GPTConfig(config.block_size, tokenizer.n_vocab, dropout=config.dropout, **shape)
-        model = GPT(sizes)
+        model = GPT(GPTConfig(config.block_size, tokenizer.n_vocab, **shape, **dropouts))
     else:
         with distributed.rank_zero_first():
-            model, tokenizer = load_model(source, dropout=config.dropout)
+            model, tokenizer = load_model(source, **dropouts)
         if config.template:
             tokenizer = Tokenizer(config.template)
         model.grow_vocab(tokenizer.n_vocab)
@@ -121,8 +123,7 @@ def evaluate(model, loader, config, distributed, autocast):
 def main(config):
     # 1. the processes, the precision
     distributed = init_distributed(config, "gradient_accumulation_steps")
-    rank = distributed.rank
-    world_size = distributed.world_size
+    rank, world_size = distributed.rank, distributed.world_size
     device = distributed.device
     dtype, autocast, scaler = precision(config.dtype, device)
     sharded = config.strategy == "fsdp" and world_size > 1
@@ -141,9 +142,8 @@ def main(config):
     raw_model, tokenizer = make_model(config, state, distributed)
     context = raw_model.config.block_size
     if config.block_size > context:
-        raise ValueError(
-            f"block_size={config.block_size} exceeds the context: lower it to {context}"
-        )
+        problem = f"block_size={config.block_size} exceeds the context"
+        raise ValueError(f"{problem}: lower it to {context}")
     raw_model.gradient_checkpointing = config.gradient_checkpointing
     raw_model.to(device)
 

@@ -32,6 +32,7 @@ class Config(ModelConfig):
     batch_size: int = 4  # rows in a step; padded: conversations
     block_size: int = 256  # tokens in a row; padded: at most
     dropout: float = 0.1  # share of activations dropped
+    attention_dropout: float = 0.0  # the same of attention weights; transformers' default is 0.1
     steps: int = 5  # measured steps, after two for warm-up; the result is their median
     dtype: str = "bfloat16"  # autocast to float32 or bfloat16
     compile: bool = False  # torch.compile the model
@@ -57,12 +58,14 @@ def measure(config):
     if config.padded:
         from transformers import GPT2LMHeadModel
 
-        dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
+        dropout = dict.fromkeys(("embd_pdrop", "resid_pdrop"), config.dropout)
+        dropout["attn_pdrop"] = config.attention_dropout
         model = GPT2LMHeadModel.from_pretrained(directory, **dropout).to(device)
         compile_model = torch.compile
     else:
         keep_freed_memory()  # as train.py does on a CPU
-        model, _ = load_model(directory, device, dropout=config.dropout)
+        dropout = {"dropout": config.dropout, "attention_dropout": config.attention_dropout}
+        model, _ = load_model(directory, device, **dropout)
         speed_up(model)
         compile_model = compiled
     model.train()

@@ -37,7 +37,13 @@ FOREIGN = {
 
 @torch.no_grad()
 def load_model(
-    init_from, device="cpu", dtype=torch.float32, dropout=0.0, inference=False, model_class=GPT
+    init_from,
+    device="cpu",
+    dtype=torch.float32,
+    dropout=0.0,
+    attention_dropout=0.0,
+    inference=False,
+    model_class=GPT,
 ):
     """Return (model, Tokenizer) of `init_from` (see above), with weights in `dtype` on `device`.
 
@@ -51,6 +57,7 @@ def load_model(
         raise ValueError(f"{init_from}: the model has {sizes}")
 
     config.dropout = dropout
+    config.attention_dropout = attention_dropout
     with torch.device("meta"):  # no memory for the weights yet
         model = model_class(config)
 

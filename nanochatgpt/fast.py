@@ -103,7 +103,7 @@ class HeadLoss(torch.autograd.Function):
 def fast_packed_attention(model, documents, document_ids):
     """packed_attention that computes one document after the other, where the device can. On a CPU
     at T = 1024 this takes half the time of the mask, with dropout a sixth; torch.compile would
-    recompile it for each batch. On a GPU FlashAttention does it, in 16 bits, without dropout."""
+    recompile it for each batch. On a GPU FlashAttention does it, in 16 bits."""
     if documents.device.type == "cuda" and _flash_can(model, documents.device):
         from torch.nn.attention.varlen import varlen_attn  # here, to spare a chat on a CPU 70 MB
 
@@ -137,12 +137,12 @@ def fast_packed_attention(model, documents, document_ids):
 
 
 def _flash_can(model, device):
-    """Return whether FlashAttention takes this model as it runs now: 16 bits, no dropout, heads of
-    a multiple of 8 up to 256, compute capability 8.0, PyTorch 2.11."""
+    """Return whether FlashAttention takes this model as it runs now: 16 bits, no dropout of
+    attention weights, heads of a multiple of 8 up to 256, compute capability 8.0, PyTorch 2.11."""
     autocast = torch.is_autocast_enabled("cuda")
     weights = model.transformer.wpe.weight.dtype
     dtype = torch.get_autocast_dtype("cuda") if autocast else weights
-    dropout = model.training and model.config.dropout > 0
+    dropout = model.training and model.config.attention_dropout > 0
     hs = model.config.n_embd // model.config.n_head
     fits = dtype != torch.float32 and not dropout and hs % 8 == 0 and hs <= 256
     new_enough = torch.__version__ >= (2, 11)  # varlen_attn takes a window_size

@@ -79,7 +79,8 @@ def config_files(model, tokenizer):
     # sizes; llama.cpp's converter reads n_ctx, OpenAI's name of n_positions
     config |= {"vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size}
     config |= {"n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
-    config |= {"embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "resid_pdrop": c.dropout}
+    config |= {"embd_pdrop": c.dropout, "resid_pdrop": c.dropout}
+    config["attn_pdrop"] = c.attention_dropout
     ids = {"bos_token_id": END_OF_TEXT, "eos_token_id": tokenizer.eos_id}
     ids["pad_token_id"] = tokenizer.pad_id
     generation = dict(ids)

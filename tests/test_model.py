@@ -44,10 +44,10 @@ def disk(tmp_path):
     shutil.rmtree(tmp_path)
 
 
-def ours(hf, dropout=0.0):
+def ours(hf, dropout=0.0, attention_dropout=0.0):
     c = hf.config
     shape = (c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
-    model = GPT(GPTConfig(*shape, dropout, activation=c.activation_function))
+    model = GPT(GPTConfig(*shape, dropout, attention_dropout, c.activation_function))
     model.load_state_dict(hf.state_dict())
     return model.eval()
 
@@ -220,12 +220,12 @@ def test_one_document_a_row_is_what_rows_are_without_documents(hf_model, ours_ei
     torch.testing.assert_close(model(idx, documents=documents)[0], model(idx)[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropouts", [(0, 0), (0.3, 0), (0, 0.3)])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole rows", "packed"])
 def test_gradient_checkpointing_leaves_every_bit_of_the_gradients(
-    hf_model, ours_either_way, documents, dropout
+    hf_model, ours_either_way, documents, dropouts
 ):
-    model = ours_either_way(hf_model(**SMALL), dropout).train()
+    model = ours_either_way(hf_model(**SMALL), *dropouts).train()
     idx, targets, _ = packed()
     gradients, flops = [], []
     for checkpointing in (False, True):
@@ -313,7 +313,7 @@ def test_a_second_backward_pass_through_the_heads_loss_fails(in_parts):
 
 def test_dropout_falls_where_it_falls_in_transformers(hf_gpt2):
     hf = hf_gpt2(**SMALL, embd_pdrop=0.3, attn_pdrop=0.3, resid_pdrop=0.3, initializer_range=0.1)
-    model, idx = ours(hf, dropout=0.3), batch(300)
+    model, idx = ours(hf, 0.3, 0.3), batch(300)
     results = []
     for m in (hf, model):
         m.train()
@@ -324,9 +324,10 @@ def test_dropout_falls_where_it_falls_in_transformers(hf_gpt2):
     assert not torch.allclose(results[1], model.eval()(idx)[0], atol=1e-2)
 
 
-def test_dropout_is_active_in_training_only(hf_model):
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout"])
+def test_dropout_is_active_in_training_only(hf_model, name):
     hf, idx = hf_model(**SMALL), batch(300)
-    model = ours(hf, dropout=0.5)
+    model = ours(hf, **{name: 0.5})
     assert torch.equal(model(idx)[0], model(idx)[0])
     assert torch.equal(model(idx)[0], ours(hf)(idx)[0])
     model.train()

@@ -280,6 +280,15 @@ def test_evaluation_does_not_touch_training(uninterrupted):
     assert_same_weights(often / "last", seldom / "last")
 
 
+def test_both_dropouts_reach_the_training_and_the_checkpoint(uninterrupted):
+    first = losses(uninterrupted())[0]
+    for knobs in ({"dropout": 0.1}, {"attention_dropout": 0.2}):
+        assert losses(fit(**knobs, max_iters=1, out_dir="other"))[0] != first
+        config = GPT2LMHeadModel.from_pretrained("other").config
+        shares = [knobs.get("dropout", 0)] * 2 + [knobs.get("attention_dropout", 0)]
+        assert [config.embd_pdrop, config.resid_pdrop, config.attn_pdrop] == shares
+
+
 def test_gradient_checkpointing_changes_no_bit(uninterrupted, monkeypatch):
     whole, checkpoint, blocks = uninterrupted(dropout=0.1), model.checkpoint, []
     monkeypatch.setattr(
@@ -939,6 +948,7 @@ def test_a_compiled_model_trains_alike(uninterrupted):
         ({"min_lr": -1.0}, "min_lr=-1.0"),
         ({"dropout": math.nan}, "dropout=nan"),
         ({"dropout": 1.0}, "dropout=1.0"),
+        ({"attention_dropout": -0.1}, "attention_dropout=-0.1"),
     ],
     ids=str,
 )
