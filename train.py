@@ -9,6 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 
+import nanochatgpt  # isort: skip  # noqa: F401  # before torch: how its threads wait
 import torch
 from torch.nn.utils import clip_grad_norm_
 

@@ -7,6 +7,7 @@ token; on shards of prepare/retry.py. On one device or, with torchrun, on many.
 import math
 from dataclasses import dataclass
 
+import nanochatgpt  # isort: skip  # noqa: F401  # before torch: how its threads wait
 import torch
 from torch.nn.utils import clip_grad_norm_
 

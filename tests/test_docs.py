@@ -104,7 +104,7 @@ def test_the_readme_is_short_and_its_file_tree_is_complete():
     assert len(text.split()) <= 2000
     [tree] = [block for _, block in BLOCK.findall(text) if block.startswith("model.py")]
     root = {path.name for path in ROOT.glob("*.py")}
-    library = {path.stem for path in (ROOT / "nanochatgpt").glob("*.py")}
+    library = {path.stem for path in (ROOT / "nanochatgpt").glob("[!_]*.py")}
     folders = {"prepare", "rlhf", "evaluation", "serving", "benchmarks", "config", "docs"}
     folders |= {"nanochatgpt", "assets", "tests"}
     assert set(re.findall(r"^(\w+\.py)", tree, re.MULTILINE)) == root

@@ -1,7 +1,10 @@
 """The structure of the project: a short root, imports that point one way, wings that can go."""
 
 import ast
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, small_talk, write_jsonl
@@ -47,6 +50,31 @@ def test_imports_point_one_way(name):
             allowed |= set(WINGS) if folder == "benchmarks" or is_script(name) else set()
             assert target in allowed or imported == "model", imported
         assert not is_script(imported), f"{imported} is a script"
+
+
+BEFORE_TORCH = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+
+class Finder:
+    def find_spec(name, *_):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            sys.exit()
+
+sys.meta_path.insert(0, Finder)
+__import__(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("users", [None, "7"])
+def test_how_threads_wait_is_set_before_torch_is_loaded_unless_the_user_did(script, users):
+    environ = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    environ |= {"GOMP_SPINCOUNT": users} if users else {}
+    command = [sys.executable, "-c", BEFORE_TORCH, str(ROOT), script]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.stdout.strip() == (users or "1000"), done.stderr
 
 
 @pytest.fixture(scope="module")
