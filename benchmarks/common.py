@@ -1,14 +1,17 @@
 """What benchmarks share: the JSON line they end with, random weights, memory."""
 
+import contextlib
 import functools
 import json
 import re
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import nanochatgpt  # isort: skip  # noqa: F401  # before torch: how its threads wait
 import torch
 
 from model import GPT, PRESETS, GPTConfig
@@ -23,6 +26,7 @@ class ModelConfig:
     init_from: str = "random:gpt2"  # as for chat.py, or random:NAME: that shape, random weights
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
+    busy: int = 0  # other processes that keep a core busy meanwhile
 
 
 def run_benchmark(measure, Config):
@@ -31,8 +35,10 @@ def run_benchmark(measure, Config):
     @functools.wraps(measure)  # so that --help shows the docstring of its module
     def main(config):
         result = {"bench": Path(sys.argv[0]).stem}
+        with busy_processes(getattr(config, "busy", 0)):
+            figures = measure(config)
         # the figures, with five digits
-        for name, value in measure(config).items():
+        for name, value in figures.items():
             result[name] = float(f"{value:.5g}") if isinstance(value, float) else value
         # what they depend on
         result["config"] = asdict(config)
@@ -42,6 +48,18 @@ def run_benchmark(measure, Config):
         print(json.dumps(result, default=list))  # list: config.given is a set
 
     run(main, Config)
+
+
+@contextlib.contextmanager
+def busy_processes(n):
+    """Let n other processes keep a core busy each."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def load(config):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import nanochatgpt  # isort: skip  # noqa: F401  # before torch: how its threads wait
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -111,14 +112,31 @@ def measure(config):
     span = loader.span if loader else T  # mean length of the texts
     flops_per_token = gpt.flops_per_token(span, n_supervised.sum() / n_tokens.sum())
     peak = peak_flops(device)
+    products = product_flops(config, gpt.config.n_embd, device)
     return {
         "tokens_per_s": tokens_per_s,
         "supervised_tokens_per_s": np.median(n_supervised / seconds),
         "seconds": np.median(seconds),  # per step
         "fill": n_tokens.sum() / n_positions.sum(),  # share of positions that hold tokens
+        "of_products": tokens_per_s * flops_per_token / products,  # of what products alone allow
         "mfu": tokens_per_s * flops_per_token / peak if peak else None,  # of the peak in 16 bits
         "peak_memory_mb": peak_memory(device),
     }
+
+
+def product_flops(config, C, device):
+    """Return the FLOP/s of one matrix product of a step, that of the MLP's first layer: the median
+    of 20."""
+    rows = config.batch_size * config.block_size
+    dtype = getattr(torch, config.dtype)
+    a = torch.randn(rows, C, device=device, dtype=dtype)
+    b = torch.randn(C, 4 * C, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(25):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * rows * C * 4 * C / np.median(seconds[5:])
 
 
 def padded_batch(loader, step):
