@@ -124,8 +124,7 @@ def evaluate(model, loader, config, distributed, autocast):
 def main(config):
     # 1. the processes, the precision
     distributed = init_distributed(config, "gradient_accumulation_steps")
-    rank, world_size = distributed.rank, distributed.world_size
-    device = distributed.device
+    rank, world_size, device = distributed.rank, distributed.world_size, distributed.device
     dtype, autocast, scaler = precision(config.dtype, device)
     sharded = config.strategy == "fsdp" and world_size > 1
     if dtype == torch.float16 and sharded:
