@@ -336,6 +336,24 @@ def test_a_run_is_not_overwritten_by_another():
     assert records(out) == before
 
 
+def test_a_float16_run_scales_its_loss_and_resumes_bit_for_bit(monkeypatch):
+    def precision(
+        name, device
+    ):  # as on a GPU; the scale is so large at first that steps are left out
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+        return torch.float16, torch.autocast("cpu", torch.float16), scaler
+
+    monkeypatch.setattr(train, "precision", precision)
+    knobs = {"max_iters": 40, "eval_interval": 20, "dropout": 0.1}
+    whole = fit(**knobs, out_dir="whole")
+    assert losses(whole, "val_loss")[-1] < losses(whole, "val_loss")[0] - 0.5
+    assert load_state(whole)["scaler"]["scale"] < 2.0**40
+    with monkeypatch.context() as patch:
+        at_step(patch, 30, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        fit(**knobs)
+    assert_same_run(fit(**knobs, init_from="resume"), whole)
+
+
 def test_sigterm_and_ctrl_c_save_and_exit_0(uninterrupted):
     init_from = "scratch"
     for number, line in ((signal.SIGTERM, "iter 4/20"), (signal.SIGINT, "iter 8/20")):
