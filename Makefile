@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all gpu lint clean
 
 # Chat with the model in the box, train it on a corpus it has not seen, show what changed, chat again.
 # make demo DATA=mine.jsonl uses your own conversations. Without a terminal, the chats are scripted.
@@ -52,6 +52,14 @@ test: .venv/installed-dev
 
 test-all: .venv/installed-all
 	$(BIN)/python -m pytest -n auto --dist worksteal -m ''
+
+# For whoever has a GPU: its tests, then the figures of "On a GPU" in benchmarks/README.md
+gpu: .venv/installed-dev
+	$(BIN)/python -m pytest -m '' tests/test_cuda.py
+	$(BIN)/python benchmarks/decode.py --device=cuda --dtype=bfloat16
+	$(BIN)/python benchmarks/decode.py --device=cuda --dtype=bfloat16 --rows=64
+	$(BIN)/python benchmarks/train.py --device=cuda --batch_size=16 --block_size=1024 --compile=true --steps=20
+	$(BIN)/python benchmarks/serve.py --device=cuda --dtype=bfloat16
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
