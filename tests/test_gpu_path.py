@@ -1,6 +1,7 @@
 """What only a GPU would run, rehearsed on a CPU: the branches are chosen by hand, and kernels that
 exist on CUDA only have a stand-in with the same signature, which computes the plain way."""
 
+import functools
 import inspect
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -9,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig, packed_attention
 from nanochatgpt import device, engine, fast, recording
 from nanochatgpt.engine import Engine, Step
-from nanochatgpt.fast import HeadLoss, speed_up
+from nanochatgpt.fast import HeadLoss, compiled, speed_up
 from nanochatgpt.recording import RECORD_AFTER, StepRunner
 from nanochatgpt.sampling import Sampling
 
@@ -148,6 +150,27 @@ def test_flash_attention_is_chosen_within_its_limits(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     assert fast._flash_can(model, "cuda") is expected
+
+
+# --- torch.compile --------------------------------------------------------------------------------
+
+
+def test_compile_makes_one_graph_for_a_shape_and_none_for_a_batch(monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    model = compiled(speed_up(small_gpt(n_head=2, n_embd=32, dropout=0.1).train()))
+    for number in range(5):
+        idx, targets = torch.randint(0, 103, (2, 2, 32))
+        targets[torch.rand(2, 32) < 0.1 * number] = -100  # as many as it may be
+        ends = torch.cat([torch.tensor([0, 32, 64]), torch.randint(1, 64, (3,))]).sort().values
+        loss = model(idx, targets, ends.int())[1]
+        loss.backward()
+    assert counter.frame_count == 1
+    model.eval()
+    with torch.no_grad():
+        model(idx, targets, ends.int())
+    assert counter.frame_count == 2
 
 
 # --- recorded steps -------------------------------------------------------------------------------
