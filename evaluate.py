@@ -11,7 +11,7 @@ prepare/recall.py does not train on.
 import math
 from dataclasses import dataclass
 
-import nanochatgpt  # isort: skip  # noqa: F401  # before torch: how its threads wait
+import nanochatgpt  # isort: skip  # noqa: F401  # first: sets how OpenMP's threads wait
 from evaluation.metrics import SACREBLEU, diversity, predict, rates, remembers, similarity
 from evaluation.replies import ReplyConfig, load, reply_to
 from evaluation.report import ROWS, page, progress, table, write, write_json

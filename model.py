@@ -1,6 +1,7 @@
 """
 GPT-2 in one file, with the names, layouts and arithmetic of Hugging Face's GPT2LMHeadModel, so that
-state dicts pass both ways. Faster, and tested equal: nanochatgpt/fast.py and nanochatgpt/engine.py.
+state dicts pass both ways. nanochatgpt/fast.py computes the same loss and packed attention faster,
+nanochatgpt/engine.py generates faster: the same greedy text, but its own random numbers.
 
 Shapes: B rows, T tokens in a row, C = n_embd, nh heads of size hs = C / nh, V = vocab_size.
 References: openai/gpt-2 (src/model.py), transformers (models/gpt2/modeling_gpt2.py),
@@ -32,7 +33,7 @@ class GPTConfig:
     n_head: int = 12  # attention heads per block
     n_embd: int = 768  # width of the hidden states
     dropout: float = 0.0  # on embeddings and each block's two outputs
-    attention_dropout: float = 0.0  # on attention weights, which the fast kernels never store
+    attention_dropout: float = 0.0  # on attention weights; keeps packed rows off fast kernels
     activation: str = "gelu_new"  # GPT-2's tanh form of GELU; gelu: the exact form, with erf
 
 
@@ -137,8 +138,7 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # True: recompute each block in the backward pass instead of storing its activations
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False  # True: recompute blocks, instead of storing them
         self.tie_weights()
         self.init_weights()
 

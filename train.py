@@ -9,7 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 
-import nanochatgpt  # isort: skip  # noqa: F401  # before torch: how its threads wait
+import nanochatgpt  # isort: skip  # noqa: F401  # first: sets how OpenMP's threads wait
 import torch
 from torch.nn.utils import clip_grad_norm_
 
@@ -35,7 +35,7 @@ class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scri
     dataset: str = "personachat"  # folders of data_dir: a,b:0.5 takes half of b per epoch
     template: str = ""  # one of TEMPLATES in nanochatgpt/tokenizer.py; by default the model's own
     dropout: float = 0.1  # share of activations dropped in training
-    attention_dropout: float = 0.0  # the same of attention weights: slow, and needs memory
+    attention_dropout: float = 0.0  # share of attention weights dropped; slower, more memory
     # the model's shape, from scratch
     n_layer: int = 12  # layers
     n_head: int = 12  # attention heads per layer

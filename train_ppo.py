@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import nanochatgpt  # isort: skip  # noqa: F401  # before torch: how its threads wait
+import nanochatgpt  # isort: skip  # noqa: F401  # first: sets how OpenMP's threads wait
 import torch
 from torch.nn.utils import clip_grad_norm_
 

@@ -7,7 +7,7 @@ token; on shards of prepare/retry.py. On one device or, with torchrun, on many.
 import math
 from dataclasses import dataclass
 
-import nanochatgpt  # isort: skip  # noqa: F401  # before torch: how its threads wait
+import nanochatgpt  # isort: skip  # noqa: F401  # first: sets how OpenMP's threads wait
 import torch
 from torch.nn.utils import clip_grad_norm_
 
@@ -34,7 +34,7 @@ class Config(TrainConfig):  # TrainConfig: the knobs shared by all training scri
     dataset: str = "retry"
     template: str = ""  # how conversations are written; default: the model's own
     loss: str = "labels"  # labels: cross-entropy; pairs: Bradley-Terry, chosen against rejected
-    dropout: float = 0.1  # share of activations dropped in training
+    dropout: float = 0.1  # share of activations dropped in training, not of attention weights
     # the batch
     batch_size: int = 16  # replies in a micro-batch, of similar length
     block_size: int = 256  # tokens of a text that are scored, the last ones

@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import nanochatgpt  # isort: skip  # noqa: F401  # first: sets how OpenMP's threads wait
 import torch
 
 from benchmarks.common import ModelConfig, load, resolve, run_benchmark

@@ -1,4 +1,4 @@
-"""What benchmarks share: the JSON line they end with, random weights, memory."""
+"""What benchmarks share: the JSON line they end with, random weights, memory, busy processes."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-import nanochatgpt  # isort: skip  # noqa: F401  # before torch: how its threads wait
+import nanochatgpt  # isort: skip  # noqa: F401  # first: sets how OpenMP's threads wait
 import torch
 
 from model import GPT, PRESETS, GPTConfig
@@ -20,13 +20,15 @@ from nanochatgpt.configurator import run
 from nanochatgpt.device import pick_device, pick_dtype
 from nanochatgpt.tokenizer import Tokenizer
 
+BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+
 
 @dataclass
 class ModelConfig:
     init_from: str = "random:gpt2"  # as for chat.py, or random:NAME: that shape, random weights
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto, float32, bfloat16, float16, int8
-    busy: int = 0  # other processes that keep a core busy meanwhile
+    busy: int = 0  # run this many busy processes beside the measurement
 
 
 def run_benchmark(measure, Config):
@@ -52,14 +54,12 @@ def run_benchmark(measure, Config):
 
 @contextlib.contextmanager
 def busy_processes(n):
-    """Let n other processes keep a core busy each."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
-    try:
+    """Let n other processes keep a core busy each, until the end of the block or of this one."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(n):
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", BUSY]))
+            stack.callback(process.kill)
         yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def load(config):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import nanochatgpt  # isort: skip  # noqa: F401  # first: sets how OpenMP's threads wait
 import torch
 import torch.nn.functional as F
 

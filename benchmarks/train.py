@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import nanochatgpt  # isort: skip  # noqa: F401  # before torch: how its threads wait
+import nanochatgpt  # isort: skip  # noqa: F401  # first: sets how OpenMP's threads wait
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -42,7 +42,7 @@ class Config(ModelConfig):
 def measure(config):
     """Run whole steps: batch, forward, backward, clipping, AdamW; return the median rates."""
     device = pick_device(config.device)
-    _, autocast, _ = precision(config.dtype, device)
+    dtype, autocast, _ = precision(config.dtype, device)
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # as in train.py
 
     # the data: a dataset, or the same random tokens in each step
@@ -112,7 +112,9 @@ def measure(config):
     span = loader.span if loader else T  # mean length of the texts
     flops_per_token = gpt.flops_per_token(span, n_supervised.sum() / n_tokens.sum())
     peak = peak_flops(device)
-    products = product_flops(config, gpt.config.n_embd, device)
+    peak_mb = peak_memory(device)
+    C = gpt.config.n_embd
+    products = product_flops(config.batch_size * T, C, dtype, device)
     return {
         "tokens_per_s": tokens_per_s,
         "supervised_tokens_per_s": np.median(n_supervised / seconds),
@@ -120,23 +122,23 @@ def measure(config):
         "fill": n_tokens.sum() / n_positions.sum(),  # share of positions that hold tokens
         "of_products": tokens_per_s * flops_per_token / products,  # of what products alone allow
         "mfu": tokens_per_s * flops_per_token / peak if peak else None,  # of the peak in 16 bits
-        "peak_memory_mb": peak_memory(device),
+        "peak_memory_mb": peak_mb,
     }
 
 
-def product_flops(config, C, device):
+def product_flops(rows, C, dtype, device):
     """Return the FLOP/s of one matrix product of a step, that of the MLP's first layer: the median
-    of 20."""
-    rows = config.batch_size * config.block_size
-    dtype = getattr(torch, config.dtype)
+    of five times ten."""
     a = torch.randn(rows, C, device=device, dtype=dtype)
     b = torch.randn(C, 4 * C, device=device, dtype=dtype)
     seconds = []
-    for _ in range(25):
+    for _ in range(6):
         start = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
+        for _ in range(10):
+            y = a @ b
+        y[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    return 2 * rows * C * 4 * C / np.median(seconds[5:])
+    return 10 * 2 * rows * C * 4 * C / np.median(seconds[1:])
 
 
 def padded_batch(loader, step):

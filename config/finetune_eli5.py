@@ -17,6 +17,6 @@ weight_decay = 0.01
 beta2 = 0.999
 grad_clip = 1.0
 dropout = 0.1
-attention_dropout = 0.1
+attention_dropout = 0.1  # as in transformers, which the original used
 seed = 42
 eval_iters = 10_000  # the whole validation set

@@ -102,7 +102,7 @@ class HeadLoss(torch.autograd.Function):
 
 def fast_packed_attention(model, documents, document_ids):
     """packed_attention that computes one document after the other, where the device can. On a CPU
-    at T = 1024 this takes half the time of the mask, with dropout a sixth; torch.compile would
+    at T = 1024 this takes half the time of the mask, with its dropout a sixth; torch.compile would
     recompile it for each batch. On a GPU FlashAttention does it, in 16 bits."""
     if is_gpu(documents.device) and _flash_can(model, documents.device):
         from torch.nn.attention.varlen import varlen_attn  # here, to spare a chat on a CPU 70 MB

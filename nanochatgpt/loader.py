@@ -133,7 +133,7 @@ class Loader:
                 lines.append(f"  warning: {name} is under 1% of a step: raise its share, {name}:N")
             if epochs > 50:
                 problem = f"  warning: {name} is seen more than 50 times and may be memorised"
-                lines.append(f"{problem}: lower max_iters")
+                lines.append(f"{problem}: lower its share, {name}:N, or take fewer steps")
         return "\n".join(lines)
 
     def _order(self, epoch):

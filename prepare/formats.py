@@ -27,7 +27,7 @@ ROLES = {  # name -> role
     **dict.fromkeys(HUMANS, "user"),
     **dict.fromkeys(BOTS, "assistant"),
 }
-USUAL_ROLES = ("user", "assistant")
+USUAL_ROLES = ("user", "assistant")  # names that are roles
 TOOLS = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
 
 
@@ -75,8 +75,7 @@ class ConversationReader:
         self.n_blank += n_blank
         if not n_learned(messages):
             return None
-        key = "\n".join([message["role"] + message["content"] for message in messages])
-        return key, messages
+        return "\0".join([m["role"] + "\0" + m["content"] for m in messages]), messages
 
     def report(self):
         """Return in one line what was read."""
@@ -120,7 +119,7 @@ def as_message(turn, number):
     content = turn.get("content")
     role = turn.get("role")
     if role in USUAL_ROLES and isinstance(content, str) and len(turn) == 2:
-        return {"role": role, "content": content.strip()}  # in half of the time of what follows
+        return {"role": role, "content": content.strip()}  # the usual case, in half the time
 
     name = role or turn.get("from")
     lower = name.lower() if isinstance(name, str) else None

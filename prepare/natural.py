@@ -37,12 +37,15 @@ GIVEN_NAME = (
 )
 # a word that is a name after "my name is", "named" or "mr"
 NAME = (
-    "(?!(?:a|actually|after|all|also|always|an|and|are|as|because|best|boring|both|but|called|common"
-    "|cool|difficult|each|easy|for|from|funny|hard|her|him|his|i|in|is|it|just|kind|kinda|long|me"
-    "|mine|most|my|name|no|not|now|of|odd|old|on|one|or|our|pretty|probably|really|short|so"
-    "|something|spelled|still|strange|that|the|them|there|they|this|to|too|two|unique|unusual|very"
+    "(?!(?:a|actually|after|all|also|always|an|and|are|as|because|best|both|but|called|common"
+    "|cool|each|for|from|hard|her|him|his|i|in|is|it|just|kind|kinda|long|me"
+    "|mine|most|my|name|no|not|now|of|on|one|or|our|pretty|probably|really|short|so"
+    "|something|spelled|still|that|the|them|there|they|this|to|too|two|unique|unusual|very"
     r"|was|we|weird|what|you|your)\b)([a-z]{2,})"
 )
+
+
+ADJECTIVE = "(?:boring|difficult|easy|funny|odd|old|strange)"  # "my name is difficult"
 
 
 def capitalize(match):
@@ -86,7 +89,7 @@ RULES = [
     (rf"\b(?<!\ba )(?<!\bthe )(?<!\bmy )(?:mrs?\.?|dr\.) {NAME}", lambda m: m[0].title()),
     (
         r"\b((?<!\bwas )(?<!\bbeen )named |(?:my|his|her|their)(?: [\w']+)?"
-        rf" name(?:s|'s|s? is|s? are|s? was) ){NAME}",
+        rf" name(?:s|'s|s? is|s? are|s? was) (?!{ADJECTIVE}\b)){NAME}",
         capitalize,
     ),
     (

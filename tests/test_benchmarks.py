@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -84,6 +85,18 @@ def test_preparing_from_parquet_makes_the_same_tokens(tmp_path):
         figures = prepare.measure(config)
         n_tokens.append(figures["tokens_per_s"] * figures["seconds"])
     assert n_tokens[0] == pytest.approx(n_tokens[1], abs=0.5)
+
+
+def test_busy_processes_run_inside_the_block_and_not_after_it(monkeypatch):
+    started = []
+    popen = common.subprocess.Popen
+    monkeypatch.setattr(
+        common.subprocess, "Popen", lambda *args: started.append(popen(*args)) or started[-1]
+    )
+    with pytest.raises(InterruptedError), common.busy_processes(2):
+        assert [process.poll() for process in started] == [None, None]
+        raise InterruptedError
+    assert [process.poll() for process in started] == [-signal.SIGKILL] * 2
 
 
 def test_a_mistake_in_a_script_is_refused(as_main):

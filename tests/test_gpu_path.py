@@ -48,12 +48,14 @@ def mm(a, b, *, out_dtype=None):
     """torch.mm, whose out_dtype only CUDA has; it takes 16-bit factors and gives float32."""
     if out_dtype is None:
         return a @ b
-    assert a.dtype == b.dtype != torch.float32 == out_dtype
+    assert a.dtype == b.dtype != torch.float32
+    assert out_dtype == torch.float32
     return a.float() @ b.float()
 
 
 def test_mm_has_an_out_dtype():
-    assert "dtype" in torch.ops.aten.mm.overloads()
+    arguments = {a.name: str(a.type) for a in torch.ops.aten.mm.dtype._schema.arguments}
+    assert arguments == {"self": "Tensor", "mat2": "Tensor", "out_dtype": "int"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -162,7 +164,7 @@ def test_compile_makes_one_graph_for_a_shape_and_none_for_a_batch(monkeypatch):
     model = compiled(speed_up(small_gpt(n_head=2, n_embd=32, dropout=0.1).train()))
     for number in range(5):
         idx, targets = torch.randint(0, 103, (2, 2, 32))
-        targets[torch.rand(2, 32) < 0.1 * number] = -100  # as many as it may be
+        targets[torch.rand(2, 32) < 0.1 * number] = -100  # any number of supervised tokens
         ends = torch.cat([torch.tensor([0, 32, 64]), torch.randint(1, 64, (3,))]).sort().values
         loss = model(idx, targets, ends.int())[1]
         loss.backward()
@@ -204,11 +206,14 @@ def graphs(gpu, monkeypatch):
     """The graphs that are recorded, in the place of CUDA's."""
     made = []
 
+    signature = inspect.signature(torch.cuda.graph)
+
     @contextmanager
-    def record(graph, pool=None, capture_error_mode="global"):
-        assert pool == "pool" and capture_error_mode == "thread_local"
-        made.append(graph)
-        with graph:
+    def record(*args, **options):
+        call = signature.bind(*args, **options).arguments
+        assert call["pool"] == "pool" and call["capture_error_mode"] == "thread_local"
+        made.append(call["cuda_graph"])
+        with call["cuda_graph"]:
             yield
 
     stream = SimpleNamespace(wait_stream=lambda other: None)

@@ -59,7 +59,7 @@ sys.path.insert(0, sys.argv[1])
 class Finder:
     def find_spec(name, *_):
         if name == "torch":
-            print(os.environ.get("GOMP_SPINCOUNT"))
+            print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY"))
             sys.exit()
 
 sys.meta_path.insert(0, Finder)
@@ -67,14 +67,26 @@ __import__(sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("users", [None, "7"])
-def test_how_threads_wait_is_set_before_torch_is_loaded_unless_the_user_did(script, users):
-    environ = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    environ |= {"GOMP_SPINCOUNT": users} if users else {}
+MEASURING = [name for name in NAMES if name.startswith("benchmarks.") and is_script(name)]
+
+
+@pytest.mark.parametrize(
+    ("script", "users", "expected"),
+    [
+        *((script, {}, "1000 None") for script in [*SCRIPTS, *MEASURING]),
+        ("chat", {"GOMP_SPINCOUNT": "7"}, "7 None"),
+        ("chat", {"OMP_WAIT_POLICY": "active"}, "None active"),
+    ],
+)
+def test_how_threads_wait_is_set_before_torch_is_loaded_unless_the_user_did(
+    script, users, expected
+):
+    environ = os.environ | users
+    if "GOMP_SPINCOUNT" not in users:
+        environ.pop("GOMP_SPINCOUNT", None)  # of this process
     command = [sys.executable, "-c", BEFORE_TORCH, str(ROOT), script]
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
-    assert done.stdout.strip() == (users or "1000"), done.stderr
+    assert done.stdout.strip() == expected, done.stderr
 
 
 @pytest.fixture(scope="module")
