@@ -7,6 +7,7 @@ does not depend on the other rows, up to rounding. Layers copy a weight (n_out, 
 
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn as nn
@@ -113,20 +114,25 @@ def pack(model, read, dtype):
     # return freed memory at once: loading GPT-2 as int8 peaks at 640 MB instead of 660 to 890
     mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
-    # the head, and the token embedding in at least 16 bits
-    embedding = read("transformer.wte.weight").float()
-    if hasattr(model, "lm_head"):
-        model.lm_head = Linear(embedding)
-    embedding_dtype = torch.float16 if dtype == torch.int8 else dtype
-    tensors = {"transformer.wte.weight": embedding.to(embedding_dtype)}
-    del embedding
+    def packed(name):
+        weight = read(f"{name}.weight").float()
+        return Linear(weight.T.contiguous(), read(f"{name}.bias").float())
 
-    # the matrices of the blocks
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Conv1D):
-            weight = read(f"{name}.weight").float()
-            bias = read(f"{name}.bias").float()
-            model.set_submodule(name, Linear(weight.T.contiguous(), bias))
+    names = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # packing takes one core a layer
+        # the head, and the token embedding in at least 16 bits
+        embedding = read("transformer.wte.weight").float()
+        if hasattr(model, "lm_head"):
+            head = threads.submit(Linear, embedding)
+        embedding_dtype = torch.float16 if dtype == torch.int8 else dtype
+        tensors = {"transformer.wte.weight": embedding.to(embedding_dtype)}
+        del embedding
+
+        # the matrices of the blocks
+        for name, layer in zip(names, threads.map(packed, names), strict=True):
+            model.set_submodule(name, layer)
+        if hasattr(model, "lm_head"):
+            model.lm_head = head.result()
 
     # the rest in float32: LayerNorms and positions
     for name in model.state_dict().keys() - tensors.keys() - {"lm_head.weight"}:
