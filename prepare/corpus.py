@@ -44,9 +44,11 @@ def prepare(config, name, conversations, origin=None, checkpoint=None):
         saved = start
         while batch := list(itertools.islice(conversations, 1000)):
             rendered = render_batch(tokenizer, [messages for _, messages in batch])
-            pairs = list(zip(batch, rendered, strict=True))
+            parts = {split: [] for split in splits}
+            for (split, messages), ids_and_mask in zip(batch, rendered, strict=True):
+                parts[split].append((messages, ids_and_mask))
             for split, shard in splits.items():
-                shard.add([(messages, ids_mask) for (s, messages), ids_mask in pairs if s == split])
+                shard.add(parts[split])
             if sys.stderr.isatty():  # progress; each line overwrites the one before
                 n = sum(writer.n_tokens for writer in writers.values())
                 rate = n / (time.perf_counter() - start)  # tokens per second
@@ -85,8 +87,8 @@ class Split:
         return {"shard": self.writer.state(), "report": report}
 
     def add(self, conversations):
-        """conversations: [(messages, (ids, mask))]"""
-        self.writer.write([ids_mask for _, ids_mask in conversations])
+        """Write conversations, [(messages, (ids, mask))], and count what is in them."""
+        self.writer.write([ids_and_mask for _, ids_and_mask in conversations])
         for messages, (ids, mask) in conversations:
             self.first = self.first or messages
             self.n_turns += len(messages) - (messages[0]["role"] == "system")

@@ -154,6 +154,18 @@ def test_flash_attention_is_chosen_within_its_limits(
     assert fast._flash_can(model, "cuda") is expected
 
 
+def test_under_autocast_the_weights_may_be_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0"))
+    model = small_gpt(n_head=2, n_embd=32).train()
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert fast._flash_can(model, "cuda")
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert not fast._flash_can(model, "cuda")
+
+
 # --- torch.compile --------------------------------------------------------------------------------
 
 
@@ -275,6 +287,7 @@ def test_a_shape_is_recorded_once_and_only_if_it_keeps_coming(graphs):
 def test_a_copy_to_a_gpu_is_pinned_and_not_waited_for(gpu, monkeypatch):
     calls = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: calls.append("pinned") or x.clone())
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **options: calls.append(options) or x)
     x = torch.arange(6)[::2]
     assert torch.equal(device.move(x, "cpu"), x)
-    assert calls == ["pinned"]
+    assert calls == ["pinned", {"non_blocking": True}]
