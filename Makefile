@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 PYTHON ?= python3
-# the version of PyTorch that is tested; make TORCH=2.9.1 installs another
+# the version of PyTorch that is tested; make TORCH=2.9.0 installs another
 TORCH ?= 2.13.0
 BIN := .venv/bin
 

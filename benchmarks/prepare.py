@@ -23,8 +23,8 @@ from prepare.records import read_records
 
 @dataclass
 class Config:
-    megabytes: int = 64  # of text: conversations, over and over
-    source: str = ""  # where they are, as prepare/jsonl.py reads them; by default chitchat's
+    megabytes: int = 64  # of text: the same conversations, repeated
+    source: str = ""  # their file, as for prepare/jsonl.py; by default chitchat's conversations
     parquet: bool = False  # read them from a Parquet file, with prepare/hub.py
 
 

@@ -41,9 +41,9 @@ def load_model(
     device="cpu",
     dtype=torch.float32,
     dropout=0.0,
-    attention_dropout=0.0,
     inference=False,
     model_class=GPT,
+    attention_dropout=0.0,
 ):
     """Return (model, Tokenizer) of `init_from` (see above), with weights in `dtype` on `device`.
     The dropouts of its config.json are not read: OpenAI's are 0.1.

@@ -26,7 +26,7 @@ PEAK_FLOPS = {
 }
 
 
-def is_gpu(device):
+def is_cuda(device):
     """Return whether a device is a CUDA one."""
     return torch.device(device).type == "cuda"
 
@@ -50,7 +50,7 @@ def pick_device(name):
 def pick_dtype(name, device, inference=False):
     """Return the torch dtype of a `dtype` knob. auto is bfloat16 (or float16) on CUDA, else
     float32; for inference on an x86 CPU float16, which is faster and writes the same text."""
-    cuda = is_gpu(device)
+    cuda = is_cuda(device)
     packed = inference and FBGEMM and torch.device(device).type == "cpu"  # see quantize.py
     names = ["float32", "bfloat16", "float16"]  # values of the knob besides auto
     if packed:
@@ -97,7 +97,7 @@ def mallopt(option, value):
 
 def peak_flops(device):
     """Return the peak FLOP/s of a CUDA device's tensor cores, None if PEAK_FLOPS lacks it."""
-    if is_gpu(device):
+    if is_cuda(device):
         name = torch.cuda.get_device_name(device)  # "NVIDIA H100 80GB HBM3"
         for pattern, peak in PEAK_FLOPS.items():
             if re.search(pattern, name):
@@ -107,6 +107,6 @@ def peak_flops(device):
 
 def move(tensor, device):
     """Return the tensor on the device; a GPU copies it in the background."""
-    if is_gpu(device) and tensor.device.type == "cpu":
+    if is_cuda(device) and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()  # without it, the copy blocks
     return tensor.to(device, non_blocking=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanochatgpt.device import is_gpu
+from nanochatgpt.device import is_cuda
 from nanochatgpt.sampling import Sampling, draw_token, penalize
 
 PREFILL_TOKENS = 4096  # prompt tokens computed together, padding included
@@ -46,7 +46,7 @@ class KVCache:
             keys[self.rows, :, self.positions] = k.transpose(1, 2)
             values[self.rows, :, self.positions] = v.transpose(1, 2)
         B, _, T, hs = q.shape
-        if B > 1 and T == 1 and not is_gpu(q.device):
+        if B > 1 and T == 1 and not is_cuda(q.device):
             # many rows, one token each: plain matmuls take 0.94 of SDPA's time at 16 rows
             return (q * hs**-0.5 @ keys.mT + self.mask).softmax(-1) @ values
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask)

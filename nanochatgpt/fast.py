@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from nanochatgpt.device import is_gpu, move
+from nanochatgpt.device import is_cuda, move
 
 
 def speed_up(model):
@@ -55,7 +55,7 @@ class HeadLoss(torch.autograd.Function):
         V = len(weight)
         autocast = torch.is_autocast_enabled(device)
         w = weight.to(torch.get_autocast_dtype(device) if autocast else x.dtype)  # (V, C)
-        if is_gpu(x.device):
+        if is_cuda(x.device):
             w = F.pad(w, (0, 0, 0, -V % 64))  # tensor cores want round sizes
         softmax_rows = HeadLoss.CPU_ROWS if device == "cpu" else HeadLoss.ROWS
         loss = torch.zeros((), device=x.device)
@@ -83,7 +83,7 @@ class HeadLoss(torch.autograd.Function):
             if training:
                 ctx.dx[rows] = logits @ w
                 # sum thousands of rows in float32, where the device can: float16 would overflow
-                wide = is_gpu(x.device) and w.dtype != torch.float32
+                wide = is_cuda(x.device) and w.dtype != torch.float32
                 out_dtype = {"out_dtype": torch.float32} if wide else {}
                 ctx.dw += torch.mm(logits.T, h, **out_dtype)[:V]
         return loss
@@ -104,7 +104,7 @@ def fast_packed_attention(model, documents, document_ids):
     """packed_attention that computes one document after the other, where the device can. On a CPU
     at T = 1024 this takes half the time of the mask, with its dropout a sixth; torch.compile would
     recompile it for each batch. On a GPU FlashAttention does it, in 16 bits."""
-    if is_gpu(documents.device) and _flash_can(model, documents.device):
+    if is_cuda(documents.device) and _flash_can(model, documents.device):
         from torch.nn.attention.varlen import varlen_attn  # here, to spare a chat on a CPU 70 MB
 
         def attend(layer, q, k, v, dropout):

@@ -9,7 +9,7 @@ from collections import Counter
 
 import torch
 
-from nanochatgpt.device import is_gpu
+from nanochatgpt.device import is_cuda
 
 RECORD_AFTER = 32  # once a shape has come up 32 times: recording pays off after about 50 replays
 
@@ -19,7 +19,7 @@ class StepRunner:
 
     def __init__(self, step, device, record, compile):
         self.step = torch.compile(step, dynamic=False) if compile else step
-        self.cuda = is_gpu(device)
+        self.cuda = is_cuda(device)
         self.pool = torch.cuda.graph_pool_handle() if self.cuda else None  # memory of all graphs
         self.record = record and (step.exact_length or self.cuda)
         self.recordings = {}

@@ -76,7 +76,7 @@ class Reader:
         self.config = config
         self.builder = builder
         self.path = Path(config.out_dir) / "resume.json"
-        self.run = {"version": 2, "knobs": asdict(config), "files": versions_of(builder)}
+        self.run = {"knobs": asdict(config), "files": versions_of(builder)}
         self.columns = pairs_of(config.columns)  # field -> column
         self.where = pairs_of(config.where)  # column -> value
         self.parse = ConversationReader()

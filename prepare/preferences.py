@@ -173,6 +173,6 @@ def as_label(value):
 
 
 def with_label(messages, label):
-    """Return messages of which only the reply at the end is learned, if its label is 1."""
+    """Return messages in which only the last reply is learned, and that only if label is 1."""
     context = [message | {"weight": 0} for message in messages[:-1]]
     return [*context, messages[-1] | {"weight": label}]

@@ -32,13 +32,10 @@ def _render_chunk(tokenizer, conversations):
     for messages in conversations:
         pieces = _pieces(template, messages)
         text = "".join(pieces)
-        # the size of each piece in bytes tells later which tokens it has
-        if text.isascii():
-            piece_sizes += map(len, pieces)
-        else:
+        if not text.isascii():
             pieces = [_as_utf8(piece) for piece in pieces]
             text = b"".join(pieces).decode()
-            piece_sizes += map(len, pieces)
+        piece_sizes += map(len, pieces)  # they tell later which tokens a piece has
         n_ends = 0  # replies
         for message in messages:
             is_reply = message["role"] == "assistant"

@@ -27,7 +27,7 @@ DOCUMENTS = torch.tensor([0, 5, 5, 32, 50, 64], dtype=torch.int32)  # of two row
 def gpu(monkeypatch):
     """Take the branches of a GPU."""
     for module in (device, engine, fast, recording):
-        monkeypatch.setattr(module, "is_gpu", lambda _: True)
+        monkeypatch.setattr(module, "is_cuda", lambda _: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x.clone())
 
 

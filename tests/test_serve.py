@@ -563,7 +563,7 @@ def test_when_stopped_it_lets_replies_end_and_takes_no_new_ones(tmp_path):
     env = os.environ | {"NANOCHATGPT_API_KEY": "sesame", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=env)
     server = SimpleNamespace(url=re.search(r"http://[\d.]+:\d+", process.stdout.readline())[0])
-    options = {"max_tokens": 100, "logit_bias": NO_END, "stream": True}
+    options = {"max_tokens": 300, "logit_bias": NO_END, "stream": True}
     completions = client(server, api_key="sesame").chat.completions
     running = completions.create(model="nano", messages=HI, **options)
     next(running)

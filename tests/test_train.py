@@ -337,9 +337,8 @@ def test_a_run_is_not_overwritten_by_another():
 
 
 def test_a_float16_run_scales_its_loss_and_resumes_bit_for_bit(monkeypatch):
-    def precision(
-        name, device
-    ):  # as on a GPU; the scale is so large at first that steps are left out
+    def precision(name, device):
+        # the scale is so large at first that gradients overflow and steps are skipped
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
         return torch.float16, torch.autocast("cpu", torch.float16), scaler
 
